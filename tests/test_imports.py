@@ -23,7 +23,7 @@ ALLOWED = {
     "models": BELOW_MODELS,
     "train": BELOW_TRAIN,
     "pipeline": BELOW_TRAIN | {"train"},
-    "config": BELOW_NN,
+    "doctor": BELOW_NN,
     "cascade": BELOW_CLI,
     "report": BELOW_CLI,
     "cli": BELOW_CLI,
