@@ -1,5 +1,6 @@
 """Functions on tensors with a compiled kernel behind each. `<op>.reference` is the same call in plain torch."""
 
+from recfast.ops.embedding_bag import QuantizedTable, embedding_bag, quantize
 from recfast.ops.example_axpy import example_axpy
 
-__all__ = ["example_axpy"]
+__all__ = ["QuantizedTable", "embedding_bag", "example_axpy", "quantize"]
