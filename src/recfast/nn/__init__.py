@@ -1,1 +1,5 @@
+"""Torch modules over the ops."""
 
+from recfast.nn.embedding_tables import EmbeddingTables
+
+__all__ = ["EmbeddingTables"]
