@@ -168,7 +168,11 @@ def _tradeoff(metrics: dict[str, Any]) -> str:
     )
     axis.axhline(0.97 * rerank["before"]["ndcg"], color="#c0c4cc", linewidth=0.9, linestyle="--")
     axis.annotate(
-        "3 % less NDCG", (1, 0.97 * rerank["before"]["ndcg"]), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        "3 % less NDCG",
+        (1, 0.97 * rerank["before"]["ndcg"]),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
     )
     k = rerank["k"]
     axis.set(title="Relevance against diversity", xlabel=f"intra-list diversity@{k} of genres", ylabel=f"NDCG@{k}")

@@ -199,7 +199,8 @@ class Catalogue:
         def jagged(name: str) -> Jagged:
             stem = file_name(name)
             return Jagged(
-                torch.from_numpy(np.array(array(f"{stem}.values"))), torch.from_numpy(np.array(array(f"{stem}.offsets")))
+                torch.from_numpy(np.array(array(f"{stem}.values"))),
+                torch.from_numpy(np.array(array(f"{stem}.offsets"))),
             )
 
         features = {
