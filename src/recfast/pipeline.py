@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recfast import rerank
-from recfast.data import Catalogue, Dataset
+from recfast.data import Catalogue, Dataset, Jagged
 from recfast.errors import InputError
 from recfast.files import atomic_path, write_json
 from recfast.index import CodeIndex
@@ -90,7 +90,9 @@ class Pipeline:
         self.quantizer = quantizer
         self.item_vectors = vectors
         ids = torch.arange(1, len(vectors) + 1)
-        self.index = CodeIndex(quantizer.encode(vectors), n_codes=quantizer.n_codes, ids=ids)
+        codes = quantizer.encode(vectors)
+        self._first_codes = codes[:, 0].long()
+        self.index = CodeIndex(codes, n_codes=quantizer.n_codes, ids=ids)
         self._similarity = self._item_similarity_features()
 
     # -- stages, on internal ids ---------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ class Pipeline:
     def appetite(self, users: Tensor) -> np.ndarray:
         """Each user's appetite for diversity, [B] in [0, 1]: how widely the history spreads over genres.
 
-        `rerank.entropy_propensity` of the genres (or, where they are not known, of the items) in the history.
+        `rerank.entropy_propensity` of the genres in the history (where they are not known, of clusters of items).
         """
         history = self.catalogue.history.take(users)
         return rerank.entropy_propensity(self._genre_counts(history))
@@ -193,7 +195,7 @@ class Pipeline:
         exclude_seen
             Leave out what the user has met before.
         cold
-            What to do for a user who is unknown or has an empty history: "error", or "popular" for the most liked items.
+            For a user who is unknown or has an empty history: "error", or "popular" for the most liked items.
 
         Returns
         -------
@@ -271,14 +273,18 @@ class Pipeline:
     def _raw_items(self, items: list[int]) -> list[Any]:
         return self.catalogue.vocabulary["item"].decode(items)
 
-    def _genre_counts(self, history) -> np.ndarray:
-        genres = self.catalogue.genres
-        if genres.shape[1] < 2:
-            # Without genres, items stand for themselves: the entropy of a history grows with its length.
-            genres = np.eye(self.catalogue.schema.rows(self.catalogue.schema.item), dtype=np.float32)
+    def _genre_counts(self, history: Jagged) -> np.ndarray:
+        """How often each genre occurs in each list, [B, G]."""
         lists = torch.arange(len(history.offsets) - 1).repeat_interleave(history.lengths())
-        counts = torch.zeros(len(history.offsets) - 1, genres.shape[1])
-        return counts.index_add_(0, lists, torch.from_numpy(genres)[history.values]).numpy()
+        if len(self.catalogue.genre_names) > 1:
+            counts = torch.zeros(len(history.offsets) - 1, len(self.catalogue.genre_names))
+            return counts.index_add_(0, lists, torch.from_numpy(self.catalogue.genres)[history.values]).numpy()
+        # Without genres the first codebook's clusters stand for them. Row 0, the unknown item, is cluster 0.
+        cluster = torch.zeros(len(self.item_vectors) + 1, dtype=torch.int64)
+        cluster[1:] = self._first_codes
+        width = self.quantizer.n_codes
+        cells = torch.bincount(lists * width + cluster[history.values], minlength=(len(history.offsets) - 1) * width)
+        return cells.reshape(-1, width).numpy().astype(np.float32)
 
     def _item_similarity_features(self) -> np.ndarray:
         """Unit vectors by item id, float32 [rows(item), D]; two items are as alike as their dot product says."""

@@ -16,7 +16,7 @@ OURS, SECOND, THIRD, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8f98"
 
 
 def write(path: str | os.PathLike[str], metrics: dict[str, Any]) -> None:
-    """Draw the page for what `cascade.run` measured (the content of `metrics.json`) and write it, whole or not at all."""
+    """Draw the page for what `cascade.run` measured (`metrics.json`) and write it, whole or not at all."""
     write_text(path, render(metrics))
 
 
@@ -53,11 +53,10 @@ def _seconds(value: float) -> str:
 
 
 def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            break
-        value /= 1000
-    return f"{value:.3g} {unit}"
+    scale = 0
+    while value >= 1000 and scale < 3:
+        value, scale = value / 1000, scale + 1
+    return f"{value:.3g} {('B', 'kB', 'MB', 'GB')[scale]}"
 
 
 def _figure(width: float = 5.2, height: float = 3.1, columns: int = 1):
