@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,20 @@ class Stopwatch:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+# What differs from the defaults of `RunConfig`, by data set. Found on the validation rows.
+PRESETS: dict[str, dict[str, Any]] = {"synthetic": {}, "ml-100k": {}}
+
+
+def settings(path: Path | None = None, data: str | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+    """The settings of a run: a TOML file, or the preset of a data set, with `dotted.key=value` overrides on top."""
+    if path is not None:
+        return RunConfig.load(path, overrides)
+    name = data or "synthetic"
+    preset = PRESETS.get(name, {})
+    values = {**preset, "data": {**preset.get("data", {}), "name": name}}
+    return RunConfig.parse(train.override(values, overrides), place="settings")
 
 
 def run(config: RunConfig, *, overwrite: bool = False, command: str = "", say: Say = lambda _: None) -> Path:
@@ -422,3 +436,32 @@ def _ten_users(pipeline: Pipeline, dataset: Dataset, lists: dict[str, Any], coun
             }
         )
     return shown
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The figures of `metrics.json` that matter most, as lines for a terminal."""
+    rerank, change = result["rerank"], {}
+    for key in ("ndcg", "ild"):
+        change[key] = rerank["after"][key] / rerank["before"][key] - 1
+    lines = [f"data       {result['name']}: {result['data']['users']} users, {result['data']['items']} items"]
+    lines += [
+        f"retrieval  {row['name']:<28} recall@50 {row['recall@50']:.4f}  NDCG@10 {row['ndcg@10']:.4f}"
+        for row in result["retriever"]["table"]
+    ]
+    same = "equal to" if result["retriever"]["codes"]["equal_to_brute_force"] else "DIFFERENT FROM"
+    lines.append(f"           CodeIndex is {same} brute force over the same codes")
+    lines += [
+        f"ranking    {row['model'] + ', ' + row['precision']:<28} AUC {row['auc']:.4f}  log loss {row['logloss']:.4f}"
+        for row in result["ranking_table"]
+    ]
+    if result["tables"]:
+        for name in ("int8", "float32"):
+            scores = "  ".join(f"{auc:.4f}" for auc in result["tables"][name]["auc"])
+            lines.append(f"tables     {name:<28} AUC {scores}  mean {result['tables'][name]['mean']:.4f}")
+    lines += [
+        f"re-ranking NDCG@{rerank['k']} {rerank['before']['ndcg']:.4f} -> {rerank['after']['ndcg']:.4f} "
+        f"({change['ndcg']:+.1%}), diversity {rerank['before']['ild']:.4f} -> {rerank['after']['ild']:.4f} "
+        f"({change['ild']:+.1%}) at {rerank['diversity']}",
+        f"time       {result['seconds']:.0f} s",
+    ]
+    return "\n".join(lines)
