@@ -29,7 +29,11 @@ START = 1_704_067_200
 
 @dataclass(frozen=True)
 class Config:
-    """Options of the generator; every number that shapes the clicks is here and is written to `truth.json`.
+    """Options of the generator.
+
+    Below the options of size and kind come those of the exposure (what the policy weighs, candidates of each
+    kind) and of the clicks (the factors of the logit's terms, see `Generator`). All are written to
+    `truth.json`.
 
     Parameters
     ----------
@@ -38,12 +42,13 @@ class Config:
     seed : int
         In [0, 2**63).
     n_users, n_items : int, optional
-        Left out they grow with `rows`, but slower than it: 600 (rows / 60 000)^0.85 and 1 000 (rows / 60 000)^0.6.
+        Left out they grow with `rows`, but slower than it: 500 (rows / 60 000)^0.85 and 1 000 (rows / 60
+        000)^0.6.
     list_length : int
         Items K in a list; in "poisson" mode the expected number.
     policy : {"list", "poisson"}
-        "list": an ordered draw without replacement (Plackett-Luce) of exactly K items. "poisson": each candidate is
-        shown independently of the others, and the list is ordered by the policy's score.
+        "list": an ordered draw without replacement (Plackett-Luce) of exactly K items. "poisson": each
+        candidate is shown independently of the others, and the list is ordered by the policy's score.
     scenarios : int
         1 to 4 of home, search, category, push. In "search" the effect of the price has the opposite sign.
     days : int
@@ -69,17 +74,18 @@ class Config:
     random_share: float = 0.02
     popular_candidates: int = 40
     genre_candidates: int = 72
-    policy_taste: float = 1.0
+    policy_taste: float = 0.6
     policy_quality: float = 0.5
     policy_popularity: float = 0.15
     policy_noise: float = 0.5
     popularity_exponent: float = 0.9
+    popularity_drift: float = 0.3
     activity_tail: float = 1.6
     cold_users: float = 0.1
     cold_items: float = 0.1
 
     # clicks
-    bias: float = -2.1
+    bias: float = -4.1
     taste: float = 1.3
     quality: float = 0.6
     freshness: float = 0.4
@@ -89,7 +95,9 @@ class Config:
     diversity: float = 1.0
     drift: float = 0.35
     examination: float = 0.6
-    conversion_bias: float = -3.4
+    conversion_bias: float = -4.8
+    conversion_taste: float = 0.5
+    conversion_price: float = 2.0
 
     def __post_init__(self) -> None:
         def need(name: str, good: bool, rule: str) -> None:
@@ -120,12 +128,16 @@ class Config:
         need("examination", self.examination >= 0, "at least 0")
         size = self.rows / 60_000
         if self.n_users is None:
-            object.__setattr__(self, "n_users", max(20, round(600 * size**0.85)))
+            object.__setattr__(self, "n_users", max(20, round(500 * size**0.85)))
         if self.n_items is None:
             object.__setattr__(self, "n_items", max(4 * self.explore_candidates, round(1000 * size**0.6)))
         need("n_users", 1 <= self.n_users < 2**31, "in [1, 2**31)")
         least = 2 * self.explore_candidates
-        need("n_items", least <= self.n_items < 2**31, f"in [{least}, 2**31), which lists of {self.list_length} need")
+        need(
+            "n_items",
+            least <= self.n_items < 2**31,
+            f"in [{least}, 2**31), which lists of {self.list_length} need",
+        )
         need("cold_items", self.cold_items <= 0.5, "at most 0.5")
 
     @property
@@ -171,7 +183,7 @@ USERS, ITEMS, TITLES, GENRES, SESSIONS, LISTS, OUTCOMES, EXTRAS = range(8)
 
 
 def random(seed: int, stream: int, block: int = 0) -> np.random.Generator:
-    """The random numbers of one (seed, stream, block): Philox 4x64 with the block in the counter's third word."""
+    """The random numbers of one (seed, stream, block): Philox, the block in the counter's third word."""
     key = np.array([seed, stream], dtype=np.uint64)
     counter = np.array([0, 0, block, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -24,7 +25,8 @@ _ONE = 1 << 24
 """Probabilities are multiples of 2^-24, and are compared with whole random numbers below 2^24."""
 
 _SCORE_FLOOR = 0.002
-_NOISE_FIELDS = {"noise_a": 4, "noise_b": 10, "noise_c": 50, "noise_d": 10_000, "noise_e": 100_000}
+NOISE_FIELDS = {"noise_a": 4, "noise_b": 10, "noise_c": 50, "noise_d": 10_000, "noise_e": 100_000}
+"""Columns without any cause, and how many values each has."""
 
 
 class _Sessions(NamedTuple):
@@ -59,6 +61,17 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1.0 / (1.0 + np.exp(-x))
 
 
+def _positions(what: str, raw: np.ndarray, ids: tuple[int, int], count: int) -> np.ndarray:
+    """Positions of raw ids, int64."""
+    position, odd = np.divmod(raw.astype(np.int64) - ids[0], ids[1])
+    wrong = (odd != 0) | (position < 0) | (position >= count)
+    if wrong.any():
+        raise InputError(
+            f"synthetic: there is no {what} {raw[wrong].flat[0]} among the {count} of these options"
+        )
+    return position
+
+
 def _grid(probability: np.ndarray) -> np.ndarray:
     return np.rint(probability * _ONE) / _ONE
 
@@ -66,18 +79,19 @@ def _grid(probability: np.ndarray) -> np.ndarray:
 class Generator:
     """A log of impressions with known causes.
 
-    A session at time t shows user u an ordered list of items. Item i at position k (from 1) is examined (E) with
-    probability k^-eta, is relevant (R) with probability
+    A session at time t shows user u an ordered list of items. Item i at position k (from 1) is examined (E)
+    with probability k^-eta, is relevant (R) with probability
 
         P(R = 1) = sigmoid(bias + context + 1.3 <th_u(t), q_i> + 0.6 quality_i - price_u z_i
                            + 0.4 exp(-age / 14 d) + season + d_u (1 - max similarity to the items above)),
 
-    and is clicked when both hold, C = E R. Every impression has a drawn conversion potential V, which shows only if
-    the item was clicked.
+    and is clicked when both hold, C = E R. Every impression has a drawn conversion potential V, which shows
+    only if the item was clicked.
 
-    Random numbers are counter-based (Philox), keyed by seed, purpose and block of 1 024 sessions; the candidates of a
-    user on a day are a hash of seed, user and day. So any part of the log can be generated alone, on any worker, with
-    equal bytes, and nothing but the users, the items and one part is ever in memory.
+    Random numbers are counter-based (Philox), keyed by seed, purpose and block of 1 024 sessions; the
+    candidates of a user on a day are a hash of seed, user and day. So any part of the log can be generated
+    alone, on any worker, with equal bytes, and nothing but the users, the items and one part is ever in
+    memory.
 
     Parameters
     ----------
@@ -114,10 +128,10 @@ class Generator:
     def part(self, index: int) -> pl.DataFrame:
         """Part `index` of the log, about half a million impressions in order of time.
 
-        Columns: user, item, time (seconds since 1970), session (int64), position (from 1), hour (int16), scenario,
-        device, age_band, city, genre, price_bucket (strings), click, conversion, random (int8), propensity (float32;
-        under "list" the probability of this pick given the items above it, under "poisson" of the item being
-        in the list, both given the session's candidates).
+        Columns: user, item, time (seconds since 1970), session (int64), position (from 1), hour (int16);
+        scenario, device, age_band, city, genre, price_bucket (strings); click, conversion, random (int8); and
+        propensity (float32): under "list" the probability of this pick given the items above it, under
+        "poisson" of the item being in the list, both given the candidates of the session.
         """
         if not 0 <= index < self.config.n_parts:
             raise IndexError(f"synthetic: part {index} is outside [0, {self.config.n_parts})")
@@ -134,10 +148,10 @@ class Generator:
         return pl.concat(list(self.parts()))
 
     def write(self, path: str | Path, *, parts: range | None = None) -> list[Path]:
-        """Write `items.parquet`, `users.parquet`, `part-00000.parquet`, ... and, last, `truth.json` to a folder.
+        """Write `items.parquet`, `users.parquet`, `part-00000.parquet`, ... and, last, `truth.json`.
 
-        Each file appears whole or not at all. With `parts` given only those are written, without `truth.json`: several
-        workers may share a folder. A part that is already there is written again.
+        Each file appears whole or not at all, in place of one that was there. With `parts` given only those are
+        written, without `truth.json`: several workers may share a folder.
 
         Returns
         -------
@@ -145,14 +159,15 @@ class Generator:
             The part files.
         """
         path = Path(path)
+        check_folder(path, self.config)
         path.mkdir(parents=True, exist_ok=True)
         if parts is None or 0 in parts:
-            _write_parquet(self.items, path / "items.parquet")
-            _write_parquet(self.users, path / "users.parquet")
+            write_parquet(self.items, path / "items.parquet")
+            write_parquet(self.users, path / "users.parquet")
         written = []
         for index in range(self.config.n_parts) if parts is None else parts:
             target = path / f"part-{index:05d}.parquet"
-            _write_parquet(self.part(index), target)
+            write_parquet(self.part(index), target)
             written.append(target)
         if parts is None:
             write_json(path / "truth.json", self.parameters())
@@ -178,7 +193,9 @@ class Generator:
                     strict=False,
                 )
             },
-            "propensity": "conditional pick probability" if self.config.policy == "list" else "inclusion probability",
+            "propensity": "conditional pick probability"
+            if self.config.policy == "list"
+            else "inclusion probability",
             "causes": list(CAUSES),
         }
 
@@ -196,8 +213,9 @@ class Generator:
         -------
         polars.DataFrame
             One row for each given row, in the same order, all float64: `p_click`, `p_relevance`, `p_examine`,
-            `p_conversion` (given a click) exactly as they were used in drawing; `propensity`; the logit terms of
-            `p_relevance`, named as `CAUSES`; and the drawn potential outcomes `relevant`, `examined`, `converting`.
+            `p_conversion` (given a click) exactly as they were used in drawing; `propensity`; the logit terms
+            of `p_relevance`, named as `CAUSES`; and the drawn potential outcomes `relevant`, `examined`,
+            `converting`.
 
         Raises
         ------
@@ -206,7 +224,9 @@ class Generator:
         """
         for name in ("session", "position", "user", "item"):
             if name not in frame.columns:
-                raise InputError(f"synthetic: truth_of needs the column {name!r}; the frame has {frame.columns}")
+                raise InputError(
+                    f"synthetic: truth_of needs the column {name!r}; the frame has {frame.columns}"
+                )
         session, odd = np.divmod(frame["session"].to_numpy() - w.SESSION_ID[0], w.SESSION_ID[1])
         position = frame["position"].to_numpy().astype(np.int64) - 1
         block, row = np.divmod(session, c.SESSIONS_PER_BLOCK)
@@ -244,6 +264,70 @@ class Generator:
             )
         return pl.DataFrame(out)
 
+    def outcomes_of(
+        self,
+        users: np.ndarray,
+        times: np.ndarray,
+        lists: np.ndarray,
+        *,
+        scenario: str = titles.SCENARIOS[0],
+        device: str = titles.DEVICES[0],
+    ) -> dict[str, np.ndarray]:
+        """Probabilities under any lists, shown or not: the value of another policy, a ranking by the truth.
+
+        Parameters
+        ----------
+        users : int64 [S]
+            Raw ids.
+        times : int64 or float64 [S]
+            Seconds since 1970.
+        lists : int64 [S, K]
+            Raw ids of the items shown, from the top. Lists of one item give P(R) without an effect of the
+            list.
+        scenario, device : str
+            The context of all S lists.
+
+        Returns
+        -------
+        dict
+            float64 [S, K]: `p_click`, `p_relevance`, `p_examine`, `p_conversion` (given a click), and the
+            logit terms named as `CAUSES`.
+
+        Raises
+        ------
+        InputError
+            An id, scenario or device that is not of this world.
+        """
+        user = _positions("user", np.asarray(users), w.USER_ID, self._users.n)
+        items = _positions("item", np.asarray(lists), w.ITEM_ID, self._items.n)
+        if user.ndim != 1 or items.ndim != 2 or len(user) != len(items) or np.shape(times) != user.shape:
+            raise InputError(
+                f"synthetic: outcomes_of needs users [S], times [S], lists [S, K]; got {user.shape}, "
+                f"{np.shape(times)}, {items.shape}"
+            )
+        context = []
+        known_scenarios = titles.SCENARIOS[: self.config.scenarios]
+        for what, name, known in (
+            ("scenario", scenario, known_scenarios),
+            ("device", device, titles.DEVICES),
+        ):
+            if name not in known:
+                raise InputError(f"synthetic: {what} {name!r} is not one of {', '.join(known)}")
+            context.append(np.full(len(user), known.index(name), dtype=np.int8))
+        time = np.asarray(times, dtype=np.float64) - c.START
+        hour = (time // 3600).astype(np.int64) % 24
+        nobody = np.zeros(len(user), dtype=bool)
+        sessions = _Sessions(time, hour, user, *context, nobody, np.full(len(user), self._items.n))
+        causes = self._causes(sessions, items)
+        relevance, examination, conversion = self._probabilities(sessions, items, causes)
+        out = {
+            "p_click": relevance * examination,
+            "p_relevance": relevance,
+            "p_examine": examination,
+            "p_conversion": conversion,
+        }
+        return {**out, **{name: np.broadcast_to(causes[name], items.shape) for name in CAUSES}}
+
     # ---- one block
 
     def _block(self, block: int) -> _Block:
@@ -252,12 +336,7 @@ class Generator:
         sessions = self._sessions(block)
         items, shown, propensity = self._lists(block, sessions)
         causes = self._causes(sessions, items)
-        logit = sum(causes[name] for name in CAUSES)
-        relevance = _grid(_sigmoid(logit))
-        exponent = self.config.examination * w.SCENARIO_EXAMINATION[sessions.scenario]
-        rank = np.arange(1, items.shape[1] + 1, dtype=np.float64)
-        examination = _grid(rank ** -exponent[:, None])
-        conversion = _grid(_sigmoid(self.config.conversion_bias + 0.8 * causes["taste"] + 2 * causes["price"]))
+        relevance, examination, conversion = self._probabilities(sessions, items, causes)
         draw = c.random(self.config.seed, c.OUTCOMES, block)
         fate = draw.integers(0, _ONE, (3, *items.shape), dtype=np.uint32)
         made = _Block(
@@ -276,17 +355,36 @@ class Generator:
         self._last = block, made
         return made
 
+    def _probabilities(
+        self, sessions: _Sessions, items: np.ndarray, causes: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """P(R), P(E) and P(V) [S, K], multiples of 2^-24."""
+        config = self.config
+        relevance = _sigmoid(sum(causes[name] for name in CAUSES))
+        exponent = config.examination * w.SCENARIO_EXAMINATION[sessions.scenario]
+        rank = np.arange(1, items.shape[1] + 1, dtype=np.float64)
+        examination = rank ** -exponent[:, None]
+        conversion = _sigmoid(
+            config.conversion_bias
+            + config.conversion_taste * causes["taste"]
+            + config.conversion_price * causes["price"]
+        )
+        return _grid(relevance), _grid(examination), _grid(conversion)
+
     def _sessions(self, block: int) -> _Sessions:
         config, users, items = self.config, self._users, self._items
         size = c.SESSIONS_PER_BLOCK
         draw = c.random(config.seed, c.SESSIONS, block)
-        # Session s of n has the time of quantile (s + U) / n of the traffic: sorted over the whole log at no cost.
+        # Session s of n has the time of quantile (s + U) / n of the traffic: sorted over the whole log at no
+        # cost.
         index = block * size + np.arange(size)
         quantile = np.minimum((index + draw.random(size)) / config.n_sessions, np.nextafter(1.0, 0.0))
         time = np.interp(quantile, users.traffic_sum, np.arange(len(users.traffic_sum)) * 3600.0)
         hour = (time // 3600).astype(np.int64) % 24
 
-        present = np.stack([np.searchsorted(users.arrival[group], time, side="right") for group in users.group])
+        present = np.stack(
+            [np.searchsorted(users.arrival[group], time, side="right") for group in users.group]
+        )
         mass = np.stack([total[here] for total, here in zip(users.group_sum, present, strict=True)])
         share = np.cumsum(mass * users.hour_profile[:, hour], axis=0)
         pick = (share[:-1] <= draw.random(size) * share[-1]).sum(0)
@@ -298,7 +396,9 @@ class Generator:
                 here = present[group, mine]
                 at = np.searchsorted(total, level[mine] * total[here], side="right") - 1
                 user[mine] = members[np.minimum(at, here - 1)]
-        device = (users.device_edges[user] <= draw.random(size, dtype=np.float32)[:, None]).sum(1).astype(np.int8)
+        device = (
+            (users.device_edges[user] <= draw.random(size, dtype=np.float32)[:, None]).sum(1).astype(np.int8)
+        )
         is_random = draw.random(size) < config.random_share
         u = draw.random(size, dtype=np.float32)
         scenario = np.zeros(size, dtype=np.int8)
@@ -316,8 +416,8 @@ class Generator:
     def _candidates(self, sessions: _Sessions) -> tuple[np.ndarray, np.ndarray]:
         """Positions of items int32 [S, C], ascending in each row, and which of them count [S, C].
 
-        A function of seed, user and day alone (and of which items exist), so that the recall adds no randomness of
-        its own to the propensities.
+        A function of seed, user and day alone (and of which items exist), so that the recall adds no
+        randomness of its own to the propensities.
         """
         config, items, users = self.config, self._items, self._users
         day = (sessions.time // w.DAY).astype(np.uint64)
@@ -331,11 +431,14 @@ class Generator:
         popular, by_genre = bits[:, :few], bits[:, few:many]
         out[:, :few] = items.popular_table[popular >> np.uint64(64 - items.popular_bits)]
         genre = np.take_along_axis(
-            users.genre_slot[sessions.user], (by_genre & np.uint64(w.GENRE_SLOTS - 1)).astype(np.int64), axis=1
+            users.genre_slot[sessions.user],
+            (by_genre & np.uint64(w.GENRE_SLOTS - 1)).astype(np.int64),
+            axis=1,
         )
         at = (by_genre >> np.uint64(64 - items.genre_bits)).astype(np.int64)
         out[:, few:many] = items.genre_table[(genre.astype(np.int64) << items.genre_bits) + at]
-        # The rest is spread evenly over the items that exist: different ones always, so that no list is short.
+        # The rest is spread evenly over the items that exist: different ones always, so that no list is
+        # short.
         spread = config.explore_candidates
         start = (bits[:, many] >> np.uint64(33)).astype(np.int64) % sessions.born
         stride = sessions.born // spread
@@ -353,7 +456,7 @@ class Generator:
         score = np.matmul(items.vector[candidates], guess[:, :, None])[:, :, 0]
         score += items.policy_base[candidates]
         angle = items.wave[candidates] * sessions.time.astype(np.float32)[:, None] + items.phase[candidates]
-        score += np.float32(0.3) * np.sin(angle)
+        score += np.float32(config.popularity_drift) * np.sin(angle)
         if config.scenarios > 1:
             score += items.scenario_tilt[sessions.scenario[:, None], items.genre[candidates]]
         return score
@@ -392,10 +495,10 @@ class Generator:
     def _plackett_luce(
         self, candidates: np.ndarray, score: np.ndarray, noise: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The K largest of score + Gumbel noise are an ordered draw without replacement in proportion to exp(score)."""
+        """The K largest of score + Gumbel noise: an ordered draw without replacement, by weights exp(score)."""
         length = self.config.list_length
         # log E of an exponential E is a Gumbel variable with the sign turned.
-        key = np.log(noise) - score
+        key = np.log(np.maximum(noise, np.float32(1e-30))) - score
         top = np.argpartition(key, length - 1, axis=1)[:, :length]
         order = np.argsort(np.take_along_axis(key, top, axis=1), axis=1, kind="stable")
         top = np.take_along_axis(top, order, axis=1)
@@ -409,11 +512,12 @@ class Generator:
     def _poisson(
         self, candidates: np.ndarray, score: np.ndarray, noise: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Each candidate independently, with probability 1 - exp(-tau w) that adds up to K; ordered by score."""
+        """Each candidate independently, by probabilities 1 - exp(-tau w) that add up to K; ordered by score."""
         weight = np.exp((score - score.max(axis=1, keepdims=True)).astype(np.float64))
         length = self.config.list_length
         tau = length / weight.sum(axis=1, keepdims=True)
-        # The sum is concave in tau and starts below K, so that Newton's method climbs to the root from the left.
+        # The sum is concave in tau and starts below K, so that Newton's method climbs to the root from the
+        # left.
         for _ in range(60):
             rest = np.exp(-tau * weight)
             step = (length - (1 - rest).sum(1, keepdims=True)) / (weight * rest).sum(1, keepdims=True)
@@ -441,7 +545,8 @@ class Generator:
         level = draw.random((len(born), length))
         picks = np.empty((len(born), length), dtype=np.int64)
         for k in range(length):
-            # The x-th of the items not yet taken: step over each taken one at or below it, in ascending order.
+            # The x-th of the items not yet taken: step over each taken one at or below it, in ascending
+            # order.
             x = (level[:, k] * (born - k)).astype(np.int64)
             taken = np.sort(picks[:, :k], axis=1)
             for j in range(k):
@@ -502,13 +607,33 @@ class Generator:
         }
         if self.config.extra_fields:
             draw = c.random(self.config.seed, c.EXTRAS, block)
-            for name, size in _NOISE_FIELDS.items():
+            for name, size in NOISE_FIELDS.items():
                 columns[name] = draw.integers(0, size, shown.shape, dtype=np.int32)[shown]
             columns["genre_copy"] = columns["genre"]
         return pl.DataFrame(columns)
 
 
-def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
+def check_folder(path: Path, config: c.Config) -> bool:
+    """Whether the folder holds the whole log of these options; raise if it holds that of others."""
+    truth = path / "truth.json"
+    if not truth.is_file():
+        return False
+    try:
+        found = json.loads(truth.read_text(encoding="utf-8"))["config"]
+        names = sorted(found.keys() | config.to_dict().keys())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"synthetic: {truth} is not the truth.json of a generated log") from None
+    for name in names:
+        want = config.to_dict().get(name)
+        if found.get(name) != want:
+            raise InputError(
+                f"synthetic: {path} holds a log with {name} = {found.get(name)!r}, and {want!r} is asked for: "
+                "give another folder"
+            )
+    return True
+
+
+def write_parquet(frame: pl.DataFrame, path: Path) -> None:
     with atomic_path(path) as temporary:
         frame.write_parquet(temporary, compression="zstd", compression_level=1, statistics=True)
 
@@ -539,4 +664,7 @@ def bayes(probability: np.ndarray) -> dict[str, float]:
     pairs = positive.sum() * total[-1]
     # A row does not compete with itself.
     own = (p * (1 - p)).sum()
-    return {"logloss": float(loss), "auc": float((won - 0.5 * own) / (pairs - own)) if pairs > own else math.nan}
+    return {
+        "logloss": float(loss),
+        "auc": float((won - 0.5 * own) / (pairs - own)) if pairs > own else math.nan,
+    }

@@ -1,12 +1,17 @@
 """The words of an invented bookshop: genres, their topics, publishers, places, and titles made of them.
 
-A title is drawn from the vocabulary of the item's genre and topic and from the places its publisher writes about,
-so that text alone carries the larger part of an item's taste vector.
+A title is drawn from the vocabulary of the item's genre and topic and from the places its publisher writes
+about, so that text alone carries the larger part of an item's taste vector.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
 
 # genre -> four topics, each (adjectives, nouns)
 _VOCABULARY: dict[str, tuple[tuple[str, str], ...]] = {
@@ -89,23 +94,28 @@ TOPICS = 4
 """Topics in each genre."""
 
 _TOPICS = tuple(
-    tuple((adjectives.split(), nouns.split()) for adjectives, nouns in topics) for topics in _VOCABULARY.values()
+    tuple((adjectives.split(), nouns.split()) for adjectives, nouns in topics)
+    for topics in _VOCABULARY.values()
 )
 
-_HOUSES = (
-    "Fernhill Northlight Hartwood Lanternfish Marlowe Quillfeather Bellwether Stonecrop Larkspur Kestrel Foxglove "
-    "Tidewater Copperfield Nightjar Saltmarsh Juniper Hawthorn Millrace Brightwell Cinderford Elmhurst Gullwing "
-    "Ravenscar Sorrel"
-).split()
+_HOUSES = _words(
+    """
+    Fernhill Northlight Hartwood Lanternfish Marlowe Quillfeather Bellwether Stonecrop Larkspur Kestrel
+    Foxglove Tidewater Copperfield Nightjar Saltmarsh Juniper Hawthorn Millrace Brightwell Cinderford Elmhurst Gullwing
+    Ravenscar Sorrel
+    """
+)
 PUBLISHERS: tuple[str, ...] = tuple(f"{house} {kind}" for kind in ("Press", "Books") for house in _HOUSES)
 
 _PLACES: tuple[str, ...] = tuple(
     start + end
     for end in ("wick", "mere", "ford", "haven")
-    for start in (
-        "Ash Briar Cold Dun Elder Fair Glen Hazel Ivy Kings Lark Mar Nether Oaken Penn Quern Rose Salt Thorn Under "
-        "Vale Wind Yar Wolds"
-    ).split()
+    for start in _words(
+        """
+        Ash Briar Cold Dun Elder Fair Glen Hazel Ivy Kings Lark Mar Nether Oaken Penn Quern Rose Salt Thorn
+        Under Vale Wind Yar Wolds
+        """
+    )
 )
 PLACES_PER_PUBLISHER = len(_PLACES) // len(PUBLISHERS)
 
@@ -115,7 +125,7 @@ AGE_BANDS = "under 18", "18-24", "25-34", "35-44", "45-59", "60+"
 CITIES: tuple[str, ...] = tuple(
     start + end
     for end in ("ton", "bridge", "field")
-    for start in "Amber Barn Clay Dray Ever Farn Gold Hex".split()
+    for start in _words("Amber Barn Clay Dray Ever Farn Gold Hex")
 )
 DEVICES = "phone", "desktop", "tablet", "tv"
 SCENARIOS = "home", "search", "category", "push"

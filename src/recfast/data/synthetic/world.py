@@ -72,7 +72,9 @@ class Items:
         # Orthogonal prototypes: a mixture of genres then is no other genre.
         basis = np.linalg.qr(shape.standard_normal((c.WIDTH, c.WIDTH)))[0]
         self.prototype = basis[:N_GENRES].astype(np.float32)
-        self.topic_vector = _unit(shape.standard_normal((N_GENRES, titles.TOPICS, c.WIDTH))).astype(np.float32)
+        self.topic_vector = _unit(shape.standard_normal((N_GENRES, titles.TOPICS, c.WIDTH))).astype(
+            np.float32
+        )
         publisher_vector = _unit(shape.standard_normal((len(titles.PUBLISHERS), c.WIDTH))).astype(np.float32)
         order = shape.permutation(N_GENRES)
         self.genre_share = (1.0 + order) ** -0.6
@@ -199,13 +201,17 @@ class Users:
         # Breadth: entropy of the mixture, over that of three equal parts.
         part = np.maximum(weight, 1e-9)
         breadth = -(part * np.log(part)).sum(1) / np.log(3)
-        self.diversity = (config.diversity * (0.5 * breadth + 0.3 * draw.standard_normal(n))).astype(np.float32)
+        self.diversity = (config.diversity * (0.5 * breadth + 0.3 * draw.standard_normal(n))).astype(
+            np.float32
+        )
         self.price = (config.price * (1 + 0.5 * draw.standard_normal(n))).astype(np.float32)
 
-        # Users of one chronotype in order of arrival, with running sums of activity: who is here at time t is a
-        # prefix, so that drawing one of them takes one search.
+        # Users of one chronotype in order of arrival, with running sums of activity: who is here at time t is
+        # a prefix, so that drawing one of them takes one search.
         self.group = [np.flatnonzero(self.chronotype == g) for g in range(len(CHRONOTYPE_PEAKS))]
-        self.group_sum = [np.concatenate([[0.0], np.cumsum(self.activity[members])]) for members in self.group]
+        self.group_sum = [
+            np.concatenate([[0.0], np.cumsum(self.activity[members])]) for members in self.group
+        ]
         self.hour_profile = np.exp(
             1.5 * (np.cos((HOURS - CHRONOTYPE_PEAKS[:, None]) * (2 * np.pi / 24)) - 1)
         ) / (np.exp(1.5 * (np.cos(HOURS * (2 * np.pi / 24)) - 1)).sum())
@@ -214,7 +220,7 @@ class Users:
         self.traffic_sum = np.concatenate([[0.0], np.cumsum(traffic) / traffic.sum()])
 
     def _tastes(self, draw: np.random.Generator, items: Items) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mixtures of 1 to 3 genres, one topic of each liked best: (taste [U, D], genres [U, 3], weights [U, 3])."""
+        """Mixtures of 1 to 3 genres, one topic each: (taste [U, D], genres [U, 3], weights [U, 3])."""
         n = self.n
         share = items.age_tilt * items.genre_share**0.5
         edges = np.cumsum(share / share.sum(1, keepdims=True), axis=1)
@@ -237,7 +243,7 @@ class Users:
         return TASTE_NORM * _unit(taste).astype(np.float32), liked, weight
 
     def _genre_slots(self, draw: np.random.Generator, liked: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """Genres the recall asks for, int8 [U, GENRE_SLOTS]: six by the mixture, two that the user never asked for."""
+        """Genres the recall asks for, int8 [U, GENRE_SLOTS]: six by the mixture, two at random."""
         n = self.n
         known = GENRE_SLOTS - 2
         marks = (np.arange(known) + 0.5) / known
@@ -263,7 +269,7 @@ class Users:
         )
 
 
-TASTE_NORM = 2.2
+TASTE_NORM = 3.0
 """Length of a taste vector: the product with an item then has a standard deviation of about one."""
 
 
