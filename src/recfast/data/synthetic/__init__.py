@@ -8,7 +8,8 @@ book's genre, topic and publisher, so that text carries the taste too.
 
 from recfast.data.synthetic.config import Config
 from recfast.data.synthetic.describe import describe
-from recfast.data.synthetic.generator import CAUSES, Generator, bayes
+from recfast.data.synthetic.generator import Generator, bayes
 from recfast.data.synthetic.load import load, schema, write_splits
+from recfast.data.synthetic.simulation import CAUSES
 
 __all__ = ["CAUSES", "Config", "Generator", "bayes", "describe", "load", "schema", "write_splits"]

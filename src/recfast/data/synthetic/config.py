@@ -119,8 +119,8 @@ class Config:
         need("policy", self.policy in ("list", "poisson"), '"list" or "poisson"')
         need("scenarios", 1 <= self.scenarios <= 4, "in [1, 4]")
         need("days", 1 <= self.days <= 3650, "in [1, 3650]")
-        for name in ("random_share", "cold_users", "cold_items"):
-            need(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name, most in (("random_share", 1), ("cold_users", 0.5), ("cold_items", 0.5)):
+            need(name, 0 <= getattr(self, name) <= most, f"in [0, {most}]")
         for name in ("popular_candidates", "genre_candidates"):
             need(name, 0 <= getattr(self, name) <= 10_000, "in [0, 10000]")
         for name in ("activity_tail", "freshness_days"):
@@ -138,7 +138,6 @@ class Config:
             least <= self.n_items < 2**31,
             f"in [{least}, 2**31), which lists of {self.list_length} need",
         )
-        need("cold_items", self.cold_items <= 0.5, "at most 0.5")
 
     @property
     def explore_candidates(self) -> int:

@@ -1,13 +1,13 @@
-"""Sessions, lists and clicks, block by block."""
+"""The log as frames, as files, and its truth."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,65 +15,12 @@ import polars as pl
 from recfast.data.synthetic import config as c
 from recfast.data.synthetic import titles
 from recfast.data.synthetic import world as w
+from recfast.data.synthetic.simulation import CAUSES, Sessions, Simulation
 from recfast.errors import InputError
 from recfast.files import atomic_path, write_json
 
-CAUSES = "bias", "context", "taste", "quality", "price", "freshness", "season", "diversity"
-"""The additive terms of the logit of P(R = 1)."""
-
-_ONE = 1 << 24
-"""Probabilities are multiples of 2^-24, and are compared with whole random numbers below 2^24."""
-
-_SCORE_FLOOR = 0.002
 NOISE_FIELDS = {"noise_a": 4, "noise_b": 10, "noise_c": 50, "noise_d": 10_000, "noise_e": 100_000}
 """Columns without any cause, and how many values each has."""
-
-
-class _Sessions(NamedTuple):
-    """Arrays over the S sessions of a block."""
-
-    time: np.ndarray  # float64, seconds after START, ascending
-    hour: np.ndarray  # int64
-    user: np.ndarray  # int64, position
-    scenario: np.ndarray  # int8
-    device: np.ndarray  # int8
-    random: np.ndarray  # bool
-    born: np.ndarray  # int64, items that exist
-
-
-class _Block(NamedTuple):
-    """A block: per session, and per shown item [S, K], of which `shown` are there."""
-
-    sessions: _Sessions
-    items: np.ndarray
-    shown: np.ndarray
-    propensity: np.ndarray
-    causes: dict[str, np.ndarray]
-    relevance: np.ndarray
-    examination: np.ndarray
-    conversion: np.ndarray
-    relevant: np.ndarray
-    examined: np.ndarray
-    converting: np.ndarray
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1.0 / (1.0 + np.exp(-x))
-
-
-def _positions(what: str, raw: np.ndarray, ids: tuple[int, int], count: int) -> np.ndarray:
-    """Positions of raw ids, int64."""
-    position, odd = np.divmod(raw.astype(np.int64) - ids[0], ids[1])
-    wrong = (odd != 0) | (position < 0) | (position >= count)
-    if wrong.any():
-        raise InputError(
-            f"synthetic: there is no {what} {raw[wrong].flat[0]} among the {count} of these options"
-        )
-    return position
-
-
-def _grid(probability: np.ndarray) -> np.ndarray:
-    return np.rint(probability * _ONE) / _ONE
 
 
 class Generator:
@@ -109,21 +56,19 @@ class Generator:
         if config is not None and options:
             raise TypeError("Generator: give a config or options, not both")
         self.config = config if config is not None else c.Config.from_options(**options)
-        self._items = w.Items(self.config)
-        self._users = w.Users(self.config, self._items)
-        self._last: tuple[int, _Block] | None = None
+        self._world = Simulation(self.config)
 
     # ---- frames and files
 
     @cached_property
     def items(self) -> pl.DataFrame:
         """item, title, genres, genre, brand, price, price_bucket, born (seconds since 1970): N rows."""
-        return self._items.frame(self.config)
+        return self._world.items.frame(self.config)
 
     @cached_property
     def users(self) -> pl.DataFrame:
         """user, age_band, city, arrived (seconds since 1970): U rows."""
-        return self._users.frame()
+        return self._world.users.frame()
 
     def part(self, index: int) -> pl.DataFrame:
         """Part `index` of the log, about half a million impressions in order of time.
@@ -150,8 +95,8 @@ class Generator:
     def write(self, path: str | Path, *, parts: range | None = None) -> list[Path]:
         """Write `items.parquet`, `users.parquet`, `part-00000.parquet`, ... and, last, `truth.json`.
 
-        Each file appears whole or not at all, in place of one that was there. With `parts` given only those are
-        written, without `truth.json`: several workers may share a folder.
+        Each file appears whole or not at all, in place of one that was there. With `parts` given only those
+        are written, without `truth.json`: several workers may share a folder.
 
         Returns
         -------
@@ -239,14 +184,14 @@ class Generator:
         order = order[~wrong[order]]
         starts = np.flatnonzero(np.diff(block[order], prepend=-1))
         for mine in np.split(order, starts[1:]) if len(order) else []:
-            made = self._block(int(block[mine[0]]))
+            made = self._world.block(int(block[mine[0]]))
             inside = position[mine] < made.items.shape[1]
             wrong[mine[~inside]] = True
             mine = mine[inside]
             at = row[mine], position[mine]
             wrong[mine] |= ~made.shown[at]
-            wrong[mine] |= self._users.raw_id[made.sessions.user[at[0]]] != users[mine]
-            wrong[mine] |= self._items.raw_id[made.items[at]] != items[mine]
+            wrong[mine] |= self._world.users.raw_id[made.sessions.user[at[0]]] != users[mine]
+            wrong[mine] |= self._world.items.raw_id[made.items[at]] != items[mine]
             out["p_click"][mine] = made.relevance[at] * made.examination[at]
             out["p_relevance"][mine] = made.relevance[at]
             out["p_examine"][mine] = made.examination[at]
@@ -270,8 +215,8 @@ class Generator:
         times: np.ndarray,
         lists: np.ndarray,
         *,
-        scenario: str = titles.SCENARIOS[0],
-        device: str = titles.DEVICES[0],
+        scenario: str | Sequence[str] = titles.SCENARIOS[0],
+        device: str | Sequence[str] = titles.DEVICES[0],
     ) -> dict[str, np.ndarray]:
         """Probabilities under any lists, shown or not: the value of another policy, a ranking by the truth.
 
@@ -282,10 +227,9 @@ class Generator:
         times : int64 or float64 [S]
             Seconds since 1970.
         lists : int64 [S, K]
-            Raw ids of the items shown, from the top. Lists of one item give P(R) without an effect of the
-            list.
-        scenario, device : str
-            The context of all S lists.
+            Raw ids of the items shown, from the top. Lists of one item give P(R) without an effect of others.
+        scenario, device : str or S of them
+            The context.
 
         Returns
         -------
@@ -298,8 +242,8 @@ class Generator:
         InputError
             An id, scenario or device that is not of this world.
         """
-        user = _positions("user", np.asarray(users), w.USER_ID, self._users.n)
-        items = _positions("item", np.asarray(lists), w.ITEM_ID, self._items.n)
+        user = _positions("user", np.asarray(users), w.USER_ID, self._world.users.n)
+        items = _positions("item", np.asarray(lists), w.ITEM_ID, self._world.items.n)
         if user.ndim != 1 or items.ndim != 2 or len(user) != len(items) or np.shape(times) != user.shape:
             raise InputError(
                 f"synthetic: outcomes_of needs users [S], times [S], lists [S, K]; got {user.shape}, "
@@ -311,15 +255,17 @@ class Generator:
             ("scenario", scenario, known_scenarios),
             ("device", device, titles.DEVICES),
         ):
-            if name not in known:
-                raise InputError(f"synthetic: {what} {name!r} is not one of {', '.join(known)}")
-            context.append(np.full(len(user), known.index(name), dtype=np.int8))
+            names = [name] * len(user) if isinstance(name, str) else list(name)
+            for one in dict.fromkeys(names):
+                if one not in known:
+                    raise InputError(f"synthetic: {what} {one!r} is not one of {', '.join(known)}")
+            context.append(np.array([known.index(one) for one in names], dtype=np.int8))
         time = np.asarray(times, dtype=np.float64) - c.START
         hour = (time // 3600).astype(np.int64) % 24
         nobody = np.zeros(len(user), dtype=bool)
-        sessions = _Sessions(time, hour, user, *context, nobody, np.full(len(user), self._items.n))
-        causes = self._causes(sessions, items)
-        relevance, examination, conversion = self._probabilities(sessions, items, causes)
+        sessions = Sessions(time, hour, user, *context, nobody, np.full(len(user), self._world.items.n))
+        causes = self._world.causes(sessions, items)
+        relevance, examination, conversion = self._world.probabilities(sessions, items, causes)
         out = {
             "p_click": relevance * examination,
             "p_relevance": relevance,
@@ -328,257 +274,8 @@ class Generator:
         }
         return {**out, **{name: np.broadcast_to(causes[name], items.shape) for name in CAUSES}}
 
-    # ---- one block
-
-    def _block(self, block: int) -> _Block:
-        if self._last is not None and self._last[0] == block:
-            return self._last[1]
-        sessions = self._sessions(block)
-        items, shown, propensity = self._lists(block, sessions)
-        causes = self._causes(sessions, items)
-        relevance, examination, conversion = self._probabilities(sessions, items, causes)
-        draw = c.random(self.config.seed, c.OUTCOMES, block)
-        fate = draw.integers(0, _ONE, (3, *items.shape), dtype=np.uint32)
-        made = _Block(
-            sessions,
-            items,
-            shown,
-            propensity,
-            causes,
-            relevance,
-            examination,
-            conversion,
-            relevant=fate[0] < relevance * _ONE,
-            examined=fate[1] < examination * _ONE,
-            converting=fate[2] < conversion * _ONE,
-        )
-        self._last = block, made
-        return made
-
-    def _probabilities(
-        self, sessions: _Sessions, items: np.ndarray, causes: dict[str, np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """P(R), P(E) and P(V) [S, K], multiples of 2^-24."""
-        config = self.config
-        relevance = _sigmoid(sum(causes[name] for name in CAUSES))
-        exponent = config.examination * w.SCENARIO_EXAMINATION[sessions.scenario]
-        rank = np.arange(1, items.shape[1] + 1, dtype=np.float64)
-        examination = rank ** -exponent[:, None]
-        conversion = _sigmoid(
-            config.conversion_bias
-            + config.conversion_taste * causes["taste"]
-            + config.conversion_price * causes["price"]
-        )
-        return _grid(relevance), _grid(examination), _grid(conversion)
-
-    def _sessions(self, block: int) -> _Sessions:
-        config, users, items = self.config, self._users, self._items
-        size = c.SESSIONS_PER_BLOCK
-        draw = c.random(config.seed, c.SESSIONS, block)
-        # Session s of n has the time of quantile (s + U) / n of the traffic: sorted over the whole log at no
-        # cost.
-        index = block * size + np.arange(size)
-        quantile = np.minimum((index + draw.random(size)) / config.n_sessions, np.nextafter(1.0, 0.0))
-        time = np.interp(quantile, users.traffic_sum, np.arange(len(users.traffic_sum)) * 3600.0)
-        hour = (time // 3600).astype(np.int64) % 24
-
-        present = np.stack(
-            [np.searchsorted(users.arrival[group], time, side="right") for group in users.group]
-        )
-        mass = np.stack([total[here] for total, here in zip(users.group_sum, present, strict=True)])
-        share = np.cumsum(mass * users.hour_profile[:, hour], axis=0)
-        pick = (share[:-1] <= draw.random(size) * share[-1]).sum(0)
-        level = draw.random(size)
-        user = np.zeros(size, dtype=np.int64)
-        for group, (members, total) in enumerate(zip(users.group, users.group_sum, strict=True)):
-            mine = np.flatnonzero(pick == group)
-            if len(mine):
-                here = present[group, mine]
-                at = np.searchsorted(total, level[mine] * total[here], side="right") - 1
-                user[mine] = members[np.minimum(at, here - 1)]
-        device = (
-            (users.device_edges[user] <= draw.random(size, dtype=np.float32)[:, None]).sum(1).astype(np.int8)
-        )
-        is_random = draw.random(size) < config.random_share
-        u = draw.random(size, dtype=np.float32)
-        scenario = np.zeros(size, dtype=np.int8)
-        if users.scenario_edges is not None:
-            scenario = (users.scenario_edges[user] <= u[:, None]).sum(1).astype(np.int8)
-        born = np.searchsorted(items.born, time, side="right")
-        return _Sessions(time, hour, user, scenario, device, is_random, born)
-
-    def _taste(self, user: np.ndarray, time: np.ndarray) -> np.ndarray:
-        """th_u(t) [S, D]."""
-        users = self._users
-        angle = (users.turn[user] * time).astype(np.float32)[:, None]
-        return users.taste[user] * np.cos(angle) + users.later_taste[user] * np.sin(angle)
-
-    def _candidates(self, sessions: _Sessions) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of items int32 [S, C], ascending in each row, and which of them count [S, C].
-
-        A function of seed, user and day alone (and of which items exist), so that the recall adds no
-        randomness of its own to the propensities.
-        """
-        config, items, users = self.config, self._items, self._users
-        day = (sessions.time // w.DAY).astype(np.uint64)
-        with np.errstate(over="ignore"):
-            key = c.mix(np.uint64(config.seed) + c.GOLDEN * np.uint64(1))
-            key = c.mix(key ^ c.mix(sessions.user.astype(np.uint64) * c.GOLDEN + day))
-            slot = np.arange(1, config.popular_candidates + config.genre_candidates + 2, dtype=np.uint64)
-            bits = c.mix(key[:, None] + slot * c.GOLDEN)
-        out = np.empty((len(key), config.candidates), dtype=np.int32)
-        few, many = config.popular_candidates, config.popular_candidates + config.genre_candidates
-        popular, by_genre = bits[:, :few], bits[:, few:many]
-        out[:, :few] = items.popular_table[popular >> np.uint64(64 - items.popular_bits)]
-        genre = np.take_along_axis(
-            users.genre_slot[sessions.user],
-            (by_genre & np.uint64(w.GENRE_SLOTS - 1)).astype(np.int64),
-            axis=1,
-        )
-        at = (by_genre >> np.uint64(64 - items.genre_bits)).astype(np.int64)
-        out[:, few:many] = items.genre_table[(genre.astype(np.int64) << items.genre_bits) + at]
-        # The rest is spread evenly over the items that exist: different ones always, so that no list is
-        # short.
-        spread = config.explore_candidates
-        start = (bits[:, many] >> np.uint64(33)).astype(np.int64) % sessions.born
-        stride = sessions.born // spread
-        out[:, many:] = (start[:, None] + stride[:, None] * np.arange(spread)) % sessions.born[:, None]
-        out.sort(axis=1)
-        counts = out < sessions.born[:, None]
-        counts[:, 1:] &= out[:, 1:] != out[:, :-1]
-        return out, counts
-
-    def _log_weights(self, sessions: _Sessions, candidates: np.ndarray) -> np.ndarray:
-        """The policy's score S of each candidate: log of its weight, float32 [S, C]."""
-        config, items = self.config, self._items
-        guess = self._taste(sessions.user, sessions.time) + self._users.policy_error[sessions.user]
-        guess *= np.float32(config.policy_taste)
-        score = np.matmul(items.vector[candidates], guess[:, :, None])[:, :, 0]
-        score += items.policy_base[candidates]
-        angle = items.wave[candidates] * sessions.time.astype(np.float32)[:, None] + items.phase[candidates]
-        score += np.float32(config.popularity_drift) * np.sin(angle)
-        if config.scenarios > 1:
-            score += items.scenario_tilt[sessions.scenario[:, None], items.genre[candidates]]
-        return score
-
-    def _lists(self, block: int, sessions: _Sessions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Items [S, K], which are there [S, K], and the propensity of each."""
-        config = self.config
-        candidates, counts = self._candidates(sessions)
-        score = self._log_weights(sessions, candidates)
-        score[~counts] = -np.inf
-        draw = c.random(config.seed, c.LISTS, block)
-        noise = draw.standard_exponential(score.shape, dtype=np.float32)
-        if config.policy == "list":
-            items, propensity = self._plackett_luce(candidates, score, noise)
-            shown = np.ones(items.shape, dtype=bool)
-        else:
-            items, shown, propensity = self._poisson(candidates, score, noise)
-        uniform = np.flatnonzero(sessions.random)
-        picks = self._uniform(draw, sessions.born[uniform])
-        length = config.list_length
-        items[uniform, :length] = picks
-        shown[uniform] = np.arange(items.shape[1]) < length
-        born = sessions.born[uniform, None].astype(np.float64)
-        if config.policy == "list":
-            propensity[uniform] = 1.0 / (born - np.arange(length))
-        else:
-            propensity[uniform] = length / born
-        # The log ends at exactly `rows`: the last list may be cut, and the sessions after it are none.
-        index = block * c.SESSIONS_PER_BLOCK + np.arange(c.SESSIONS_PER_BLOCK)
-        shown[index >= config.n_sessions] = False
-        if config.policy == "list" and block == config.n_blocks - 1:
-            row = index[:, None] * config.list_length + np.arange(config.list_length)
-            shown &= row < config.rows
-        return items, shown, propensity
-
-    def _plackett_luce(
-        self, candidates: np.ndarray, score: np.ndarray, noise: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The K largest of score + Gumbel noise: an ordered draw without replacement, by weights exp(score)."""
-        length = self.config.list_length
-        # log E of an exponential E is a Gumbel variable with the sign turned.
-        key = np.log(np.maximum(noise, np.float32(1e-30))) - score
-        top = np.argpartition(key, length - 1, axis=1)[:, :length]
-        order = np.argsort(np.take_along_axis(key, top, axis=1), axis=1, kind="stable")
-        top = np.take_along_axis(top, order, axis=1)
-        weight = np.exp((score - score.max(axis=1, keepdims=True)).astype(np.float64))
-        picked = np.take_along_axis(weight, top, axis=1)
-        # What is left before pick k is added up from below: subtracting from the total would cancel.
-        np.put_along_axis(weight, top, 0.0, axis=1)
-        left = weight.sum(axis=1, keepdims=True) + np.cumsum(picked[:, ::-1], axis=1)[:, ::-1]
-        return np.take_along_axis(candidates, top, axis=1), picked / left
-
-    def _poisson(
-        self, candidates: np.ndarray, score: np.ndarray, noise: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Each candidate independently, by probabilities 1 - exp(-tau w) that add up to K; ordered by score."""
-        weight = np.exp((score - score.max(axis=1, keepdims=True)).astype(np.float64))
-        length = self.config.list_length
-        tau = length / weight.sum(axis=1, keepdims=True)
-        # The sum is concave in tau and starts below K, so that Newton's method climbs to the root from the
-        # left.
-        for _ in range(60):
-            rest = np.exp(-tau * weight)
-            step = (length - (1 - rest).sum(1, keepdims=True)) / (weight * rest).sum(1, keepdims=True)
-            tau += np.maximum(step, 0)
-            if step.max() <= 1e-12 * tau.max():
-                break
-        probability = -np.expm1(-tau * weight)
-        if self.config.overlap:
-            probability = np.where(weight > 0, np.maximum(probability, _SCORE_FLOOR), 0)
-        # exp(-noise) is uniform.
-        chosen = -np.expm1(-noise.astype(np.float64)) < probability
-        width = max(int(chosen.sum(1).max()), length)
-        key = np.where(chosen, -score, np.inf)
-        top = np.argsort(key, axis=1, kind="stable")[:, :width]
-        shown = np.take_along_axis(chosen, top, axis=1)
-        return (
-            np.take_along_axis(candidates, top, axis=1),
-            shown,
-            np.take_along_axis(probability, top, axis=1),
-        )
-
-    def _uniform(self, draw: np.random.Generator, born: np.ndarray) -> np.ndarray:
-        """K different ones of `born` items, uniform over ordered lists: int64 [R, K]."""
-        length = self.config.list_length
-        level = draw.random((len(born), length))
-        picks = np.empty((len(born), length), dtype=np.int64)
-        for k in range(length):
-            # The x-th of the items not yet taken: step over each taken one at or below it, in ascending
-            # order.
-            x = (level[:, k] * (born - k)).astype(np.int64)
-            taken = np.sort(picks[:, :k], axis=1)
-            for j in range(k):
-                x += x >= taken[:, j]
-            picks[:, k] = x
-        return picks
-
-    def _causes(self, sessions: _Sessions, items: np.ndarray) -> dict[str, np.ndarray]:
-        """The logit terms of P(R = 1), float64 [S, K] or [S, 1]."""
-        config, world, users = self.config, self._items, self._users
-        user, scenario = sessions.user, sessions.scenario
-        taste = np.matmul(world.vector[items], self._taste(user, sessions.time)[:, :, None])[:, :, 0]
-        direction = world.direction[items]
-        similarity = np.matmul(direction, direction.transpose(0, 2, 1))
-        rank = np.arange(items.shape[1])
-        above = np.where(rank[:, None] > rank, similarity, 0).max(axis=2).clip(0, 1)
-        age = np.maximum(sessions.time[:, None] - world.born[items], 0) / w.DAY
-        swing = (sessions.hour[:, None] - world.genre_peak_hour[world.genre[items]]) * (2 * np.pi / 24)
-        price_factor = -users.price[user] * w.SCENARIO_PRICE[scenario]
-        return {
-            "bias": config.bias + w.SCENARIO_BIAS[scenario][:, None],
-            "context": w.DEVICE_BIAS[sessions.device][:, None],
-            "taste": config.taste * taste.astype(np.float64),
-            "quality": config.quality * world.quality[items].astype(np.float64),
-            "price": price_factor[:, None] * world.price_term[items].astype(np.float64),
-            "freshness": config.freshness * np.exp(-age / config.freshness_days),
-            "season": config.season * np.cos(swing),
-            "diversity": users.diversity[user][:, None] * (1.0 - above.astype(np.float64)),
-        }
-
     def _frame(self, block: int) -> pl.DataFrame:
-        made, users, items = self._block(block), self._users, self._items
+        made, users, items = self._world.block(block), self._world.users, self._world.items
         shown, sessions = made.shown, made.sessions
         count = shown.sum(1)
         session = np.repeat(np.arange(len(count)), count)
@@ -613,6 +310,17 @@ class Generator:
         return pl.DataFrame(columns)
 
 
+def _positions(what: str, raw: np.ndarray, ids: tuple[int, int], count: int) -> np.ndarray:
+    """Positions of raw ids, int64."""
+    position, odd = np.divmod(raw.astype(np.int64) - ids[0], ids[1])
+    wrong = (odd != 0) | (position < 0) | (position >= count)
+    if wrong.any():
+        raise InputError(
+            f"synthetic: there is no {what} {raw[wrong].flat[0]} among the {count} of these options"
+        )
+    return position
+
+
 def check_folder(path: Path, config: c.Config) -> bool:
     """Whether the folder holds the whole log of these options; raise if it holds that of others."""
     truth = path / "truth.json"
@@ -620,15 +328,15 @@ def check_folder(path: Path, config: c.Config) -> bool:
         return False
     try:
         found = json.loads(truth.read_text(encoding="utf-8"))["config"]
-        names = sorted(found.keys() | config.to_dict().keys())
+        names = list(dict.fromkeys([*config.to_dict(), *found]))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"synthetic: {truth} is not the truth.json of a generated log") from None
     for name in names:
         want = config.to_dict().get(name)
         if found.get(name) != want:
             raise InputError(
-                f"synthetic: {path} holds a log with {name} = {found.get(name)!r}, and {want!r} is asked for: "
-                "give another folder"
+                f"synthetic: {path} holds a log with {name} = {found.get(name)!r}, and {want!r} "
+                "is asked for: give another folder"
             )
     return True
 

@@ -26,8 +26,8 @@ SPLITS = {"train": (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0)}
 def schema(config: Config | None = None) -> Schema:
     """What the columns of the log are to a model.
 
-    `position` is no feature: it is not known when candidates are ranked. Left out too are the label's relatives
-    (`conversion`), the keys, and what only the truth needs (`random`, `propensity`).
+    `position` is no feature: it is not known when candidates are ranked. Left out too are the label's
+    relatives (`conversion`), the keys, and what only the truth needs (`random`, `propensity`).
 
     Parameters
     ----------

@@ -101,8 +101,8 @@ _TOPICS = tuple(
 _HOUSES = _words(
     """
     Fernhill Northlight Hartwood Lanternfish Marlowe Quillfeather Bellwether Stonecrop Larkspur Kestrel
-    Foxglove Tidewater Copperfield Nightjar Saltmarsh Juniper Hawthorn Millrace Brightwell Cinderford Elmhurst Gullwing
-    Ravenscar Sorrel
+    Foxglove Tidewater Copperfield Nightjar Saltmarsh Juniper Hawthorn Millrace Brightwell Cinderford
+    Elmhurst Gullwing Ravenscar Sorrel
     """
 )
 PUBLISHERS: tuple[str, ...] = tuple(f"{house} {kind}" for kind in ("Press", "Books") for house in _HOUSES)
