@@ -1,1 +1,5 @@
+"""Functions on tensors with a compiled kernel behind each. `<op>.reference` is the same call in plain torch."""
 
+from recfast.ops.example_axpy import example_axpy
+
+__all__ = ["example_axpy"]
