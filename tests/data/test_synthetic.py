@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 from scipy import stats
 
+from recfast import data
 from recfast.data import synthetic
 from recfast.data.synthetic import CAUSES, Config, Generator, bayes, describe, titles
 from recfast.data.synthetic import config as config_module
@@ -231,9 +232,7 @@ def test_causes_add_up(default):
     _, _, truth = default
     logit = sum(truth[name].to_numpy() for name in CAUSES)
     # Probabilities are rounded to 2^-24.
-    np.testing.assert_allclose(
-        truth["p_relevance"].to_numpy(), 1 / (1 + np.exp(-logit)), atol=2.0**-25 * 1.001
-    )
+    np.testing.assert_allclose(truth["p_relevance"].to_numpy(), 1 / (1 + np.exp(-logit)), atol=2.0**-25 * 1.001)
     for name in ("taste", "quality", "price", "freshness", "season", "diversity", "context"):
         assert truth[name].std() > 0.02, name
 
@@ -417,9 +416,7 @@ def test_poisson_propensities(poisson):
         reach += counts[real].sum()
         reach_variance += ((1 - pi[real]) / np.where(counts[real], pi[real], 1))[counts[real]].sum()
         # Each logged row has the probability that bisection finds.
-        rows = logged.filter(
-            pl.col("session").is_between(*(700_000_001 + 3 * (block * 1024 + np.array([0, 1023]))))
-        )
+        rows = logged.filter(pl.col("session").is_between(*(700_000_001 + 3 * (block * 1024 + np.array([0, 1023])))))
         s = (rows["session"].to_numpy() - 700_000_001) // 3 - block * 1024
         at = np.argmax(candidates[s] == ((rows["item"].to_numpy() - 5_000_011) // 17)[:, None], axis=1)
         np.testing.assert_allclose(rows["propensity"].to_numpy(), pi[s, at], rtol=1e-5)
@@ -499,9 +496,7 @@ def peak_memory(script: str) -> int:
 
 
 def test_memory_of_a_million_rows(tmp_path):
-    script = (
-        f"from recfast.data.synthetic import Generator; Generator(rows=1_000_000).write({str(tmp_path)!r})"
-    )
+    script = f"from recfast.data.synthetic import Generator; Generator(rows=1_000_000).write({str(tmp_path)!r})"
     assert peak_memory(script) < 600
     assert pl.scan_parquet(tmp_path / "part-*.parquet").select(pl.len()).collect().item() == 1_000_000
 
@@ -546,6 +541,37 @@ def test_write_splits(tmp_path):
     with pytest.raises(InputError, match="too few"):
         synthetic.write_splits(Generator(rows=190), tmp_path / "short")
     assert not (tmp_path / "short").exists()
+
+
+def test_load(tmp_path):
+    options = {"rows": 20_000, "seed": 2, "scenarios": 4, "extra_fields": True}
+    dataset = data.load("synthetic", tmp_path / "log", cache=tmp_path / "cache", **options)
+    frame = Generator(**options).frame()
+    schema = synthetic.schema(Config(**options))
+    assert dataset.schema.names == schema.names
+    assert {"scenario", "noise_e", "genre_copy"} < set(schema.names)
+    assert {"scenario", "noise_e", "position", "conversion", "propensity"}.isdisjoint(synthetic.schema().names)
+    assert [len(split) for split in (dataset.train, dataset.valid, dataset.test)] == [16_000, 2_000, 2_000]
+    # Raw ids come back, and the history of a row is what its user clicked strictly before.
+    raw = dataset.vocabulary["item"].decode(dataset.train.ids[:, dataset.schema.position("item")])
+    assert raw == frame["item"][:16_000].to_list()
+    batch = next(iter(data.Loader(dataset.valid, 64)))
+    history = batch.sequences["history"]
+    for row in range(0, 64, 9):
+        now = frame[16_000 + row]
+        before = frame.filter(
+            (pl.col("user") == now["user"][0]) & (pl.col("time") < now["time"][0]) & (pl.col("click") == 1)
+        )
+        ids = history.values[history.offsets[row] : history.offsets[row + 1]]
+        known = set(dataset.vocabulary["item"].decode(list(range(1, dataset.schema.rows("item")))))
+        expected = [item if item in known else None for item in before["item"].to_list()[-50:]]
+        assert dataset.vocabulary["item"].decode(ids) == expected
+    titles_of = dict(Generator(**options).items.select("item", "title").iter_rows())
+    assert dataset.title(3) == titles_of[dataset.vocabulary["item"].decode([3])[0]]
+    again = data.load("synthetic", cache=tmp_path / "other", **options)
+    assert (again.test.ids == dataset.test.ids).all()
+    with pytest.raises(InputError, match="did you mean 'scenarios'"):
+        data.load("synthetic", scenario=2)
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):

@@ -42,8 +42,8 @@ class Config:
     seed : int
         In [0, 2**63).
     n_users, n_items : int, optional
-        Left out they grow with `rows`, but slower than it: 500 (rows / 60 000)^0.85 and 1 000 (rows / 60
-        000)^0.6.
+        Left out they grow with `rows`, but slower than it: 500 (rows / 60 000)^.85 and
+        900 (rows / 60 000)^.6.
     list_length : int
         Items K in a list; in "poisson" mode the expected number.
     policy : {"list", "poisson"}
@@ -74,7 +74,7 @@ class Config:
     random_share: float = 0.02
     popular_candidates: int = 40
     genre_candidates: int = 72
-    policy_taste: float = 0.6
+    policy_taste: float = 0.4
     policy_quality: float = 0.5
     policy_popularity: float = 0.15
     policy_noise: float = 0.5
@@ -85,7 +85,7 @@ class Config:
     cold_items: float = 0.1
 
     # clicks
-    bias: float = -4.1
+    bias: float = -4.4
     taste: float = 1.3
     quality: float = 0.6
     freshness: float = 0.4
@@ -130,7 +130,7 @@ class Config:
         if self.n_users is None:
             object.__setattr__(self, "n_users", max(20, round(500 * size**0.85)))
         if self.n_items is None:
-            object.__setattr__(self, "n_items", max(4 * self.explore_candidates, round(1000 * size**0.6)))
+            object.__setattr__(self, "n_items", max(4 * self.explore_candidates, round(900 * size**0.6)))
         need("n_users", 1 <= self.n_users < 2**31, "in [1, 2**31)")
         least = 2 * self.explore_candidates
         need(

@@ -138,9 +138,7 @@ class Generator:
                     strict=False,
                 )
             },
-            "propensity": "conditional pick probability"
-            if self.config.policy == "list"
-            else "inclusion probability",
+            "propensity": "conditional pick probability" if self.config.policy == "list" else "inclusion probability",
             "causes": list(CAUSES),
         }
 
@@ -169,9 +167,7 @@ class Generator:
         """
         for name in ("session", "position", "user", "item"):
             if name not in frame.columns:
-                raise InputError(
-                    f"synthetic: truth_of needs the column {name!r}; the frame has {frame.columns}"
-                )
+                raise InputError(f"synthetic: truth_of needs the column {name!r}; the frame has {frame.columns}")
         session, odd = np.divmod(frame["session"].to_numpy() - w.SESSION_ID[0], w.SESSION_ID[1])
         position = frame["position"].to_numpy().astype(np.int64) - 1
         block, row = np.divmod(session, c.SESSIONS_PER_BLOCK)
@@ -315,9 +311,7 @@ def _positions(what: str, raw: np.ndarray, ids: tuple[int, int], count: int) -> 
     position, odd = np.divmod(raw.astype(np.int64) - ids[0], ids[1])
     wrong = (odd != 0) | (position < 0) | (position >= count)
     if wrong.any():
-        raise InputError(
-            f"synthetic: there is no {what} {raw[wrong].flat[0]} among the {count} of these options"
-        )
+        raise InputError(f"synthetic: there is no {what} {raw[wrong].flat[0]} among the {count} of these options")
     return position
 
 

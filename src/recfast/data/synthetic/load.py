@@ -55,16 +55,7 @@ def schema(config: Config | None = None) -> Schema:
     return Schema(columns, label="click", time="time", group="user")
 
 
-def cache_folder(config: Config) -> Path:
-    """Where the log of these options is kept: `$RECFAST_CACHE`, or `recfast` in the user's cache folder."""
-    root = os.environ.get("RECFAST_CACHE")
-    if not root:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recfast"
-    key = json.dumps(config.to_dict(), sort_keys=True).encode()
-    return Path(root) / f"synthetic-{hashlib.sha256(key).hexdigest()[:12]}"
-
-
-def write_splits(generator: Generator, path: str | Path) -> Path:
+def write_splits(generator: Generator, path: str | os.PathLike[str]) -> Path:
     """Write the log to a folder in three subfolders, `train`, `valid` and `test`; whole or not at all.
 
     Nothing is done where it is already there.
@@ -100,17 +91,26 @@ def write_splits(generator: Generator, path: str | Path) -> Path:
     return path
 
 
-def load(path: str | Path | None = None, *, rows: int = 60_000, seed: int = 0, **options: Any) -> Dataset:
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    rows: int = 60_000,
+    seed: int = 0,
+    cache: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Dataset:
     """The generated log, split by time into 80, 10 and 10 in a hundred sessions, and prepared.
 
     Parameters
     ----------
     path : path, optional
         An empty or missing folder for the log, or one that holds the log of the same options, which is then
-        read. Left out: a folder in the user's cache whose name is a hash of the options.
+        read. Left out: a folder beside the prepared data whose name is a digest of the options.
     rows : int
         Impressions, 200 at least; see `Config` for the growth of users and items with it.
     seed : int
+    cache : path, optional
+        The folder that holds prepared data; see `recfast.data.cache_folder`.
     **options
         The other fields of `Config`.
 
@@ -119,10 +119,13 @@ def load(path: str | Path | None = None, *, rows: int = 60_000, seed: int = 0, *
     InputError
         An unknown option, a value outside its range, a folder that holds something else.
     """
-    from recfast.data import prepare
+    from recfast.data import cache_folder, prepare
 
     config = Config.from_options(rows=rows, seed=seed, **options)
-    folder = Path(path) if path is not None else cache_folder(config)
+    if path is None:
+        key = json.dumps(config.to_dict(), sort_keys=True).encode()
+        path = cache_folder(cache) / f"synthetic-{hashlib.blake2b(key, digest_size=6).hexdigest()}"
+    folder = Path(path)
     if not check_folder(folder, config):
         write_splits(Generator(config), folder)
     return prepare(
@@ -130,5 +133,6 @@ def load(path: str | Path | None = None, *, rows: int = 60_000, seed: int = 0, *
         **{name: folder / name for name in SPLITS},
         items=folder / "items.parquet",
         users=folder / "users.parquet",
+        cache=cache,
         name="synthetic",
     )

@@ -115,9 +115,7 @@ class Simulation:
         time = np.floor(np.interp(quantile, users.traffic_sum, np.arange(len(users.traffic_sum)) * 3600.0))
         hour = (time // 3600).astype(np.int64) % 24
 
-        present = np.stack(
-            [np.searchsorted(users.arrival[group], time, side="right") for group in users.group]
-        )
+        present = np.stack([np.searchsorted(users.arrival[group], time, side="right") for group in users.group])
         mass = np.stack([total[here] for total, here in zip(users.group_sum, present, strict=True)])
         share = np.cumsum(mass * users.hour_profile[:, hour], axis=0)
         pick = (share[:-1] <= draw.random(size) * share[-1]).sum(0)
@@ -129,9 +127,7 @@ class Simulation:
                 here = present[group, mine]
                 at = np.searchsorted(total, level[mine] * total[here], side="right") - 1
                 user[mine] = members[np.minimum(at, here - 1)]
-        device = (
-            (users.device_edges[user] <= draw.random(size, dtype=np.float32)[:, None]).sum(1).astype(np.int8)
-        )
+        device = (users.device_edges[user] <= draw.random(size, dtype=np.float32)[:, None]).sum(1).astype(np.int8)
         is_random = draw.random(size) < config.random_share
         u = draw.random(size, dtype=np.float32)
         scenario = np.zeros(size, dtype=np.int8)

@@ -94,8 +94,7 @@ TOPICS = 4
 """Topics in each genre."""
 
 _TOPICS = tuple(
-    tuple((adjectives.split(), nouns.split()) for adjectives, nouns in topics)
-    for topics in _VOCABULARY.values()
+    tuple((adjectives.split(), nouns.split()) for adjectives, nouns in topics) for topics in _VOCABULARY.values()
 )
 
 _HOUSES = _words(
@@ -123,9 +122,7 @@ PRICE_BUCKETS = "under 5", "5-8", "8-12", "12-18", "18-30", "over 30"
 PRICE_EDGES = 5.0, 8.0, 12.0, 18.0, 30.0
 AGE_BANDS = "under 18", "18-24", "25-34", "35-44", "45-59", "60+"
 CITIES: tuple[str, ...] = tuple(
-    start + end
-    for end in ("ton", "bridge", "field")
-    for start in _words("Amber Barn Clay Dray Ever Farn Gold Hex")
+    start + end for end in ("ton", "bridge", "field") for start in _words("Amber Barn Clay Dray Ever Farn Gold Hex")
 )
 DEVICES = "phone", "desktop", "tablet", "tv"
 SCENARIOS = "home", "search", "category", "push"

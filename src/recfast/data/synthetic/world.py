@@ -72,9 +72,7 @@ class Items:
         # Orthogonal prototypes: a mixture of genres then is no other genre.
         basis = np.linalg.qr(shape.standard_normal((c.WIDTH, c.WIDTH)))[0]
         self.prototype = basis[:N_GENRES].astype(np.float32)
-        self.topic_vector = _unit(shape.standard_normal((N_GENRES, titles.TOPICS, c.WIDTH))).astype(
-            np.float32
-        )
+        self.topic_vector = _unit(shape.standard_normal((N_GENRES, titles.TOPICS, c.WIDTH))).astype(np.float32)
         publisher_vector = _unit(shape.standard_normal((len(titles.PUBLISHERS), c.WIDTH))).astype(np.float32)
         order = shape.permutation(N_GENRES)
         self.genre_share = (1.0 + order) ** -0.6
@@ -182,9 +180,9 @@ class Users:
         self.age_band = sampling_draw(draw, np.array([0.06, 0.18, 0.28, 0.2, 0.18, 0.1]), n).astype(np.int8)
         self.city = sampling_draw(draw, (1.0 + np.arange(len(titles.CITIES))) ** -0.7, n).astype(np.int8)
         self.chronotype = sampling_draw(draw, CHRONOTYPE_SHARES, n).astype(np.int8)
-        self.device_edges = np.cumsum(
-            draw.dirichlet(np.array([1.2, 0.6, 0.35, 0.15]), n).astype(np.float32), axis=1
-        )[:, :-1].copy()
+        self.device_edges = np.cumsum(draw.dirichlet(np.array([1.2, 0.6, 0.35, 0.15]), n).astype(np.float32), axis=1)[
+            :, :-1
+        ].copy()
         self.scenario_edges = None
         if config.scenarios > 1:
             habit = draw.dirichlet(8 * SCENARIO_SHARES[: config.scenarios], n).astype(np.float32)
@@ -201,20 +199,16 @@ class Users:
         # Breadth: entropy of the mixture, over that of three equal parts.
         part = np.maximum(weight, 1e-9)
         breadth = -(part * np.log(part)).sum(1) / np.log(3)
-        self.diversity = (config.diversity * (0.5 * breadth + 0.3 * draw.standard_normal(n))).astype(
-            np.float32
-        )
+        self.diversity = (config.diversity * (0.5 * breadth + 0.3 * draw.standard_normal(n))).astype(np.float32)
         self.price = (config.price * (1 + 0.5 * draw.standard_normal(n))).astype(np.float32)
 
         # Users of one chronotype in order of arrival, with running sums of activity: who is here at time t is
         # a prefix, so that drawing one of them takes one search.
         self.group = [np.flatnonzero(self.chronotype == g) for g in range(len(CHRONOTYPE_PEAKS))]
-        self.group_sum = [
-            np.concatenate([[0.0], np.cumsum(self.activity[members])]) for members in self.group
-        ]
-        self.hour_profile = np.exp(
-            1.5 * (np.cos((HOURS - CHRONOTYPE_PEAKS[:, None]) * (2 * np.pi / 24)) - 1)
-        ) / (np.exp(1.5 * (np.cos(HOURS * (2 * np.pi / 24)) - 1)).sum())
+        self.group_sum = [np.concatenate([[0.0], np.cumsum(self.activity[members])]) for members in self.group]
+        self.hour_profile = np.exp(1.5 * (np.cos((HOURS - CHRONOTYPE_PEAKS[:, None]) * (2 * np.pi / 24)) - 1)) / (
+            np.exp(1.5 * (np.cos(HOURS * (2 * np.pi / 24)) - 1)).sum()
+        )
         hours = np.arange(config.days * 24)
         traffic = (CHRONOTYPE_SHARES @ self.hour_profile)[hours % 24] * WEEK[hours // 24 % 7]
         self.traffic_sum = np.concatenate([[0.0], np.cumsum(traffic) / traffic.sum()])
@@ -269,7 +263,7 @@ class Users:
         )
 
 
-TASTE_NORM = 3.0
+TASTE_NORM = 3.6
 """Length of a taste vector: the product with an item then has a standard deviation of about one."""
 
 
