@@ -4,10 +4,13 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "code_rows/code_rows.h"
+#include "code_search/code_search.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/random.h"
@@ -75,10 +78,89 @@ void bind_example_axpy(py::module_& m) {
   m.def("example_axpy_float64", &axpy<double>);
 }
 
+template <class Id>
+py::tuple code_rows(Address indptr, Address item_ids, Address scores, Address rows, Address weights,
+                                   Address mask, std::int64_t mask_stride, Address sums, Address touched,
+                                   Address cursors, Address heaps, std::int64_t threads, Address out_scores,
+                                   Address out_ids, std::int64_t queries, std::int64_t width, std::int64_t n_rows,
+                                   std::int64_t n_items, std::int64_t k, bool all) {
+  using namespace recfast::code_rows;
+  const Args<Id> args{.indptr = at<const std::int64_t>(indptr),
+                      .item_ids = at<const Id>(item_ids),
+                      .scores = at<const float>(scores),
+                      .rows = at<const std::int64_t>(rows),
+                      .weights = at<const float>(weights),
+                      .mask = at<const std::uint8_t>(mask),
+                      .mask_stride = mask_stride,
+                      .sums = span_at<float>(sums, threads * kTile),
+                      .touched = span_at<std::uint64_t>(touched, threads * kTile / 64),
+                      .cursors = span_at<std::int64_t>(cursors, threads * width),
+                      .heaps = span_at<recfast::Scored>(heaps, threads * std::min(k, n_items)),
+                      .out_scores = at<float>(out_scores),
+                      .out_ids = at<std::int64_t>(out_ids),
+                      .queries = queries,
+                      .width = width,
+                      .n_rows = n_rows,
+                      .n_items = n_items,
+                      .k = k};
+  Faults faults{};
+  {
+    py::gil_scoped_release unlocked;
+    faults = check(args, all);
+    if (std::max({faults.rows, faults.weights, faults.outside, faults.unsorted, faults.scores}) < 0) run(args);
+  }
+  return py::make_tuple(faults.rows, faults.weights, faults.outside, faults.unsorted, faults.scores);
+}
+
+void bind_code_rows(py::module_& m) {
+  m.attr("CODE_ROWS_TILE") = recfast::code_rows::kTile;
+  m.def("code_rows_int32", &code_rows<std::int32_t>);
+  m.def("code_rows_int64", &code_rows<std::int64_t>);
+}
+
+template <class Code>
+py::tuple code_search(Address codes, Address table, Address bias, Address ids, Address live, Address mask,
+                                     std::int64_t mask_stride, Address heaps, std::int64_t n_heaps, Address scores,
+                                     Address found, std::int64_t queries, std::int64_t items, std::int64_t books,
+                                     std::int64_t entries, std::int64_t k, bool all) {
+  using namespace recfast::code_search;
+  const Args<Code> args{.table = at<const float>(table),
+                        .codes = at<const Code>(codes),
+                        .bias = at<const float>(bias),
+                        .ids = at<const std::int64_t>(ids),
+                        .live = at<const std::uint8_t>(live),
+                        .mask = at<const std::uint8_t>(mask),
+                        .mask_stride = mask_stride,
+                        .heaps = span_at<recfast::Scored>(heaps, n_heaps * std::min(k, items)),
+                        .scores = at<float>(scores),
+                        .found = at<std::int64_t>(found),
+                        .queries = queries,
+                        .items = items,
+                        .books = books,
+                        .entries = entries,
+                        .k = k};
+  Faults faults{};
+  {
+    py::gil_scoped_release unlocked;
+    faults = check(args, all);
+    if (std::max({faults.table, faults.codes, faults.bias}) < 0) run(args);
+  }
+  return py::make_tuple(faults.table, faults.codes, faults.bias);
+}
+
+void bind_code_search(py::module_& m) {
+  m.def("code_search_heaps",
+        [](std::int64_t queries, std::int64_t items) { return recfast::code_search::plan(queries, items).heaps; });
+  m.def("code_search_uint8", &code_search<std::uint8_t>);
+  m.def("code_search_uint16", &code_search<std::uint16_t>);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "recfast kernels for the CPU; no torch symbol is needed to load them";
   bind_runtime(m);
+  bind_code_rows(m);
+  bind_code_search(m);
   bind_example_axpy(m);
 }
