@@ -14,6 +14,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/random.h"
+#include "din_attention/din_attention.h"
 #include "example_axpy/example_axpy.h"
 
 namespace py = pybind11;
@@ -153,6 +154,92 @@ void bind_code_search(py::module_& m) {
         [](std::int64_t queries, std::int64_t items) { return recfast::code_search::plan(queries, items).heaps; });
   m.def("code_search_uint8", &code_search<std::uint8_t>);
   m.def("code_search_uint16", &code_search<std::uint16_t>);
+// Arguments by name, for ops with too many to count: a missing one raises KeyError.
+class Named {
+ public:
+  explicit Named(const py::kwargs& arguments) : arguments_(arguments) {}
+
+  [[nodiscard]] std::int64_t number(const char* name) const { return arguments_[name].cast<std::int64_t>(); }
+
+  // A tensor's address; 0 gives the null pointer.
+  template <class T>
+  [[nodiscard]] T* pointer(const char* name) const {
+    return at<T>(arguments_[name].cast<Address>());
+  }
+
+ private:
+  const py::kwargs& arguments_;
+};
+
+recfast::din_attention::Shape din_shape(const Named& named) {
+  return {.users = named.number("users"),
+          .dim = named.number("dim"),
+          .value_dim = named.number("value_dim"),
+          .hidden1 = named.number("hidden1"),
+          .hidden2 = named.number("hidden2"),
+          .longest = named.number("longest")};
+}
+
+template <class T>
+recfast::din_attention::Args<T> din_args(const Named& named) {
+  using namespace recfast::din_attention;
+  const Shape shape = din_shape(named);
+  const std::int64_t candidates = named.number("candidate_rows");
+  return {.shape = shape,
+          .activation = static_cast<Activation>(named.number("activation")),
+          .mode = static_cast<Mode>(named.number("mode")),
+          .query = {named.pointer<const T>("query"), candidates, shape.dim, named.number("query_stride")},
+          .keys = {named.pointer<const T>("keys"), 0, shape.dim, named.number("keys_stride")},
+          .values = {named.pointer<const T>("values"), 0, shape.value_dim, named.number("values_stride")},
+          .begin = named.pointer<const std::int64_t>("begin"),
+          .end = named.pointer<const std::int64_t>("end"),
+          .candidates = named.pointer<const std::int64_t>("candidates"),
+          .weights = {named.pointer<const T>("w1"), named.pointer<const T>("b1"), named.pointer<const T>("w2"),
+                      named.pointer<const T>("b2"), named.pointer<const T>("w3"), named.pointer<const T>("b3"),
+                      named.pointer<const T>("slope")},
+          .out = {named.pointer<T>("out"), candidates, shape.value_dim, shape.value_dim},
+          .lse = named.pointer<T>("lse"),
+          .scratch = named.pointer<T>("scratch")};
+}
+
+template <class T>
+void din_forward(const py::kwargs& arguments) {
+  const auto args = din_args<T>(Named(arguments));
+  py::gil_scoped_release unlocked;
+  recfast::din_attention::forward(args);
+}
+
+template <class T>
+void din_backward(const py::kwargs& arguments) {
+  const Named named(arguments);
+  const auto args = din_args<T>(named);
+  const recfast::Rows<T> keys{named.pointer<T>("dkeys"), 0, args.shape.dim, args.shape.dim};
+  const recfast::din_attention::Gradients<T> gradients{
+      .grad = {named.pointer<const T>("grad"), args.query.rows, args.shape.value_dim, args.shape.value_dim},
+      .query = {named.pointer<T>("dquery"), args.query.rows, args.shape.dim, args.shape.dim},
+      .keys = keys,
+      .values = {named.pointer<T>("dvalues"), 0, args.shape.value_dim, args.shape.value_dim},
+      .weights = {named.pointer<T>("dw1"), named.pointer<T>("db1"), named.pointer<T>("dw2"), named.pointer<T>("db2"),
+                  named.pointer<T>("dw3"), named.pointer<T>("db3"), named.pointer<T>("dslope")}};
+  py::gil_scoped_release unlocked;
+  recfast::din_attention::backward(args, gradients);
+}
+
+void bind_din_attention(py::module_& m) {
+  m.def("din_attention_forward_float32", &din_forward<float>);
+  m.def("din_attention_forward_float64", &din_forward<double>);
+  m.def("din_attention_backward_float32", &din_backward<float>);
+  m.def("din_attention_backward_float64", &din_backward<double>);
+  m.def("din_attention_scratch", [](bool backward, const py::kwargs& arguments) {
+    return recfast::din_attention::scratch_size(din_shape(Named(arguments)), backward);
+  });
+  // (the first wrong position or -1, the longest list)
+  m.def("din_attention_check_offsets", [](Address offsets, std::int64_t size, std::int64_t total) {
+    std::int64_t longest = 0;
+    const std::int64_t wrong =
+        recfast::din_attention::check_offsets(span_at<const std::int64_t>(offsets, size), total, longest);
+    return py::make_tuple(wrong, longest);
+  });
 }
 
 }  // namespace
@@ -163,4 +250,5 @@ PYBIND11_MODULE(_C, m) {
   bind_code_rows(m);
   bind_code_search(m);
   bind_example_axpy(m);
+  bind_din_attention(m);
 }

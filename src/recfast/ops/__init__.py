@@ -2,6 +2,7 @@
 
 from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
+from recfast.ops.din_attention import DINWeights, din_attention
 from recfast.ops.example_axpy import example_axpy
 
-__all__ = ["Codes", "RowsIndex", "code_rows_search", "code_search", "example_axpy"]
+__all__ = ["Codes", "DINWeights", "RowsIndex", "code_rows_search", "code_search", "din_attention", "example_axpy"]
