@@ -15,6 +15,9 @@
 #include "common/parallel.h"
 #include "common/random.h"
 #include "din_attention/din_attention.h"
+#include "embedding_bag/embedding_bag.h"
+#include "embedding_bag/gather_probe.h"
+#include "embedding_bag/gradient.h"
 #include "example_axpy/example_axpy.h"
 
 namespace py = pybind11;
@@ -239,6 +242,91 @@ void bind_din_attention(py::module_& m) {
     const std::int64_t wrong =
         recfast::din_attention::check_offsets(span_at<const std::int64_t>(offsets, size), total, longest);
     return py::make_tuple(wrong, longest);
+template <class Value, class Index>
+recfast::embedding_bag::Args<Value, Index> bag_args(Address table, Address step, std::int64_t rows, std::int64_t width,
+                                                    Address indices, std::int64_t total, Address offsets,
+                                                    std::int64_t bags, Address weights, bool mean, Address out) {
+  using recfast::embedding_bag::Real;
+  return {.table = {at<const Value>(table), rows, width, width},
+          .step = at<const float>(step),
+          .indices = span_at<const Index>(indices, total),
+          .offsets = at<const std::int64_t>(offsets),
+          .bags = bags,
+          .weights = at<const Real<Value>>(weights),
+          .mean = mean,
+          .out = at<Real<Value>>(out)};
+}
+
+// -1: done. p >= 0: indices[p] is wrong. -2 - p: offsets[p] is wrong.
+template <class Value, class Index>
+std::int64_t embedding_bag(Address table, Address step, std::int64_t rows, std::int64_t width, Address indices,
+                           std::int64_t total, Address offsets, std::int64_t bags, Address weights, bool mean,
+                           Address out) {
+  py::gil_scoped_release unlocked;
+  const auto status = recfast::embedding_bag::run(
+      bag_args<Value, Index>(table, step, rows, width, indices, total, offsets, bags, weights, mean, out));
+  return status.bad_offset >= 0 ? -2 - status.bad_offset : status.bad_index;
+}
+
+// grad [bags, width] -> out [total]
+template <class Value, class Index>
+void embedding_bag_weight_gradient(Address table, Address step, std::int64_t rows, std::int64_t width, Address indices,
+                                   std::int64_t total, Address offsets, std::int64_t bags, bool mean, Address grad,
+                                   Address out) {
+  using recfast::embedding_bag::Real;
+  py::gil_scoped_release unlocked;
+  recfast::embedding_bag::weight_gradient(
+      bag_args<Value, Index>(table, step, rows, width, indices, total, offsets, bags, 0, mean, 0),
+      at<const Real<Value>>(grad), at<Real<Value>>(out));
+}
+
+// Scratch: keys [2 total], starts [total + 1], bag_of [total] (with offsets), coefficient [total] (weights or mean).
+// Returns -1, or the position of the first id outside the table.
+template <class T, class Index>
+std::int64_t embedding_bag_table_gradient(Address grad, std::int64_t rows, std::int64_t width, Address indices,
+                                          std::int64_t total, Address offsets, std::int64_t bags, Address weights,
+                                          bool mean, Address keys, Address starts, Address bag_of, Address coefficient,
+                                          Address out) {
+  using namespace recfast::embedding_bag;
+  py::gil_scoped_release unlocked;
+  recfast::FirstError error;
+  auto* words = at<std::uint64_t>(keys);
+  const std::uint64_t* sorted = recfast::sort_ids(span_at<const Index>(indices, total), rows, words, words + total, error);
+  if (sorted == nullptr) return error.position();
+  PositionGradient<T> gradient{at<const T>(grad), width, nullptr, at<const T>(weights)};
+  if (offsets != 0) {
+    spread_bags(at<const std::int64_t>(offsets), bags, at<const T>(weights), mean, at<std::int32_t>(bag_of),
+                at<T>(coefficient));
+    gradient.bag_of = at<const std::int32_t>(bag_of);
+    gradient.coefficient = at<const T>(coefficient);
+  }
+  const std::int64_t runs = recfast::find_runs(sorted, total, at<std::int64_t>(starts));
+  table_gradient(gradient, sorted, at<const std::int64_t>(starts), runs, at<T>(out));
+  return -1;
+}
+
+void bind_embedding_bag(py::module_& m) {
+  m.def("embedding_bag_float32_int32", &embedding_bag<float, std::int32_t>);
+  m.def("embedding_bag_float32_int64", &embedding_bag<float, std::int64_t>);
+  m.def("embedding_bag_float64_int32", &embedding_bag<double, std::int32_t>);
+  m.def("embedding_bag_float64_int64", &embedding_bag<double, std::int64_t>);
+  m.def("embedding_bag_int8_int32", &embedding_bag<std::int8_t, std::int32_t>);
+  m.def("embedding_bag_int8_int64", &embedding_bag<std::int8_t, std::int64_t>);
+  m.def("embedding_bag_weight_gradient_float32_int32", &embedding_bag_weight_gradient<float, std::int32_t>);
+  m.def("embedding_bag_weight_gradient_float32_int64", &embedding_bag_weight_gradient<float, std::int64_t>);
+  m.def("embedding_bag_weight_gradient_float64_int32", &embedding_bag_weight_gradient<double, std::int32_t>);
+  m.def("embedding_bag_weight_gradient_float64_int64", &embedding_bag_weight_gradient<double, std::int64_t>);
+  m.def("embedding_bag_weight_gradient_int8_int32", &embedding_bag_weight_gradient<std::int8_t, std::int32_t>);
+  m.def("embedding_bag_weight_gradient_int8_int64", &embedding_bag_weight_gradient<std::int8_t, std::int64_t>);
+  m.def("embedding_bag_table_gradient_float32_int32", &embedding_bag_table_gradient<float, std::int32_t>);
+  m.def("embedding_bag_table_gradient_float32_int64", &embedding_bag_table_gradient<float, std::int64_t>);
+  m.def("embedding_bag_table_gradient_float64_int32", &embedding_bag_table_gradient<double, std::int32_t>);
+  m.def("embedding_bag_table_gradient_float64_int64", &embedding_bag_table_gradient<double, std::int64_t>);
+  m.def("gather_probe", [](Address table, std::int64_t row_bytes, Address ids, std::int64_t total, std::int64_t ahead,
+                           bool near) {
+    py::gil_scoped_release unlocked;
+    return recfast::embedding_bag::gather_probe(at<const std::uint8_t>(table), row_bytes,
+                                                span_at<const std::int64_t>(ids, total), ahead, near);
   });
 }
 
@@ -251,4 +339,5 @@ PYBIND11_MODULE(_C, m) {
   bind_code_search(m);
   bind_example_axpy(m);
   bind_din_attention(m);
+  bind_embedding_bag(m);
 }

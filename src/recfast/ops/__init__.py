@@ -6,3 +6,7 @@ from recfast.ops.din_attention import DINWeights, din_attention
 from recfast.ops.example_axpy import example_axpy
 
 __all__ = ["Codes", "DINWeights", "RowsIndex", "code_rows_search", "code_search", "din_attention", "example_axpy"]
+from recfast.ops.embedding_bag import QuantizedTable, embedding_bag, quantize
+from recfast.ops.example_axpy import example_axpy
+
+__all__ = ["QuantizedTable", "embedding_bag", "example_axpy", "quantize"]
