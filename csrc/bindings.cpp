@@ -157,6 +157,8 @@ void bind_code_search(py::module_& m) {
         [](std::int64_t queries, std::int64_t items) { return recfast::code_search::plan(queries, items).heaps; });
   m.def("code_search_uint8", &code_search<std::uint8_t>);
   m.def("code_search_uint16", &code_search<std::uint16_t>);
+}
+
 // Arguments by name, for ops with too many to count: a missing one raises KeyError.
 class Named {
  public:
@@ -242,6 +244,9 @@ void bind_din_attention(py::module_& m) {
     const std::int64_t wrong =
         recfast::din_attention::check_offsets(span_at<const std::int64_t>(offsets, size), total, longest);
     return py::make_tuple(wrong, longest);
+  });
+}
+
 template <class Value, class Index>
 recfast::embedding_bag::Args<Value, Index> bag_args(Address table, Address step, std::int64_t rows, std::int64_t width,
                                                     Address indices, std::int64_t total, Address offsets,
