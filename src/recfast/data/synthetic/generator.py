@@ -71,7 +71,7 @@ class Generator:
         return self._world.users.frame()
 
     def part(self, index: int) -> pl.DataFrame:
-        """Part `index` of the log, about half a million impressions in order of time.
+        """Part `index` of the log, about a third of a million impressions in order of time.
 
         Columns: user, item, time (seconds since 1970), session (int64), position (from 1), hour (int16);
         scenario, device, age_band, city, genre, price_bucket (strings); click, conversion, random (int8); and
