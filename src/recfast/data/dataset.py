@@ -68,9 +68,7 @@ class Jagged(NamedTuple):
         """Return the lists `rows` (int64 [n], repeats allowed), of each its `last` values if given."""
         index = torch.as_tensor(np.asarray(rows) if not isinstance(rows, Tensor) else rows, dtype=torch.int64)
         offsets = self.offsets.numpy()
-        values, out = gather_jagged(
-            self.values.numpy(), offsets[index.numpy()], offsets[index.numpy() + 1], last
-        )
+        values, out = gather_jagged(self.values.numpy(), offsets[index.numpy()], offsets[index.numpy() + 1], last)
         return Jagged(torch.from_numpy(values), torch.from_numpy(out))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Jagged:
@@ -142,9 +140,7 @@ class Batch:
             ids=self.ids.to(device, non_blocking=non_blocking),
             numeric=self.numeric.to(device, non_blocking=non_blocking),
             sequences={name: jagged.to(device, non_blocking) for name, jagged in self.sequences.items()},
-            vectors={
-                name: vector.to(device, non_blocking=non_blocking) for name, vector in self.vectors.items()
-            },
+            vectors={name: vector.to(device, non_blocking=non_blocking) for name, vector in self.vectors.items()},
             label=move(self.label),
             group=move(self.group),
             candidate_offsets=move(self.candidate_offsets),
@@ -170,9 +166,7 @@ class Vocabulary:
 
     def __init__(self, values: pl.Series, counts: np.ndarray | None = None, name: str = "values") -> None:
         self.values = values
-        self.counts = (
-            np.zeros(len(values), dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
-        )
+        self.counts = np.zeros(len(values), dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
         self.name = name
         self._lock = threading.Lock()
         self._text: Any = None
@@ -205,9 +199,7 @@ class Vocabulary:
             try:
                 series = pl.Series(self.name, values)
             except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
-                series = pl.Series(
-                    self.name, [None if v is None else str(v) for v in values], dtype=pl.String
-                )
+                series = pl.Series(self.name, [None if v is None else str(v) for v in values], dtype=pl.String)
         return self.encode_series(series)
 
     def encode_series(self, series: pl.Series) -> np.ndarray:
@@ -494,9 +486,7 @@ class Dataset:
         self.name: str = self.meta["name"]
         self.schema = Schema.load(self.path / "schema.json")
         self.vocabulary = {
-            column.name: Vocabulary.load(
-                self.path / "vocabulary" / f"{file_name(column.name)}.parquet", column.name
-            )
+            column.name: Vocabulary.load(self.path / "vocabulary" / f"{file_name(column.name)}.parquet", column.name)
             for column in self.schema.categorical
         }
         self.items = self._side_frame("item")
@@ -575,18 +565,14 @@ class Dataset:
         if upto not in (*SPLITS, "all"):
             raise InputError(f"Dataset: upto = {upto!r} is not 'train', 'valid', 'test' or 'all'")
         if self.schema.user is None or self.schema.item is None:
-            raise InputError(
-                "Dataset: a history needs a column with the role 'user' and one with the role 'item'"
-            )
+            raise InputError("Dataset: a history needs a column with the role 'user' and one with the role 'item'")
         root = self.path / folder
         offsets = load_array(root / "offsets.npy")
         items = load_array(root / f"{file_name(values)}.npy")
         last = SPLITS.index(upto) if upto != "all" else len(SPLITS)
         keep = load_array(root / "split.npy") <= last
         if keep.all():
-            return Jagged(
-                torch.from_numpy(items.astype(np.int64)), torch.from_numpy(offsets.astype(np.int64))
-            )
+            return Jagged(torch.from_numpy(items.astype(np.int64)), torch.from_numpy(offsets.astype(np.int64)))
         kept = np.zeros(len(keep) + 1, dtype=np.int64)
         np.cumsum(keep, out=kept[1:])
         return Jagged(torch.from_numpy(items[keep].astype(np.int64)), torch.from_numpy(kept[offsets]))
@@ -673,13 +659,9 @@ class Dataset:
         features = np.zeros((rows, len(names)), dtype=np.float32)
         if names:
             pairs = (
-                self.items.select(pl.int_range(1, pl.len() + 1).alias("id"), "genres")
-                .explode("genres")
-                .drop_nulls()
+                self.items.select(pl.int_range(1, pl.len() + 1).alias("id"), "genres").explode("genres").drop_nulls()
             )
-            features[
-                pairs["id"].to_numpy(), Vocabulary(pl.Series(names)).encode_series(pairs["genres"]) - 1
-            ] = 1.0
+            features[pairs["id"].to_numpy(), Vocabulary(pl.Series(names)).encode_series(pairs["genres"]) - 1] = 1.0
         return features
 
     def summary(self) -> dict[str, Any]:
@@ -708,9 +690,7 @@ class Dataset:
         }
         if schema.user and schema.item:
             cells = summary["users"] * summary["items"]
-            summary["density"] = (
-                float(len(load_array(self.path / "seen" / "split.npy")) / cells) if cells else 0.0
-            )
+            summary["density"] = float(len(load_array(self.path / "seen" / "split.npy")) / cells) if cells else 0.0
             counts = np.sort(self.popularity("train")[1:])[::-1]
             total = int(counts.sum())
             summary["popularity"] = {
@@ -721,8 +701,7 @@ class Dataset:
                 "share_of_top_1_percent": float(counts[: max(1, len(counts) // 100)].sum() / max(total, 1)),
                 "share_of_top_10_percent": float(counts[: max(1, len(counts) // 10)].sum() / max(total, 1)),
                 "quantiles": {
-                    str(q): float(np.quantile(counts, q)) if len(counts) else 0.0
-                    for q in (0.1, 0.25, 0.5, 0.75, 0.9)
+                    str(q): float(np.quantile(counts, q)) if len(counts) else 0.0 for q in (0.1, 0.25, 0.5, 0.75, 0.9)
                 },
             }
             lengths = self.history("train").lengths().numpy()[1:]

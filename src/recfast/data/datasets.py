@@ -24,6 +24,10 @@ ML_GENRES = (
 FRAPPE_FIELDS = (
     "user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city",
 )  # fmt: skip
+_FRAPPE_ABOUT = {
+    True: "Frappe: which apps people use in which context.",
+    False: "Frappe: which apps people use in which context; train negatives re-drawn.",
+}
 
 
 def load(
@@ -63,9 +67,7 @@ def load(
         "frappe": (load_frappe, ()),
     }
     if name not in loaders:
-        raise InputError(
-            f"data.load: there is no data set {name!r}; " + nearest(name, [*loaders, "synthetic"])
-        )
+        raise InputError(f"data.load: there is no data set {name!r}; " + nearest(name, [*loaders, "synthetic"]))
     loader, known = loaders[name]
     for option in options:
         if option not in known:
@@ -142,9 +144,7 @@ def load_ml_100k(
     if isinstance(negatives, bool) or not isinstance(negatives, int) or negatives < 0:
         raise InputError(f"data.load: ml-100k: negatives = {negatives!r} is not a whole number from 0 on")
     data_path, item_path, user_path = _find("ml-100k", path, ("u.data", "u.item", "u.user"))
-    ratings = _read_table(
-        data_path, "\t", {"user": pl.Int64, "item": pl.Int64, "rating": pl.Int64, "time": pl.Int64}
-    )
+    ratings = _read_table(data_path, "\t", {"user": pl.Int64, "item": pl.Int64, "rating": pl.Int64, "time": pl.Int64})
     flags = {f"genre{i}": pl.Int8 for i in range(len(ML_GENRES))}
     item_schema = {
         "item": pl.Int64,
@@ -188,9 +188,7 @@ def load_ml_100k(
         "occupation",
     )
 
-    log = ratings.with_row_index("row").with_columns(
-        label=(pl.col("rating") >= 4).cast(pl.Int8), sampled=pl.lit(False)
-    )
+    log = ratings.with_row_index("row").with_columns(label=(pl.col("rating") >= 4).cast(pl.Int8), sampled=pl.lit(False))
     # The position of a rating in its user's time order decides its split.
     by_time = log.sort(["user", "time", "row"]).with_columns(
         share=pl.int_range(pl.len()).over("user") / pl.len().over("user")
@@ -201,8 +199,7 @@ def load_ml_100k(
     if negatives:
         log = _with_negatives(log, films["item"].to_numpy(), negatives, seed)
     parts = [
-        log.filter(pl.col("split") == code).select("user", "item", "label", "time", "sampled")
-        for code in range(3)
+        log.filter(pl.col("split") == code).select("user", "item", "label", "time", "sampled") for code in range(3)
     ]
     schema = Schema(
         [
@@ -219,7 +216,18 @@ def load_ml_100k(
         time="time",
         group="user",
     )
-    return prepare(schema, *parts, items=items, users=users, sampled="sampled", cache=cache, name="ml-100k")
+    drawn = f", {negatives} unseen films drawn as negatives for each" if negatives else ""
+    return prepare(
+        schema,
+        *parts,
+        items=items,
+        users=users,
+        sampled="sampled",
+        cache=cache,
+        name="ml-100k",
+        about=f"MovieLens 100K: 100,000 ratings of films; 4 or 5 counts as liked{drawn}. Split by time "
+        "within each user.",
+    )
 
 
 def _with_negatives(log: pl.DataFrame, catalogue: np.ndarray, count: int, seed: int) -> pl.DataFrame:
@@ -254,9 +262,7 @@ def _with_negatives(log: pl.DataFrame, catalogue: np.ndarray, count: int, seed: 
     return pl.concat([log.select(columns), drawn.select(columns)]).sort(["row", "draw"]).drop("draw")
 
 
-def load_frappe(
-    path: str | os.PathLike[str] | None, *, cache: str | os.PathLike[str] | None = None
-) -> Dataset:
+def load_frappe(path: str | os.PathLike[str] | None, *, cache: str | os.PathLike[str] | None = None) -> Dataset:
     """Frappe, app usage in context (Baltrunas et al., arXiv:1505.03014), in the split of BARS `frappe_x1`.
 
     Ten categorical fields: user, item, daytime, weekday, isweekend, homework, cost, weather, country, city;
@@ -279,12 +285,10 @@ def load_frappe(
     """
     rebuilt = "frappe.train.rebuilt.libfm"
     original = "frappe.train.libfm"
-    has_original = path is not None and any(
-        (Path(path) / f"{original}{end}").is_file() for end in ("", ".zst")
-    )
+    has_original = path is not None and any((Path(path) / f"{original}{end}").is_file() for end in ("", ".zst"))
     files = _find(
         "frappe",
         path,
         (original if has_original else rebuilt, "frappe.validation.libfm", "frappe.test.libfm"),
     )
-    return prepare_libfm(*files, FRAPPE_FIELDS, cache=cache, name="frappe")
+    return prepare_libfm(*files, FRAPPE_FIELDS, cache=cache, name="frappe", about=_FRAPPE_ABOUT[has_original])

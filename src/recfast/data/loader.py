@@ -166,9 +166,7 @@ class Loader:
             if key not in state:
                 raise InputError(f"Loader: the state has no {key!r}")
             if key not in ("epoch", "batch") and state[key] != own[key]:
-                raise InputError(
-                    f"Loader: the state has {key} = {state[key]!r}, this loader has {own[key]!r}"
-                )
+                raise InputError(f"Loader: the state has {key} = {state[key]!r}, this loader has {own[key]!r}")
         if not 0 <= state["batch"] <= len(self) or state["epoch"] < 0:
             raise InputError(
                 f"Loader: the state stands at epoch {state['epoch']}, batch {state['batch']} of {len(self)}"

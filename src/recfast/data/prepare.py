@@ -56,6 +56,7 @@ def prepare(
     sampled: str | None = None,
     cache: str | os.PathLike[str] | None = None,
     name: str = "data",
+    about: str = "",
 ) -> Dataset:
     """Prepare a log for training, or find it prepared already.
 
@@ -85,6 +86,8 @@ def prepare(
         The folder that holds prepared data; see `cache_folder`.
     name
         What reports call the data.
+    about
+        A sentence about the data for reports; kept as ``meta["about"]``.
 
     Raises
     ------
@@ -128,7 +131,7 @@ def prepare(
                 for role, what, raw in (("item", "items", items), ("user", "users", users))
                 if raw is not None
             }
-            key = _key(schema, splits, sides, sampled, name)
+            key = _key(schema, splits, sides, sampled, [name, about])
             target = root / f"{file_name(name)}-{key}"
             if target.exists():
                 # A folder that someone damaged is prepared again.
@@ -137,7 +140,7 @@ def prepare(
             while True:
                 try:
                     with atomic_path(target, directory=True) as folder:
-                        _Preparation(schema, splits, sides, sampled, name, folder).run()
+                        _Preparation(schema, splits, sides, sampled, name, about, folder).run()
                     return Dataset(target)
                 except Widened:
                     continue
@@ -156,6 +159,7 @@ def prepare_libfm(
     users: Any = None,
     cache: str | os.PathLike[str] | None = None,
     name: str = "data",
+    about: str = "",
 ) -> Dataset:
     """Prepare libfm lines ``label i:1 j:1 ...`` with one active index per field (plain, .gz or .zst).
 
@@ -168,7 +172,7 @@ def prepare_libfm(
     schema
         What the fields are; left out, all are categorical, "user" and "item" have those roles, and the label
         is "label".
-    items, users, cache, name
+    items, users, cache, name, about
         As in `prepare`.
 
     Raises
@@ -225,11 +229,11 @@ def _key(
     splits: dict[str, list[Source]],
     sides: dict[str, _SideTable],
     sampled: str | None,
-    name: str,
+    names: list[str],
 ) -> str:
     hasher = hashlib.blake2b(digest_size=10)
     # The types that a reader inferred are not part of it: they follow from the content.
-    hasher.update(json.dumps([FORMAT, schema.to_dict(), sampled, name], sort_keys=True).encode())
+    hasher.update(json.dumps([FORMAT, schema.to_dict(), sampled, names], sort_keys=True).encode())
     for split, sources in splits.items():
         hasher.update(f"{split}:{len(sources)}".encode())
         for source in sources:
@@ -249,9 +253,7 @@ class _SideTable:
         if self.key is None:
             raise InputError(f"prepare: {what} are given, but no column of the schema has the role {role!r}")
         if self.key not in frame.columns:
-            raise InputError(
-                f"prepare: {what} has no column {self.key!r}; " + nearest(self.key, frame.columns)
-            )
+            raise InputError(f"prepare: {what} has no column {self.key!r}; " + nearest(self.key, frame.columns))
         keys = frame[self.key]
         if keys.null_count():
             raise InputError(f"prepare: {what} has a row without {self.key!r}")
@@ -304,11 +306,7 @@ class _Counter:
 
     def add(self, series: pl.Series) -> None:
         part = (
-            series.drop_nulls()
-            .alias("value")
-            .to_frame()
-            .group_by("value")
-            .agg(pl.len().cast(pl.Int64).alias("count"))
+            series.drop_nulls().alias("value").to_frame().group_by("value").agg(pl.len().cast(pl.Int64).alias("count"))
         )
         self._parts.append(part)
         self._pending += part.height
@@ -321,9 +319,7 @@ class _Counter:
 
     def vocabulary(self, min_count: int, name: str) -> Vocabulary:
         self._merge()
-        frame = self._merged.filter(pl.col("count") >= min_count).sort(
-            ["count", "value"], descending=[True, False]
-        )
+        frame = self._merged.filter(pl.col("count") >= min_count).sort(["count", "value"], descending=[True, False])
         return Vocabulary(frame["value"].rechunk(), frame["count"].to_numpy(), name)
 
 
@@ -377,9 +373,7 @@ class NpyWriter:
     def close(self) -> None:
         """Write the header, now that the length is known, and bring the file to the disk."""
         shape = (self.rows,) if self.width is None else (self.rows, self.width)
-        text = repr(
-            {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
-        )
+        text = repr({"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape})
         body = text.encode("latin1").ljust(self._HEADER - 11) + b"\n"
         self._handle.seek(0)
         self._handle.write(b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body)
@@ -429,10 +423,11 @@ class _Preparation:
         sides: dict[str, _SideTable],
         sampled: str | None,
         name: str,
+        about: str,
         folder: Path,
     ) -> None:
         self.schema, self.splits, self.sides = schema, splits, sides
-        self.sampled, self.name, self.folder = sampled, name, folder
+        self.sampled, self.name, self.about, self.folder = sampled, name, about, folder
         self.vocabulary: dict[str, Vocabulary] = {}
         self.moments: dict[str, _Moments] = {}
         self.rows: dict[str, int] = {}
@@ -461,6 +456,7 @@ class _Preparation:
         meta = {
             "format": FORMAT,
             "name": self.name,
+            "about": self.about,
             "rows": self.rows,
             "derived": self.derived,
             "vectors_by_id": self.vectors_by_id,
@@ -493,9 +489,7 @@ class _Preparation:
                             f"derived from the log, because the schema has no {what} column"
                         )
                 self.derived.append(column.name)
-            elif (
-                role in self.sides and column.name in self.sides[role] and column.name != self.sides[role].key
-            ):
+            elif role in self.sides and column.name in self.sides[role] and column.name != self.sides[role].key:
                 if column.kind == "vector":
                     self.vectors_by_id.append(column.name)
                 else:
@@ -503,9 +497,7 @@ class _Preparation:
             else:
                 known = [*first.dtypes, *(c for side in self.sides.values() for c in side.frame.columns)]
                 where = " and ".join([first.place, *(side.what for side in self.sides.values())])
-                raise InputError(
-                    f"prepare: {where} has no column {column.name!r}; " + nearest(column.name, known)
-                )
+                raise InputError(f"prepare: {where} has no column {column.name!r}; " + nearest(column.name, known))
         for name in (schema.label, schema.time, schema.group, self.sampled):
             if name is not None and name not in needed:
                 needed.append(name)
@@ -532,8 +524,7 @@ class _Preparation:
                         )
                     if name in numeric and kind not in _NUMBERS:
                         raise InputError(
-                            f"prepare: column {name!r} of {source.place} is {_spoken(dtype)}, "
-                            "expected numbers"
+                            f"prepare: column {name!r} of {source.place} is {_spoken(dtype)}, expected numbers"
                         )
                     if name in numeric or kind == "null":
                         continue
@@ -554,8 +545,7 @@ class _Preparation:
         for column in self.schema.categorical:
             if kind_of(self.types[column.name]) == "list":
                 raise InputError(
-                    f"prepare: column {column.name!r} holds lists; declare it as Sequence or Vector, not as "
-                    "Categorical"
+                    f"prepare: column {column.name!r} holds lists; declare it as Sequence or Vector, not as Categorical"
                 )
         if self.schema.time is not None and kind_of(self.types[self.schema.time]) not in (
             "integer",
@@ -599,16 +589,12 @@ class _Preparation:
         infinite = np.flatnonzero(np.isinf(values))
         if infinite.size:
             i = int(infinite[0])
-            raise InputError(
-                f"prepare: {place}, row {before + i + 1}: {column.name!r} = {values[i]} is not finite"
-            )
+            raise InputError(f"prepare: {place}, row {before + i + 1}: {column.name!r} = {values[i]} is not finite")
         if column.transform == "log":
             return np.sign(values) * np.log1p(np.abs(values))
         return values
 
-    def _lists(
-        self, series: pl.Series, inner: pl.DataType, last: int, place: str
-    ) -> tuple[np.ndarray, pl.Series]:
+    def _lists(self, series: pl.Series, inner: pl.DataType, last: int, place: str) -> tuple[np.ndarray, pl.Series]:
         """Return the lengths of a column of lists, int64 [n], and their values end to end."""
         if kind_of(series.dtype) == "text":
             series = series.cast(pl.String)
@@ -645,12 +631,8 @@ class _Preparation:
             for column in self.raw_sequences:
                 # An item that occurs in histories only has an embedding too.
                 counter = counters[column.of]
-                counter.add(
-                    self._lists(batch[column.name], counter.dtype, column.max_length, source.place)[1]
-                )
-        self.vocabulary = {
-            c.name: counters[c.name].vocabulary(c.min_count, c.name) for c in schema.categorical
-        }
+                counter.add(self._lists(batch[column.name], counter.dtype, column.max_length, source.place)[1])
+        self.vocabulary = {c.name: counters[c.name].vocabulary(c.min_count, c.name) for c in schema.categorical}
 
     def _transform(self, split: str) -> None:
         schema = self.schema
@@ -724,9 +706,7 @@ class _Preparation:
                     list_ends[column.name] += int(lengths.sum())
                 for column in vectors:
                     place = f"{source.place}, from row {before + 1} on"
-                    vectors_out[column.name].write(
-                        self._vectors(batch[column.name], column.dim, place, required=True)
-                    )
+                    vectors_out[column.name].write(self._vectors(batch[column.name], column.dim, place, required=True))
         if rows == 0:
             place = ", ".join(source.place for source in self.splits[split][:3])
             raise InputError(f"prepare: the {split} split has no rows ({place})")
@@ -748,8 +728,7 @@ class _Preparation:
         if wrong.size:
             i = int(wrong[0])
             raise InputError(
-                f"prepare: {place}, row {before + i + 1}: label {series.name!r} = {series[i]!r} is "
-                "outside {0, 1}"
+                f"prepare: {place}, row {before + i + 1}: label {series.name!r} = {series[i]!r} is outside {{0, 1}}"
             )
         return values.astype(np.float32)
 
@@ -777,9 +756,7 @@ class _Preparation:
             )
         values = flat.fill_null(float("nan")).to_numpy()
         if not np.isfinite(values).all():
-            raise InputError(
-                f"prepare: {place}: vector {series.name!r} holds a number that is missing or not finite"
-            )
+            raise InputError(f"prepare: {place}: vector {series.name!r} holds a number that is missing or not finite")
         table[lengths == dim] = values.reshape(-1, dim)
         return table
 
@@ -852,9 +829,7 @@ class _Preparation:
     def _chunks(self, split: str, stems: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
         """Yield the columns of a split in pieces; those that are not there are left out."""
         folder = self.folder / split
-        readers = {
-            stem: NpyReader(folder / f"{stem}.npy") for stem in stems if (folder / f"{stem}.npy").exists()
-        }
+        readers = {stem: NpyReader(folder / f"{stem}.npy") for stem in stems if (folder / f"{stem}.npy").exists()}
         for start in range(0, self.rows[split], _CHUNK_ROWS):
             yield {stem: reader.rows(start, start + _CHUNK_ROWS) for stem, reader in readers.items()}
 
@@ -863,9 +838,7 @@ class _Preparation:
     ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], np.ndarray, np.ndarray]:
         """Return the events, not the sampled negatives, of users low to high in the order of the rows."""
         positions = {name: self.schema.position(name) for name in listed}
-        parts: dict[str, list[np.ndarray]] = {
-            key: [] for key in ("user", "time", "split", "positive", *listed)
-        }
+        parts: dict[str, list[np.ndarray]] = {key: [] for key in ("user", "time", "split", "positive", *listed)}
         for code, split in enumerate(SPLITS):
             if split not in self.splits:
                 continue
@@ -876,21 +849,15 @@ class _Preparation:
                     inside &= ~chunk["sampled"]
                 row = np.flatnonzero(inside)
                 parts["user"].append(user[row])
-                parts["time"].append(
-                    chunk["time"][row] if "time" in chunk else np.zeros(len(row), dtype=np.int64)
-                )
+                parts["time"].append(chunk["time"][row] if "time" in chunk else np.zeros(len(row), dtype=np.int64))
                 parts["split"].append(np.full(len(row), code, dtype=np.uint8))
-                parts["positive"].append(
-                    chunk["label"][row] > 0.5 if "label" in chunk else np.ones(len(row), bool)
-                )
+                parts["positive"].append(chunk["label"][row] > 0.5 if "label" in chunk else np.ones(len(row), bool))
                 for name, position in positions.items():
                     parts[name].append(chunk["ids"][row, position])
         whole = {key: np.concatenate(arrays) for key, arrays in parts.items()}
         return whole["user"], whole["time"], {n: whole[n] for n in listed}, whole["split"], whole["positive"]
 
-    def _history_ends(
-        self, low: int, high: int, user_at: int, user: np.ndarray, time: np.ndarray, first: int
-    ) -> None:
+    def _history_ends(self, low: int, high: int, user_at: int, user: np.ndarray, time: np.ndarray, first: int) -> None:
         """For the rows of users low to high, write where the positives strictly earlier than the row end.
 
         `user` and `time` [P] are the positives of these users in order; the first of them has index `first`.
@@ -971,9 +938,7 @@ class _Preparation:
             frame = frame.hstack(known)
         for j, column in enumerate(categorical):
             if column.name not in frame.columns:
-                frame = frame.with_columns(
-                    self.vocabulary[column.name].decode_series(ids[1:, j]).alias(column.name)
-                )
+                frame = frame.with_columns(self.vocabulary[column.name].decode_series(ids[1:, j]).alias(column.name))
         frame.write_parquet(self.folder / f"{role}s.parquet")
 
 

@@ -134,9 +134,7 @@ class Numeric:
     def __post_init__(self) -> None:
         _check_name("Numeric", self.name)
         if self.transform not in (None, "standard", "log"):
-            raise InputError(
-                f"Numeric {self.name!r}: transform = {self.transform!r} is not 'standard', 'log' or None"
-            )
+            raise InputError(f"Numeric {self.name!r}: transform = {self.transform!r} is not 'standard', 'log' or None")
         _check_side("Numeric", self.name, self.side)
 
 
@@ -213,9 +211,7 @@ class Schema:
         seen: set[str] = set()
         for i, column in enumerate(columns):
             if not isinstance(column, Categorical | Sequence | Numeric | Vector):
-                raise InputError(
-                    f"Schema: columns[{i}] = {column!r} is not a Categorical, Sequence, Numeric or Vector"
-                )
+                raise InputError(f"Schema: columns[{i}] = {column!r} is not a Categorical, Sequence, Numeric or Vector")
             if column.name in seen:
                 raise InputError(f"Schema: two columns are named {column.name!r}; a name may stand once")
             seen.add(column.name)
@@ -225,9 +221,7 @@ class Schema:
         for role in ("user", "item"):
             holders = [column.name for column in categorical if column.role == role]
             if len(holders) > 1:
-                raise InputError(
-                    f"Schema: columns {holders[0]!r} and {holders[1]!r} both have the role {role!r}"
-                )
+                raise InputError(f"Schema: columns {holders[0]!r} and {holders[1]!r} both have the role {role!r}")
         names = [column.name for column in categorical]
         item = next((column.name for column in categorical if column.role == "item"), None)
         resolved: list[Column] = []
@@ -246,9 +240,7 @@ class Schema:
             if value is not None:
                 _check_name(f"Schema: {what}", value)
         if self.label is not None and self.label in seen:
-            raise InputError(
-                f"Schema: the label {self.label!r} is also a feature column, which would give it away"
-            )
+            raise InputError(f"Schema: the label {self.label!r} is also a feature column, which would give it away")
         if self.fitted is not None:
             fitted = tuple((str(name), int(rows)) for name, rows in dict(self.fitted).items())
             object.__setattr__(self, "fitted", fitted)
@@ -358,9 +350,7 @@ class Schema:
             options = {key: option for key, option in entry.items() if key != "kind"}
             for key in options:
                 if key not in fields:
-                    raise InputError(
-                        f"Schema: columns[{i}] has an unknown key {key!r}; " + nearest(key, fields)
-                    )
+                    raise InputError(f"Schema: columns[{i}] has an unknown key {key!r}; " + nearest(key, fields))
             try:
                 columns.append(kind(**options))
             except TypeError as error:

@@ -91,9 +91,7 @@ class Source:
         """Raise unless every column is there."""
         for column in columns:
             if column not in self.dtypes:
-                raise InputError(
-                    f"prepare: {self.place} has no column {column!r}; " + nearest(column, self.dtypes)
-                )
+                raise InputError(f"prepare: {self.place} has no column {column!r}; " + nearest(column, self.dtypes))
 
 
 class FrameSource(Source):
@@ -253,9 +251,7 @@ class CsvSource(FileSource):
                 continue
             numbers = {kind_of(old), kind_of(dtype)} <= {"integer", "float"}
             wider = (
-                (pl.Float64() if "float" in (kind_of(old), kind_of(dtype)) else pl.Int64())
-                if numbers
-                else pl.String()
+                (pl.Float64() if "float" in (kind_of(old), kind_of(dtype)) else pl.Int64()) if numbers else pl.String()
             )
             if wider != old:
                 self.dtypes[name] = wider
@@ -288,9 +284,7 @@ class LibfmSource(FileSource):
                         f"prepare_libfm: {self.place}, line {line + i + 1} has "
                         f"{_fields_per_line(piece)[i] - 1} features, expected {len(self._names) - 1}"
                     )
-                frame = pl.read_csv(
-                    io.BytesIO(piece), separator=" ", has_header=False, schema=schema, quote_char=None
-                )
+                frame = pl.read_csv(io.BytesIO(piece), separator=" ", has_header=False, schema=schema, quote_char=None)
                 for start in range(0, frame.height, BATCH_ROWS):
                     yield self._parse(frame.slice(start, BATCH_ROWS), line + start).select(columns)
                 line += frame.height
@@ -304,9 +298,7 @@ class LibfmSource(FileSource):
         bad = (values.is_null() | ~values.is_in([-1.0, 0.0, 1.0])).to_numpy().nonzero()[0]
         if bad.size:
             i = int(bad[0])
-            raise InputError(
-                f"prepare_libfm: {self.place}, line {line + i + 1}: label {text[i]!r} is not -1, 0 or 1"
-            )
+            raise InputError(f"prepare_libfm: {self.place}, line {line + i + 1}: label {text[i]!r} is not -1, 0 or 1")
         out = {label: (values > 0).cast(pl.Int64)}
         for name in fields:
             index = frame[name].str.extract(r"^(\d+):1(?:\.0*)?$", 1).cast(pl.Int64, strict=False)
@@ -431,9 +423,7 @@ def open_sources(raw: Any, split: str, *, text: Iterable[str], spill: Callable[[
         try:
             raw.sink_parquet(path)
         except pl.exceptions.PolarsError as error:
-            raise InputError(
-                f"prepare: the lazy {split} frame cannot be collected ({first_line(error)})"
-            ) from None
+            raise InputError(f"prepare: the lazy {split} frame cannot be collected ({first_line(error)})") from None
         source = ParquetSource(path)
         source.place = f"the {split} frame"
         return [source]
@@ -487,6 +477,4 @@ def read_all(raw: Any, what: str, *, text: Iterable[str], spill: Callable[[], Pa
     try:
         return pl.concat(frames, how="vertical_relaxed")
     except pl.exceptions.PolarsError as error:
-        raise InputError(
-            f"prepare: the files of {what} do not have the same columns ({first_line(error)})"
-        ) from None
+        raise InputError(f"prepare: the files of {what} do not have the same columns ({first_line(error)})") from None
