@@ -10,6 +10,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/random.h"
 #include "example_axpy/example_axpy.h"
 
 namespace py = pybind11;
@@ -54,6 +55,12 @@ void bind_runtime(py::module_& m) {
   m.def("max_threads", &recfast::max_threads);
   m.def("set_threads", [](int threads) { omp_set_num_threads(threads); });
   m.def("openmp_library", &openmp_library);
+  // The generator itself, so that a test can hold it against the published answers.
+  m.def("philox4x32", [](std::uint64_t seed, std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3) {
+    std::uint32_t words[4];
+    recfast::Philox{seed}(c0, c1, c2, c3, words);
+    return py::make_tuple(words[0], words[1], words[2], words[3]);
+  });
 }
 
 template <class T>
