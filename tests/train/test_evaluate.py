@@ -126,6 +126,25 @@ def test_retrieval_matches_brute_force(tiny_data, name, batch_size):
         assert found[f"ndcg@{k}"] == pytest.approx(ndcg[k] / count, abs=1e-12)
 
 
+def test_a_retriever_with_scores_of_its_own(tiny_data):
+    schema = tiny_data.schema
+
+    class Parity(nn.Module):
+        task = "retrieval"
+
+        def scores(self, histories, users):
+            chosen = torch.zeros(len(users), schema.rows("item"))
+            for row, user in enumerate(users.tolist()):
+                liked = tiny_data.valid.column("item")[
+                    (tiny_data.valid.column("user") == user) & (tiny_data.valid.label == 1)
+                ]
+                chosen[row, torch.from_numpy(liked).long()] = 1.0
+            return chosen
+
+    found = train.evaluate(Parity(), tiny_data.valid, dataset=tiny_data, k=[5])
+    assert (found["recall@5"], found["ndcg@5"]) == (1.0, 1.0)
+
+
 def test_more_places_than_items(tiny_data):
     schema = tiny_data.schema
     model = Dot(torch.ones(schema.rows("user"), 1), torch.ones(schema.rows("item"), 1))

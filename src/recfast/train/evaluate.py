@@ -67,7 +67,7 @@ def evaluate(
     Parameters
     ----------
     model
-        Of the task "ranking" or "retrieval".
+        Of the task "ranking", or "retrieval" with `scores(histories, users)` or `user_vectors` and `item_vectors`.
     data
         The split; of a whole data set its test split.
     dataset
@@ -214,12 +214,13 @@ def _recommend(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield, block of users by block, the first user's position and the best `k` new items int64 [b, k], -1 padded."""
     device = _device(model)
-    items = model.item_vectors()
+    # A model may score in a way of its own, such as by neighbours; else the score is the dot product.
+    items = None if hasattr(model, "scores") else model.item_vectors()
     size = batch_size or max(1, min(1024, _BLOCK_SCORES // rows))
     for begin in range(0, len(users), size):
         block = torch.from_numpy(users[begin : begin + size])
-        vectors = model.user_vectors(history.take(block).to(device), block.to(device))
-        scores = (vectors @ items.T).float()
+        asked = history.take(block).to(device), block.to(device)
+        scores = (model.scores(*asked) if items is None else model.user_vectors(*asked) @ items.T).float()
         if torch.isnan(scores).any():
             row = int(torch.isnan(scores).any(1).nonzero()[0])
             raise InputError(f"evaluate: a score of the user with the id {users[begin + row]} is NaN, not a number")
