@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,9 +101,16 @@ def test_crash_between_checkpoints_and_resumed_is_bit_equal(fail_at, whole, tiny
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         train.fit(make(tiny_data, fail_at=fail_at), tiny_data, out=out, checkpoint_every_steps=5, **SETTINGS)
-    # What a crash inside an evaluation or a write would leave: a step back, and newer best weights.
     train.fit(make(tiny_data), tiny_data, out=out, checkpoint_every_steps=5, **SETTINGS)
     assert same_run(out, whole.out)
+
+
+def test_a_crash_between_the_two_renames_of_a_checkpoint_is_harmless(whole, tiny_data, tmp_path):
+    train.fit(make(tiny_data), tiny_data, out=tmp_path / "run", **{**SETTINGS, "epochs": 1})
+    assert whole.best["epoch"] > 0
+    shutil.copyfile(whole.out / "model.safetensors", tmp_path / "run" / "model.safetensors")
+    train.fit(make(tiny_data), tiny_data, out=tmp_path / "run", **SETTINGS)
+    assert same_run(tmp_path / "run", whole.out)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adagrad", "sgd"])

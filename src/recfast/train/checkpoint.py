@@ -3,7 +3,8 @@
 ==========================  ==========================================================================================
 `config.toml`               the model's name and options, and the training settings
 `schema.json`               the fitted schema; `vocabulary/` the raw ids behind each column's numbers
-`model.safetensors`         the weights to use: the best so far by the monitored metric (the latest before any evaluation)
+`model.safetensors`         the weights to use: the best so far by the monitored metric, or the first written before
+                            any evaluation
 `optimizer.safetensors`     all that resuming needs, in one file so that one rename commits it: the latest weights, the
                             optimiser, the random states, the running loss, and in its header the state
 `state.json`                the same state for people and programs: epoch, step, loader position, best, history, model
