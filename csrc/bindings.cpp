@@ -4,14 +4,20 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "code_rows/code_rows.h"
+#include "code_search/code_search.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/random.h"
 #include "din_attention/din_attention.h"
+#include "embedding_bag/embedding_bag.h"
+#include "embedding_bag/gather_probe.h"
+#include "embedding_bag/gradient.h"
 #include "example_axpy/example_axpy.h"
 
 namespace py = pybind11;
@@ -74,6 +80,83 @@ void axpy(Address x, Address y, Address out, std::int64_t size, T alpha) {
 void bind_example_axpy(py::module_& m) {
   m.def("example_axpy_float32", &axpy<float>);
   m.def("example_axpy_float64", &axpy<double>);
+}
+
+template <class Id>
+py::tuple code_rows(Address indptr, Address item_ids, Address scores, Address rows, Address weights,
+                                   Address mask, std::int64_t mask_stride, Address sums, Address touched,
+                                   Address cursors, Address heaps, std::int64_t threads, Address out_scores,
+                                   Address out_ids, std::int64_t queries, std::int64_t width, std::int64_t n_rows,
+                                   std::int64_t n_items, std::int64_t k, bool all) {
+  using namespace recfast::code_rows;
+  const Args<Id> args{.indptr = at<const std::int64_t>(indptr),
+                      .item_ids = at<const Id>(item_ids),
+                      .scores = at<const float>(scores),
+                      .rows = at<const std::int64_t>(rows),
+                      .weights = at<const float>(weights),
+                      .mask = at<const std::uint8_t>(mask),
+                      .mask_stride = mask_stride,
+                      .sums = span_at<float>(sums, threads * kTile),
+                      .touched = span_at<std::uint64_t>(touched, threads * kTile / 64),
+                      .cursors = span_at<std::int64_t>(cursors, threads * width),
+                      .heaps = span_at<recfast::Scored>(heaps, threads * std::min(k, n_items)),
+                      .out_scores = at<float>(out_scores),
+                      .out_ids = at<std::int64_t>(out_ids),
+                      .queries = queries,
+                      .width = width,
+                      .n_rows = n_rows,
+                      .n_items = n_items,
+                      .k = k};
+  Faults faults{};
+  {
+    py::gil_scoped_release unlocked;
+    faults = check(args, all);
+    if (std::max({faults.rows, faults.weights, faults.outside, faults.unsorted, faults.scores}) < 0) run(args);
+  }
+  return py::make_tuple(faults.rows, faults.weights, faults.outside, faults.unsorted, faults.scores);
+}
+
+void bind_code_rows(py::module_& m) {
+  m.attr("CODE_ROWS_TILE") = recfast::code_rows::kTile;
+  m.def("code_rows_int32", &code_rows<std::int32_t>);
+  m.def("code_rows_int64", &code_rows<std::int64_t>);
+}
+
+template <class Code>
+py::tuple code_search(Address codes, Address table, Address bias, Address ids, Address live, Address mask,
+                                     std::int64_t mask_stride, Address heaps, std::int64_t n_heaps, Address scores,
+                                     Address found, std::int64_t queries, std::int64_t items, std::int64_t books,
+                                     std::int64_t entries, std::int64_t k, bool all) {
+  using namespace recfast::code_search;
+  const Args<Code> args{.table = at<const float>(table),
+                        .codes = at<const Code>(codes),
+                        .bias = at<const float>(bias),
+                        .ids = at<const std::int64_t>(ids),
+                        .live = at<const std::uint8_t>(live),
+                        .mask = at<const std::uint8_t>(mask),
+                        .mask_stride = mask_stride,
+                        .heaps = span_at<recfast::Scored>(heaps, n_heaps * std::min(k, items)),
+                        .scores = at<float>(scores),
+                        .found = at<std::int64_t>(found),
+                        .queries = queries,
+                        .items = items,
+                        .books = books,
+                        .entries = entries,
+                        .k = k};
+  Faults faults{};
+  {
+    py::gil_scoped_release unlocked;
+    faults = check(args, all);
+    if (std::max({faults.table, faults.codes, faults.bias}) < 0) run(args);
+  }
+  return py::make_tuple(faults.table, faults.codes, faults.bias);
+}
+
+void bind_code_search(py::module_& m) {
+  m.def("code_search_heaps",
+        [](std::int64_t queries, std::int64_t items) { return recfast::code_search::plan(queries, items).heaps; });
+  m.def("code_search_uint8", &code_search<std::uint8_t>);
+  m.def("code_search_uint16", &code_search<std::uint16_t>);
 }
 
 // Arguments by name, for ops with too many to count: a missing one raises KeyError.
@@ -164,11 +247,102 @@ void bind_din_attention(py::module_& m) {
   });
 }
 
+template <class Value, class Index>
+recfast::embedding_bag::Args<Value, Index> bag_args(Address table, Address step, std::int64_t rows, std::int64_t width,
+                                                    Address indices, std::int64_t total, Address offsets,
+                                                    std::int64_t bags, Address weights, bool mean, Address out) {
+  using recfast::embedding_bag::Real;
+  return {.table = {at<const Value>(table), rows, width, width},
+          .step = at<const float>(step),
+          .indices = span_at<const Index>(indices, total),
+          .offsets = at<const std::int64_t>(offsets),
+          .bags = bags,
+          .weights = at<const Real<Value>>(weights),
+          .mean = mean,
+          .out = at<Real<Value>>(out)};
+}
+
+// -1: done. p >= 0: indices[p] is wrong. -2 - p: offsets[p] is wrong.
+template <class Value, class Index>
+std::int64_t embedding_bag(Address table, Address step, std::int64_t rows, std::int64_t width, Address indices,
+                           std::int64_t total, Address offsets, std::int64_t bags, Address weights, bool mean,
+                           Address out) {
+  py::gil_scoped_release unlocked;
+  const auto status = recfast::embedding_bag::run(
+      bag_args<Value, Index>(table, step, rows, width, indices, total, offsets, bags, weights, mean, out));
+  return status.bad_offset >= 0 ? -2 - status.bad_offset : status.bad_index;
+}
+
+// grad [bags, width] -> out [total]
+template <class Value, class Index>
+void embedding_bag_weight_gradient(Address table, Address step, std::int64_t rows, std::int64_t width, Address indices,
+                                   std::int64_t total, Address offsets, std::int64_t bags, bool mean, Address grad,
+                                   Address out) {
+  using recfast::embedding_bag::Real;
+  py::gil_scoped_release unlocked;
+  recfast::embedding_bag::weight_gradient(
+      bag_args<Value, Index>(table, step, rows, width, indices, total, offsets, bags, 0, mean, 0),
+      at<const Real<Value>>(grad), at<Real<Value>>(out));
+}
+
+// Scratch: keys [2 total], starts [total + 1], bag_of [total] (with offsets), coefficient [total] (weights or mean).
+// Returns -1, or the position of the first id outside the table.
+template <class T, class Index>
+std::int64_t embedding_bag_table_gradient(Address grad, std::int64_t rows, std::int64_t width, Address indices,
+                                          std::int64_t total, Address offsets, std::int64_t bags, Address weights,
+                                          bool mean, Address keys, Address starts, Address bag_of, Address coefficient,
+                                          Address out) {
+  using namespace recfast::embedding_bag;
+  py::gil_scoped_release unlocked;
+  recfast::FirstError error;
+  auto* words = at<std::uint64_t>(keys);
+  const std::uint64_t* sorted = recfast::sort_ids(span_at<const Index>(indices, total), rows, words, words + total, error);
+  if (sorted == nullptr) return error.position();
+  PositionGradient<T> gradient{at<const T>(grad), width, nullptr, at<const T>(weights)};
+  if (offsets != 0) {
+    spread_bags(at<const std::int64_t>(offsets), bags, at<const T>(weights), mean, at<std::int32_t>(bag_of),
+                at<T>(coefficient));
+    gradient.bag_of = at<const std::int32_t>(bag_of);
+    gradient.coefficient = at<const T>(coefficient);
+  }
+  const std::int64_t runs = recfast::find_runs(sorted, total, at<std::int64_t>(starts));
+  table_gradient(gradient, sorted, at<const std::int64_t>(starts), runs, at<T>(out));
+  return -1;
+}
+
+void bind_embedding_bag(py::module_& m) {
+  m.def("embedding_bag_float32_int32", &embedding_bag<float, std::int32_t>);
+  m.def("embedding_bag_float32_int64", &embedding_bag<float, std::int64_t>);
+  m.def("embedding_bag_float64_int32", &embedding_bag<double, std::int32_t>);
+  m.def("embedding_bag_float64_int64", &embedding_bag<double, std::int64_t>);
+  m.def("embedding_bag_int8_int32", &embedding_bag<std::int8_t, std::int32_t>);
+  m.def("embedding_bag_int8_int64", &embedding_bag<std::int8_t, std::int64_t>);
+  m.def("embedding_bag_weight_gradient_float32_int32", &embedding_bag_weight_gradient<float, std::int32_t>);
+  m.def("embedding_bag_weight_gradient_float32_int64", &embedding_bag_weight_gradient<float, std::int64_t>);
+  m.def("embedding_bag_weight_gradient_float64_int32", &embedding_bag_weight_gradient<double, std::int32_t>);
+  m.def("embedding_bag_weight_gradient_float64_int64", &embedding_bag_weight_gradient<double, std::int64_t>);
+  m.def("embedding_bag_weight_gradient_int8_int32", &embedding_bag_weight_gradient<std::int8_t, std::int32_t>);
+  m.def("embedding_bag_weight_gradient_int8_int64", &embedding_bag_weight_gradient<std::int8_t, std::int64_t>);
+  m.def("embedding_bag_table_gradient_float32_int32", &embedding_bag_table_gradient<float, std::int32_t>);
+  m.def("embedding_bag_table_gradient_float32_int64", &embedding_bag_table_gradient<float, std::int64_t>);
+  m.def("embedding_bag_table_gradient_float64_int32", &embedding_bag_table_gradient<double, std::int32_t>);
+  m.def("embedding_bag_table_gradient_float64_int64", &embedding_bag_table_gradient<double, std::int64_t>);
+  m.def("gather_probe", [](Address table, std::int64_t row_bytes, Address ids, std::int64_t total, std::int64_t ahead,
+                           bool near) {
+    py::gil_scoped_release unlocked;
+    return recfast::embedding_bag::gather_probe(at<const std::uint8_t>(table), row_bytes,
+                                                span_at<const std::int64_t>(ids, total), ahead, near);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "recfast kernels for the CPU; no torch symbol is needed to load them";
   bind_runtime(m);
+  bind_code_rows(m);
+  bind_code_search(m);
   bind_example_axpy(m);
   bind_din_attention(m);
+  bind_embedding_bag(m);
 }
