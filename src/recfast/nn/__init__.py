@@ -1,1 +1,6 @@
+"""Torch modules over `recfast.ops`."""
 
+from recfast.nn.blocks import MLP, Dice, fm_interaction
+from recfast.nn.target_attention import TargetAttention
+
+__all__ = ["MLP", "Dice", "TargetAttention", "fm_interaction"]
