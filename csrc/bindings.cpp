@@ -4,14 +4,18 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "code_rows/code_rows.h"
+#include "code_search/code_search.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/random.h"
+#include "din_attention/din_attention.h"
 #include "embedding_bag/embedding_bag.h"
 #include "embedding_bag/gather_probe.h"
 #include "embedding_bag/gradient.h"
@@ -78,6 +82,171 @@ void axpy(Address x, Address y, Address out, std::int64_t size, T alpha) {
 void bind_example_axpy(py::module_& m) {
   m.def("example_axpy_float32", &axpy<float>);
   m.def("example_axpy_float64", &axpy<double>);
+}
+
+template <class Id>
+py::tuple code_rows(Address indptr, Address item_ids, Address scores, Address rows, Address weights,
+                                   Address mask, std::int64_t mask_stride, Address sums, Address touched,
+                                   Address cursors, Address heaps, std::int64_t threads, Address out_scores,
+                                   Address out_ids, std::int64_t queries, std::int64_t width, std::int64_t n_rows,
+                                   std::int64_t n_items, std::int64_t k, bool all) {
+  using namespace recfast::code_rows;
+  const Args<Id> args{.indptr = at<const std::int64_t>(indptr),
+                      .item_ids = at<const Id>(item_ids),
+                      .scores = at<const float>(scores),
+                      .rows = at<const std::int64_t>(rows),
+                      .weights = at<const float>(weights),
+                      .mask = at<const std::uint8_t>(mask),
+                      .mask_stride = mask_stride,
+                      .sums = span_at<float>(sums, threads * kTile),
+                      .touched = span_at<std::uint64_t>(touched, threads * kTile / 64),
+                      .cursors = span_at<std::int64_t>(cursors, threads * width),
+                      .heaps = span_at<recfast::Scored>(heaps, threads * std::min(k, n_items)),
+                      .out_scores = at<float>(out_scores),
+                      .out_ids = at<std::int64_t>(out_ids),
+                      .queries = queries,
+                      .width = width,
+                      .n_rows = n_rows,
+                      .n_items = n_items,
+                      .k = k};
+  Faults faults{};
+  {
+    py::gil_scoped_release unlocked;
+    faults = check(args, all);
+    if (std::max({faults.rows, faults.weights, faults.outside, faults.unsorted, faults.scores}) < 0) run(args);
+  }
+  return py::make_tuple(faults.rows, faults.weights, faults.outside, faults.unsorted, faults.scores);
+}
+
+void bind_code_rows(py::module_& m) {
+  m.attr("CODE_ROWS_TILE") = recfast::code_rows::kTile;
+  m.def("code_rows_int32", &code_rows<std::int32_t>);
+  m.def("code_rows_int64", &code_rows<std::int64_t>);
+}
+
+template <class Code>
+py::tuple code_search(Address codes, Address table, Address bias, Address ids, Address live, Address mask,
+                                     std::int64_t mask_stride, Address heaps, std::int64_t n_heaps, Address scores,
+                                     Address found, std::int64_t queries, std::int64_t items, std::int64_t books,
+                                     std::int64_t entries, std::int64_t k, bool all) {
+  using namespace recfast::code_search;
+  const Args<Code> args{.table = at<const float>(table),
+                        .codes = at<const Code>(codes),
+                        .bias = at<const float>(bias),
+                        .ids = at<const std::int64_t>(ids),
+                        .live = at<const std::uint8_t>(live),
+                        .mask = at<const std::uint8_t>(mask),
+                        .mask_stride = mask_stride,
+                        .heaps = span_at<recfast::Scored>(heaps, n_heaps * std::min(k, items)),
+                        .scores = at<float>(scores),
+                        .found = at<std::int64_t>(found),
+                        .queries = queries,
+                        .items = items,
+                        .books = books,
+                        .entries = entries,
+                        .k = k};
+  Faults faults{};
+  {
+    py::gil_scoped_release unlocked;
+    faults = check(args, all);
+    if (std::max({faults.table, faults.codes, faults.bias}) < 0) run(args);
+  }
+  return py::make_tuple(faults.table, faults.codes, faults.bias);
+}
+
+void bind_code_search(py::module_& m) {
+  m.def("code_search_heaps",
+        [](std::int64_t queries, std::int64_t items) { return recfast::code_search::plan(queries, items).heaps; });
+  m.def("code_search_uint8", &code_search<std::uint8_t>);
+  m.def("code_search_uint16", &code_search<std::uint16_t>);
+}
+
+// Arguments by name, for ops with too many to count: a missing one raises KeyError.
+class Named {
+ public:
+  explicit Named(const py::kwargs& arguments) : arguments_(arguments) {}
+
+  [[nodiscard]] std::int64_t number(const char* name) const { return arguments_[name].cast<std::int64_t>(); }
+
+  // A tensor's address; 0 gives the null pointer.
+  template <class T>
+  [[nodiscard]] T* pointer(const char* name) const {
+    return at<T>(arguments_[name].cast<Address>());
+  }
+
+ private:
+  const py::kwargs& arguments_;
+};
+
+recfast::din_attention::Shape din_shape(const Named& named) {
+  return {.users = named.number("users"),
+          .dim = named.number("dim"),
+          .value_dim = named.number("value_dim"),
+          .hidden1 = named.number("hidden1"),
+          .hidden2 = named.number("hidden2"),
+          .longest = named.number("longest")};
+}
+
+template <class T>
+recfast::din_attention::Args<T> din_args(const Named& named) {
+  using namespace recfast::din_attention;
+  const Shape shape = din_shape(named);
+  const std::int64_t candidates = named.number("candidate_rows");
+  return {.shape = shape,
+          .activation = static_cast<Activation>(named.number("activation")),
+          .mode = static_cast<Mode>(named.number("mode")),
+          .query = {named.pointer<const T>("query"), candidates, shape.dim, named.number("query_stride")},
+          .keys = {named.pointer<const T>("keys"), 0, shape.dim, named.number("keys_stride")},
+          .values = {named.pointer<const T>("values"), 0, shape.value_dim, named.number("values_stride")},
+          .begin = named.pointer<const std::int64_t>("begin"),
+          .end = named.pointer<const std::int64_t>("end"),
+          .candidates = named.pointer<const std::int64_t>("candidates"),
+          .weights = {named.pointer<const T>("w1"), named.pointer<const T>("b1"), named.pointer<const T>("w2"),
+                      named.pointer<const T>("b2"), named.pointer<const T>("w3"), named.pointer<const T>("b3"),
+                      named.pointer<const T>("slope")},
+          .out = {named.pointer<T>("out"), candidates, shape.value_dim, shape.value_dim},
+          .lse = named.pointer<T>("lse"),
+          .scratch = named.pointer<T>("scratch")};
+}
+
+template <class T>
+void din_forward(const py::kwargs& arguments) {
+  const auto args = din_args<T>(Named(arguments));
+  py::gil_scoped_release unlocked;
+  recfast::din_attention::forward(args);
+}
+
+template <class T>
+void din_backward(const py::kwargs& arguments) {
+  const Named named(arguments);
+  const auto args = din_args<T>(named);
+  const recfast::Rows<T> keys{named.pointer<T>("dkeys"), 0, args.shape.dim, args.shape.dim};
+  const recfast::din_attention::Gradients<T> gradients{
+      .grad = {named.pointer<const T>("grad"), args.query.rows, args.shape.value_dim, args.shape.value_dim},
+      .query = {named.pointer<T>("dquery"), args.query.rows, args.shape.dim, args.shape.dim},
+      .keys = keys,
+      .values = {named.pointer<T>("dvalues"), 0, args.shape.value_dim, args.shape.value_dim},
+      .weights = {named.pointer<T>("dw1"), named.pointer<T>("db1"), named.pointer<T>("dw2"), named.pointer<T>("db2"),
+                  named.pointer<T>("dw3"), named.pointer<T>("db3"), named.pointer<T>("dslope")}};
+  py::gil_scoped_release unlocked;
+  recfast::din_attention::backward(args, gradients);
+}
+
+void bind_din_attention(py::module_& m) {
+  m.def("din_attention_forward_float32", &din_forward<float>);
+  m.def("din_attention_forward_float64", &din_forward<double>);
+  m.def("din_attention_backward_float32", &din_backward<float>);
+  m.def("din_attention_backward_float64", &din_backward<double>);
+  m.def("din_attention_scratch", [](bool backward, const py::kwargs& arguments) {
+    return recfast::din_attention::scratch_size(din_shape(Named(arguments)), backward);
+  });
+  // (the first wrong position or -1, the longest list)
+  m.def("din_attention_check_offsets", [](Address offsets, std::int64_t size, std::int64_t total) {
+    std::int64_t longest = 0;
+    const std::int64_t wrong =
+        recfast::din_attention::check_offsets(span_at<const std::int64_t>(offsets, size), total, longest);
+    return py::make_tuple(wrong, longest);
+  });
 }
 
 template <class Value, class Index>
@@ -248,7 +417,10 @@ void bind_embedding_update(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "recfast kernels for the CPU; no torch symbol is needed to load them";
   bind_runtime(m);
+  bind_code_rows(m);
+  bind_code_search(m);
   bind_example_axpy(m);
+  bind_din_attention(m);
   bind_embedding_bag(m);
   bind_embedding_update(m);
 }

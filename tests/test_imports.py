@@ -10,7 +10,7 @@ EVERYONE = {"errors", "files"}
 BELOW_NN = {"_C", "_cuda", "ops"}
 BELOW_MODELS = BELOW_NN | {"nn", "index", "rerank", "data", "metrics"}
 BELOW_TRAIN = BELOW_MODELS | {"models"}
-BELOW_CLI = BELOW_TRAIN | {"train", "pipeline", "cascade", "report", "config"}
+BELOW_CLI = BELOW_TRAIN | {"train", "pipeline", "cascade", "report", "doctor"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},

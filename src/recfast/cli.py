@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Overrides = Annotated[
+    list[str],
+    typer.Option("-o", "--set", metavar="KEY=VALUE", help="Change one setting, such as ranker.train.lr=5e-4."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
@@ -59,6 +64,79 @@ def doctor(as_json: AsJson = False) -> None:
             )
     if any(test.error is not None for test in tests):
         raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    data: Annotated[
+        str | None, typer.Option(help="synthetic (the default), ml-100k, ...; see recfast.data.load.")
+    ] = None,
+    path: Annotated[Path | None, typer.Option(help="The folder with the data set's own files.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in TOML, as config.toml of an earlier run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; runs/<data> if left out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run in that folder.")] = False,
+    overrides: Overrides = [],  # noqa: B006  (typer copies it)
+    as_json: AsJson = False,
+) -> None:
+    """Train and measure the cascade: retrieve, rank, re-rank. Writes a folder with report.html."""
+    from recfast import cascade
+
+    if config is not None and data is not None:
+        raise InputError("run: --data and --config were both given, expected one of them")
+    changes = list(overrides)
+    for key, value in (("data.path", path), ("out", out), ("seed", seed)):
+        if value is not None:
+            changes.append(f"{key}={json.dumps(value if isinstance(value, int) else str(value))}")
+    settings = cascade.settings(config, data, changes)
+    command = " ".join(["recfast", *sys.argv[1:]])
+    folder = cascade.run(settings, overwrite=overwrite, command=command, say=_progress)
+    result = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    print(json.dumps(result, indent=2) if as_json else cascade.describe(result))
+    _progress(f"wrote {folder / 'report.html'}")
+
+
+@app.command()
+def recommend(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `recfast run` wrote.")],
+    users: Annotated[str, typer.Option(help="Raw user ids, separated by commas.")],
+    k: Annotated[int, typer.Option(min=1, help="Items a user.")] = 10,
+    cold: Annotated[
+        str, typer.Option(help="For users without a history: error, or popular for the most liked items.")
+    ] = "error",
+    seen: Annotated[bool, typer.Option("--seen", help="Recommend items that the user has met before too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print recommendations for users, from a finished run."""
+    from recfast.pipeline import Pipeline
+
+    if cold not in ("error", "popular"):
+        raise InputError(f"recommend: --cold must be error or popular, got {cold}")
+    wanted = [user.strip() for user in users.split(",") if user.strip()]
+    frame = Pipeline.load(run_folder / "pipeline").recommend(wanted, k, exclude_seen=not seen, cold=cold)
+    if as_json:
+        print(frame.write_json())
+    else:
+        print("\t".join(frame.columns))
+        for row in frame.iter_rows():
+            print("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
+
+
+@app.command()
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `recfast run` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print what a finished run measured."""
+    from recfast import cascade
+    from recfast.models.storage import read_json
+
+    result = read_json(run_folder / "metrics.json")
+    print(json.dumps(result, indent=2) if as_json else cascade.describe(result))
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

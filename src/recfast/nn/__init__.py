@@ -3,3 +3,10 @@
 from recfast.nn.embedding_tables import EmbeddingTables
 
 __all__ = ["EmbeddingTables"]
+"""Torch modules over `recfast.ops`."""
+
+from recfast.nn.blocks import MLP, Dice, fm_interaction
+from recfast.nn.quantizer import ProductQuantizer
+from recfast.nn.target_attention import TargetAttention
+
+__all__ = ["MLP", "Dice", "ProductQuantizer", "TargetAttention", "fm_interaction"]
