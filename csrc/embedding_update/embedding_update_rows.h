@@ -1,6 +1,6 @@
-// The rows of embedding_update, one thread. Plain loops that a compiler vectorises: this file is included, in an unnamed
-// namespace, once for each instruction set inside its `#pragma GCC target` region. No product is contracted with a sum,
-// and sums have lanes of their own, so all copies give the same bits.
+// The rows of embedding_update, one thread. Plain loops that a compiler vectorises: this file is included, in an
+// unnamed namespace, once for each instruction set inside its `#pragma GCC target` region. No product is contracted
+// with a sum, and sums have lanes of their own, so all copies give the same bits.
 
 constexpr int kLanes = 16;
 
