@@ -9,12 +9,22 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/random.h"
 
 namespace recfast::embedding_update {
 namespace {
 
 // Rows a thread takes at a time: hot rows make the work uneven.
 constexpr std::int64_t kChunk = 128;
+
+constexpr int kUnit = 4;
+
+inline void draw_unit(std::uint64_t seed, std::uint32_t step_count, std::uint32_t table_id, std::uint32_t row,
+                      std::uint32_t block, float* u) noexcept {
+  std::uint32_t words[4];
+  Philox{seed}(step_count, table_id, row, block, words);
+  for (int i = 0; i < 4; ++i) u[i] = uniform01(words[i]);
+}
 
 #include "embedding_update/embedding_update_rows.h"
 

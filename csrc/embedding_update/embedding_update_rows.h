@@ -59,52 +59,17 @@ inline float largest_size(const float* x, std::int64_t size) noexcept {
   return largest;
 }
 
-// The draws of kBlocks blocks of four columns, all lanes in step so that the compiler can keep them in registers.
-template <int kBlocks>
-inline void draw_blocks(std::uint64_t seed, std::uint32_t step_count, std::uint32_t table_id, std::uint32_t row,
-                        std::uint32_t block, float* u) noexcept {
-  std::uint32_t c0[kBlocks];
-  std::uint32_t c1[kBlocks];
-  std::uint32_t c2[kBlocks];
-  std::uint32_t c3[kBlocks];
-  for (int i = 0; i < kBlocks; ++i) {
-    c0[i] = step_count;
-    c1[i] = table_id;
-    c2[i] = row;
-    c3[i] = block + static_cast<std::uint32_t>(i);
-  }
-  auto key0 = static_cast<std::uint32_t>(seed);
-  auto key1 = static_cast<std::uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kBlocks; ++i) {
-      const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c0[i];
-      const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c2[i];
-      c0[i] = static_cast<std::uint32_t>(p1 >> 32) ^ c1[i] ^ key0;
-      c2[i] = static_cast<std::uint32_t>(p0 >> 32) ^ c3[i] ^ key1;
-      c1[i] = static_cast<std::uint32_t>(p1);
-      c3[i] = static_cast<std::uint32_t>(p0);
-    }
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  for (int i = 0; i < kBlocks; ++i) {
-    // 24 bits fit a signed word, which is the conversion that every instruction set has.
-    u[4 * i] = static_cast<float>(static_cast<std::int32_t>(c0[i] >> 8)) * 0x1p-24f;
-    u[4 * i + 1] = static_cast<float>(static_cast<std::int32_t>(c1[i] >> 8)) * 0x1p-24f;
-    u[4 * i + 2] = static_cast<float>(static_cast<std::int32_t>(c2[i] >> 8)) * 0x1p-24f;
-    u[4 * i + 3] = static_cast<float>(static_cast<std::int32_t>(c3[i] >> 8)) * 0x1p-24f;
-  }
-}
-
-// Fills u[0, padded(width)): column d has word d % 4 of block d / 4.
+// Fills u[0, full): column d has word d % 4 of block d / 4. The includer's draw_unit makes kUnit columns at once.
 inline void draw(std::uint64_t seed, std::uint32_t step_count, std::uint32_t table_id, std::uint32_t row,
                  std::int64_t full, float* u) noexcept {
   std::int64_t d = 0;
-  for (; d + 64 <= full; d += 64) {
-    draw_blocks<16>(seed, step_count, table_id, row, static_cast<std::uint32_t>(d / 4), u + d);
+  for (; d + kUnit <= full; d += kUnit) {
+    draw_unit(seed, step_count, table_id, row, static_cast<std::uint32_t>(d / 4), u + d);
   }
-  for (; d < full; d += 16) {
-    draw_blocks<4>(seed, step_count, table_id, row, static_cast<std::uint32_t>(d / 4), u + d);
+  if (d < full) {
+    float unit[kUnit];
+    draw_unit(seed, step_count, table_id, row, static_cast<std::uint32_t>(d / 4), unit);
+    for (std::int64_t i = d; i < full; ++i) u[i] = unit[i - d];
   }
 }
 
