@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "code_rows/code_rows.h"
 #include "code_search/code_search.h"
@@ -18,6 +19,7 @@
 #include "embedding_bag/embedding_bag.h"
 #include "embedding_bag/gather_probe.h"
 #include "embedding_bag/gradient.h"
+#include "embedding_update/embedding_update.h"
 #include "example_axpy/example_axpy.h"
 
 namespace py = pybind11;
@@ -296,8 +298,9 @@ std::int64_t embedding_bag_table_gradient(Address grad, std::int64_t rows, std::
   py::gil_scoped_release unlocked;
   recfast::FirstError error;
   auto* words = at<std::uint64_t>(keys);
-  const std::uint64_t* sorted = recfast::sort_ids(span_at<const Index>(indices, total), rows, words, words + total, error);
-  if (sorted == nullptr) return error.position();
+  const auto ids = span_at<const Index>(indices, total);
+  const std::uint64_t* sorted = recfast::sort_ids(ids, rows, words, words + total, error);
+  if (error.position() >= 0) return error.position();
   PositionGradient<T> gradient{at<const T>(grad), width, nullptr, at<const T>(weights)};
   if (offsets != 0) {
     spread_bags(at<const std::int64_t>(offsets), bags, at<const T>(weights), mean, at<std::int32_t>(bag_of),
@@ -335,6 +338,80 @@ void bind_embedding_bag(py::module_& m) {
   });
 }
 
+enum UpdateOutcome { kUpdated, kBadIndex, kBadOffset, kBadGradient, kBadWeight };
+
+// Scratch: as for the table gradient, and rows [max_threads, 2 * padded(width)]. Nothing is written to the table unless
+// all arguments are sound. Returns (outcome, clipped codes or the position of what is wrong).
+template <class Value, class Index>
+py::tuple embedding_update(Address table, Address step, Address moment, Address step_moment, std::int64_t rows,
+                           std::int64_t width, Address indices, std::int64_t total, Address offsets, std::int64_t bags,
+                           Address grad, Address weights, bool mean, int optimizer, float lr, float eps,
+                           float weight_decay, float grad_scale, int step_rule, float step_lr, float step_scale,
+                           bool grow, bool stochastic, std::uint64_t seed, std::uint32_t step_count,
+                           std::uint32_t table_id, bool check, Address keys, Address starts, Address bag_of,
+                           Address coefficient, Address scratch) {
+  using namespace recfast::embedding_update;
+  const auto work = [&]() -> std::pair<UpdateOutcome, std::int64_t> {
+    py::gil_scoped_release unlocked;
+    if (offsets != 0) {
+      const auto* o = at<const std::int64_t>(offsets);
+      const std::int64_t wrong = recfast::embedding_bag::first_bad_offset(o, bags, total);
+      if (wrong >= 0) return {kBadOffset, wrong};
+    }
+    recfast::FirstError error;
+    auto* words = at<std::uint64_t>(keys);
+    const auto ids = span_at<const Index>(indices, total);
+    const std::uint64_t* sorted = recfast::sort_ids(ids, rows, words, words + total, error);
+    if (error.position() >= 0) return {kBadIndex, error.position()};
+    if (check) {
+      std::int64_t wrong = first_not_finite(at<const float>(grad), bags * width);
+      if (wrong >= 0) return {kBadGradient, wrong};
+      wrong = weights == 0 ? -1 : first_not_finite(at<const float>(weights), total);
+      if (wrong >= 0) return {kBadWeight, wrong};
+    }
+    recfast::embedding_bag::PositionGradient<float> gradient{at<const float>(grad), width, nullptr,
+                                                             at<const float>(weights)};
+    if (offsets != 0) {
+      recfast::embedding_bag::spread_bags(at<const std::int64_t>(offsets), bags, at<const float>(weights), mean,
+                                          at<std::int32_t>(bag_of), at<float>(coefficient));
+      gradient.bag_of = at<const std::int32_t>(bag_of);
+      gradient.coefficient = at<const float>(coefficient);
+    }
+    const std::int64_t runs = recfast::find_runs(sorted, total, at<std::int64_t>(starts));
+    return {kUpdated, run(Args<Value>{.table = {at<Value>(table), rows, width, width},
+                                      .step = at<float>(step),
+                                      .moment = at<float>(moment),
+                                      .step_moment = at<float>(step_moment),
+                                      .gradient = gradient,
+                                      .sorted = sorted,
+                                      .starts = at<const std::int64_t>(starts),
+                                      .runs = runs,
+                                      .optimizer = static_cast<Optimizer>(optimizer),
+                                      .lr = lr,
+                                      .eps = eps,
+                                      .weight_decay = weight_decay,
+                                      .grad_scale = grad_scale,
+                                      .step_rule = static_cast<StepRule>(step_rule),
+                                      .step_lr = step_lr,
+                                      .step_scale = step_scale,
+                                      .grow = grow,
+                                      .stochastic = stochastic,
+                                      .seed = seed,
+                                      .step_count = step_count,
+                                      .table_id = table_id,
+                                      .scratch = at<float>(scratch)})};
+  };
+  const auto [outcome, value] = work();
+  return py::make_tuple(static_cast<int>(outcome), value);
+}
+
+void bind_embedding_update(py::module_& m) {
+  m.def("embedding_update_float32_int32", &embedding_update<float, std::int32_t>);
+  m.def("embedding_update_float32_int64", &embedding_update<float, std::int64_t>);
+  m.def("embedding_update_int8_int32", &embedding_update<std::int8_t, std::int32_t>);
+  m.def("embedding_update_int8_int64", &embedding_update<std::int8_t, std::int64_t>);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -345,4 +422,5 @@ PYBIND11_MODULE(_C, m) {
   bind_example_axpy(m);
   bind_din_attention(m);
   bind_embedding_bag(m);
+  bind_embedding_update(m);
 }

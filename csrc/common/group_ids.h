@@ -11,13 +11,15 @@
 
 namespace recfast {
 
-[[nodiscard]] constexpr std::int64_t group_row(std::uint64_t key) noexcept { return static_cast<std::int64_t>(key >> 32); }
+[[nodiscard]] constexpr std::int64_t group_row(std::uint64_t key) noexcept {
+  return static_cast<std::int64_t>(key >> 32);
+}
 [[nodiscard]] constexpr std::int64_t group_position(std::uint64_t key) noexcept {
   return static_cast<std::int64_t>(key & 0xFFFFFFFFu);
 }
 
 // Fills `keys` (n words) with row << 32 | position and sorts them with the help of `other` (n words). Returns whichever
-// of the two holds the outcome; null, with the position reported, where an id lies outside [0, rows).
+// of the two holds the outcome; where an id lies outside [0, rows), its position is reported and nothing sorted.
 // Needs n <= 2^32 and rows <= 2^32.
 template <class Index>
 [[nodiscard]] std::uint64_t* sort_ids(std::span<const Index> ids, std::int64_t rows, std::uint64_t* keys,
@@ -51,7 +53,8 @@ template <class Index>
 
 // Writes the first position of each run of equal rows and, after them, n: `starts` holds up to n + 1 entries.
 // Returns the number of runs.
-[[nodiscard]] inline std::int64_t find_runs(const std::uint64_t* sorted, std::int64_t n, std::int64_t* starts) noexcept {
+[[nodiscard]] inline std::int64_t find_runs(const std::uint64_t* sorted, std::int64_t n,
+                                            std::int64_t* starts) noexcept {
   std::int64_t runs = 0;
   for (std::int64_t i = 0; i < n; ++i) {
     if (i == 0 || group_row(sorted[i]) != group_row(sorted[i - 1])) starts[runs++] = i;

@@ -1,9 +1,9 @@
 // embedding_bag: out[b] = sum of c_i * row(indices[i]) over i in offsets[b] .. offsets[b + 1], and its gradients.
 //
 // Formula      row(r) = table[r] (float), or step[r] * table[r] (int8 codes, symmetric: no zero point)
-//              c_i = weights[i], or 1; mode mean divides the sum by offsets[b + 1] - offsets[b]; an empty bag gives zeros
-// Shapes       table [T, D], step [T], indices [n], offsets [B + 1] or none (then B = n, one id a bag), weights [n] or none,
-//              out [B, D]; all contiguous
+//              c_i = weights[i], or 1; mode mean divides by offsets[b + 1] - offsets[b]; an empty bag gives zeros
+// Shapes       table [T, D], step [T], indices [n], offsets [B + 1] or none (then B = n, one id a bag),
+//              weights [n] or none, out [B, D]; all contiguous
 // Dtypes       table float32, float64 or int8 (+ float32 step); indices int32 or int64; offsets int64;
 //              weights and out in the table's float type (float32 for int8)
 // Accumulator  the type of out, from zero, in the order of the positions; for int8 the factor step[r] * weights[i] is
@@ -48,7 +48,8 @@ struct Status {
 };
 
 // The first entry that is not 0 (at 0), falls, or (at the end) is not `total`; -1 where all is well.
-[[nodiscard]] std::int64_t first_bad_offset(const std::int64_t* offsets, std::int64_t bags, std::int64_t total) noexcept;
+[[nodiscard]] std::int64_t first_bad_offset(const std::int64_t* offsets, std::int64_t bags,
+                                            std::int64_t total) noexcept;
 
 // Threaded over bags, dispatched by instruction set. With a bad offset nothing is computed.
 template <class Value, class Index>

@@ -2,7 +2,7 @@
 // inside its `#pragma GCC target` region. Everything stands in the includer's unnamed namespace: each instruction set
 // must get its own copy.
 //
-// V::Reg a register of V::kLanes floats; V::load(p), V::load_part(p, n) for float and int8 (the rest of the lanes zero);
+// V::Reg is a register of V::kLanes floats; V::load(p), V::load_part(p, n) for float and int8 (other lanes zero);
 // V::store, V::store_part; V::zero, V::set, V::add, V::mul, V::div.
 
 // Adds the rows of one bag for columns [column, column + (kRegs - 1) * lanes + rest), 1 <= rest <= lanes.
@@ -38,6 +38,8 @@ inline void sum_panel(const Args<Value, Index>& args, std::int64_t bag, std::int
       continue;
     }
     const Value* row = args.table[static_cast<std::int64_t>(id)] + column;
+    const Value* last = row + (kRegs - 1) * V::kLanes;
+    const typename V::Reg tail = rest == V::kLanes ? V::load(last) : V::load_part(last, rest);
     if (std::is_same_v<Value, std::int8_t> || args.weights != nullptr) {
       float factor = args.weights == nullptr ? 1.0f : args.weights[i];
       if constexpr (std::is_same_v<Value, std::int8_t>) {
@@ -45,13 +47,9 @@ inline void sum_panel(const Args<Value, Index>& args, std::int64_t bag, std::int
       }
       const typename V::Reg scale = V::set(factor);
       for (int k = 0; k < kRegs - 1; ++k) sum[k] = V::add(sum[k], V::mul(scale, V::load(row + k * V::kLanes)));
-      const typename V::Reg tail =
-          rest == V::kLanes ? V::load(row + (kRegs - 1) * V::kLanes) : V::load_part(row + (kRegs - 1) * V::kLanes, rest);
       sum[kRegs - 1] = V::add(sum[kRegs - 1], V::mul(scale, tail));
     } else {
       for (int k = 0; k < kRegs - 1; ++k) sum[k] = V::add(sum[k], V::load(row + k * V::kLanes));
-      const typename V::Reg tail =
-          rest == V::kLanes ? V::load(row + (kRegs - 1) * V::kLanes) : V::load_part(row + (kRegs - 1) * V::kLanes, rest);
       sum[kRegs - 1] = V::add(sum[kRegs - 1], tail);
     }
   }

@@ -43,13 +43,14 @@ void weight_gradient(const Args<Value, Index>& args, const Real<Value>* grad, Re
   using T = Real<Value>;
   const auto rows = static_cast<std::uint64_t>(args.table.rows);
   const std::int64_t width = args.table.width;
+  const Index* ids = args.indices.data();
   parallel_for(args.bags, kGrain, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t bag = first; bag < last; ++bag) {
       const T* g = grad + bag * width;
       const std::int64_t begin = args.begin(bag);
       const std::int64_t end = args.begin(bag + 1);
       for (std::int64_t i = begin; i < end; ++i) {
-        const auto id = static_cast<std::uint64_t>(static_cast<std::int64_t>(args.indices[static_cast<std::size_t>(i)]));
+        const auto id = static_cast<std::uint64_t>(static_cast<std::int64_t>(ids[i]));
         T sum{0};
         if (id < rows) {
           const Value* row = args.table[static_cast<std::int64_t>(id)];

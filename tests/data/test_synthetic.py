@@ -363,16 +363,25 @@ def test_list_propensities_are_exact(default):
 
 def test_first_pick_follows_its_probabilities():
     """The same user on the same day has the same candidates: the first pick is a draw from known weights."""
-    generator = Generator(rows=60_000, n_users=1, days=1, n_items=100, seed=6, random_share=0.0, drift=0.0)
+    generator = Generator(rows=60_000, n_users=1, days=1, n_items=100, seed=6, random_share=0.0, policy_taste=1.0)
     frame = generator.frame()
     first = frame.filter(pl.col("position") == 1)
+    picked = (first["item"].to_numpy() - 5_000_011) // 17
     expected = np.zeros(100)
+    deviation = variance = 0.0
     for block, sessions, candidates, counts, score in logged_sessions(generator):
         weight = np.where(counts, np.exp(score.astype(np.float64)), 0)
         weight /= weight.sum(1, keepdims=True)
         real = min(len(sessions.time), generator.config.n_sessions - block * 1024)
         np.add.at(expected, candidates[:real].ravel(), weight[:real].ravel())
-    seen = np.bincount((first["item"].to_numpy() - 5_000_011) // 17, minlength=100)
+        # The score of the pick against its mean: a wrong temperature shows here before anywhere else.
+        score = np.where(counts, score, 0)
+        mean = (weight * score).sum(1)
+        variance += (weight * (score - mean[:, None]) ** 2)[:real].sum()
+        mine = picked[block * 1024 : block * 1024 + real, None] == candidates[:real]
+        deviation += score[np.arange(real), np.argmax(mine, axis=1)].sum() - mean[:real].sum()
+    assert abs(deviation) < SIGMAS * np.sqrt(variance)
+    seen = np.bincount(picked, minlength=100)
     assert expected.sum() == pytest.approx(seen.sum())
     assert (seen[expected == 0] == 0).all()
     rare = expected < 5
@@ -400,7 +409,7 @@ def test_poisson_propensities(poisson):
     """Inclusion probabilities add up to K, and inverse weighting by them is unbiased."""
     generator, frame, truth = poisson
     np.testing.assert_allclose(frame["propensity"].to_numpy(), truth["propensity"].to_numpy(), rtol=1e-6)
-    logged = frame.filter(pl.col("random") == 0)
+    logged = frame.with_columns(exact=truth["propensity"]).filter(pl.col("random") == 0)
     expected, variance, reach, reach_variance = 0.0, 0.0, 0, 0.0
     for block, sessions, candidates, counts, score in logged_sessions(generator):
         weight = np.where(counts, np.exp(score.astype(np.float64)), 0)
@@ -416,12 +425,13 @@ def test_poisson_propensities(poisson):
         reach += counts[real].sum()
         reach_variance += ((1 - pi[real]) / np.where(counts[real], pi[real], 1))[counts[real]].sum()
         # Each logged row has the probability that bisection finds.
-        rows = logged.filter(pl.col("session").is_between(*(700_000_001 + 3 * (block * 1024 + np.array([0, 1023])))))
-        s = (rows["session"].to_numpy() - 700_000_001) // 3 - block * 1024
+        here = block * 1024 + np.array([0, 1023])
+        rows = logged.filter(pl.col("session").is_between(*(700_000_001 + 3 * here)))
+        s = (rows["session"].to_numpy() - 700_000_001) // 3 - here[0]
         at = np.argmax(candidates[s] == ((rows["item"].to_numpy() - 5_000_011) // 17)[:, None], axis=1)
-        np.testing.assert_allclose(rows["propensity"].to_numpy(), pi[s, at], rtol=1e-5)
+        np.testing.assert_allclose(rows["exact"].to_numpy(), pi[s, at], rtol=1e-9)
     assert abs(logged.height - expected) < SIGMAS * np.sqrt(variance)
-    weighted = (1 / truth["propensity"].to_numpy()[(frame["random"] == 0).to_numpy()]).sum()
+    weighted = (1 / logged["exact"].to_numpy()).sum()
     assert abs(weighted - reach) < SIGMAS * np.sqrt(reach_variance)
     assert frame.group_by("session").len()["len"].n_unique() > 5
 

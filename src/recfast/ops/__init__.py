@@ -4,6 +4,7 @@ from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
 from recfast.ops.din_attention import DINWeights, din_attention
 from recfast.ops.embedding_bag import QuantizedTable, embedding_bag, quantize
+from recfast.ops.embedding_update import UpdateState, embedding_update_
 from recfast.ops.example_axpy import example_axpy
 
 __all__ = [
@@ -18,3 +19,4 @@ __all__ = [
     "example_axpy",
     "quantize",
 ]
+__all__ = ["QuantizedTable", "UpdateState", "embedding_bag", "embedding_update_", "example_axpy", "quantize"]

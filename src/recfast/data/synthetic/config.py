@@ -20,8 +20,8 @@ WIDTH = 16
 SESSIONS_PER_BLOCK = 1024
 """Sessions drawn from one counter of the random generator: the smallest unit that can be made alone."""
 
-BLOCKS_PER_PART = 48
-"""Blocks in a part file: half a million rows at ten a list."""
+BLOCKS_PER_PART = 32
+"""Blocks in a part file: a third of a million rows at ten a list."""
 
 START = 1_704_067_200
 """The log begins here, in seconds since 1970: Monday 2024-01-01, midnight UTC."""

@@ -71,7 +71,7 @@ class Generator:
         return self._world.users.frame()
 
     def part(self, index: int) -> pl.DataFrame:
-        """Part `index` of the log, about half a million impressions in order of time.
+        """Part `index` of the log, about a third of a million impressions in order of time.
 
         Columns: user, item, time (seconds since 1970), session (int64), position (from 1), hour (int16);
         scenario, device, age_band, city, genre, price_bucket (strings); click, conversion, random (int8); and
@@ -107,8 +107,7 @@ class Generator:
         check_folder(path, self.config)
         path.mkdir(parents=True, exist_ok=True)
         if parts is None or 0 in parts:
-            write_parquet(self.items, path / "items.parquet")
-            write_parquet(self.users, path / "users.parquet")
+            self.write_sides(path)
         written = []
         for index in range(self.config.n_parts) if parts is None else parts:
             target = path / f"part-{index:05d}.parquet"
@@ -117,6 +116,11 @@ class Generator:
         if parts is None:
             write_json(path / "truth.json", self.parameters())
         return written
+
+    def write_sides(self, path: Path) -> None:
+        """Write `items.parquet` and `users.parquet`, without keeping the frames in memory."""
+        write_parquet(self._world.items.frame(self.config), path / "items.parquet")
+        write_parquet(self._world.users.frame(), path / "users.parquet")
 
     def parameters(self) -> dict[str, Any]:
         """What `truth.json` says: the configuration and the numbers of the graph that it does not name."""

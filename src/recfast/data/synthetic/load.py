@@ -78,8 +78,7 @@ def write_splits(generator: Generator, path: str | os.PathLike[str]) -> Path:
     with atomic_path(path, directory=True) as folder:
         for name in SPLITS:
             (folder / name).mkdir()
-        write_parquet(generator.items, folder / "items.parquet")
-        write_parquet(generator.users, folder / "users.parquet")
+        generator.write_sides(folder)
         first, step = w.SESSION_ID
         for index, part in enumerate(generator.parts()):
             for name, (start, stop) in SPLITS.items():
