@@ -10,7 +10,7 @@ EVERYONE = {"errors", "files"}
 BELOW_NN = {"_C", "_cuda", "ops"}
 BELOW_MODELS = BELOW_NN | {"nn", "index", "rerank", "data", "metrics"}
 BELOW_TRAIN = BELOW_MODELS | {"models"}
-BELOW_CLI = BELOW_TRAIN | {"train", "pipeline", "cascade", "report", "config"}
+BELOW_CLI = BELOW_TRAIN | {"train", "pipeline", "cascade", "report", "doctor"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
@@ -23,7 +23,7 @@ ALLOWED = {
     "models": BELOW_MODELS,
     "train": BELOW_TRAIN,
     "pipeline": BELOW_TRAIN | {"train"},
-    "config": BELOW_NN,
+    "doctor": BELOW_NN,
     "cascade": BELOW_CLI,
     "report": BELOW_CLI,
     "cli": BELOW_CLI,

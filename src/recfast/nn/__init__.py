@@ -1,5 +1,7 @@
 """Torch modules over `recfast.ops`."""
 
+from recfast.nn.blocks import MLP, Dice, fm_interaction
 from recfast.nn.quantizer import ProductQuantizer
+from recfast.nn.target_attention import TargetAttention
 
-__all__ = ["ProductQuantizer"]
+__all__ = ["MLP", "Dice", "ProductQuantizer", "TargetAttention", "fm_interaction"]

@@ -1,0 +1,5 @@
+"""`python -m recfast` is the command `recfast`."""
+
+from recfast.cli import main
+
+main()

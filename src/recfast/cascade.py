@@ -1,0 +1,490 @@
+"""The main job: a log of interactions in, a trained and measured recommender out."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recfast import data as rfdata
+from recfast import doctor, metrics, models, report, train
+from recfast.data import Catalogue, Dataset, Jagged
+from recfast.errors import InputError
+from recfast.files import write_json, write_text
+from recfast.models import ItemKNN, Popularity
+from recfast.pipeline import Pipeline
+from recfast.rerank import DPP
+from recfast.train import RunConfig, StageConfig
+
+# The grid of trade-offs that is drawn, and from which one is chosen on the validation rows.
+DIVERSITIES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
+# Chosen: the most diverse list that keeps this share of the NDCG on the validation rows.
+KEPT_NDCG = 0.98
+LENGTHS = (5, 10, 20, 30, 50, 75, 100, 150, 200)
+
+Say = Callable[[str], None]
+
+
+class Stopwatch:
+    """Seconds per stage, in the order in which the stages began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+# What differs from the defaults of `RunConfig`, by data set. Found on the validation rows.
+PRESETS: dict[str, dict[str, Any]] = {"synthetic": {}, "ml-100k": {}}
+
+
+def settings(path: Path | None = None, data: str | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+    """The settings of a run: a TOML file, or the preset of a data set, with `dotted.key=value` overrides on top."""
+    if path is not None:
+        return RunConfig.load(path, overrides)
+    name = data or "synthetic"
+    preset = PRESETS.get(name, {})
+    values = {**preset, "data": {**preset.get("data", {}), "name": name}}
+    return RunConfig.parse(train.override(values, overrides), place="settings")
+
+
+def run(config: RunConfig, *, overwrite: bool = False, command: str = "", say: Say = lambda _: None) -> Path:
+    """Train and measure the cascade and write its folder.
+
+    The folder holds `config.toml`, `metrics.json`, `report.html`, the serving `pipeline/`, and one folder of training a
+    stage (`retriever/`, `ranker/`, ...). A run that was interrupted goes on where it was when it is started again with
+    the same settings.
+
+    Parameters
+    ----------
+    config
+        Data, stages, seed and `out`, the folder; `runs/<data name>` if left out.
+    overwrite
+        Remove what is in the folder first.
+    command
+        The command line, for the report.
+    say
+        Gets a line at the start of each stage.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    InputError
+        Wrong settings or data; or the folder holds a run with other settings.
+    """
+    watch, start = Stopwatch(), time.perf_counter()
+    out = Path(config.out or f"runs/{config.data.name}")
+    _claim(out, config, overwrite)
+    say("preparing the data")
+    with watch("prepare the data"):
+        dataset = rfdata.load(config.data.name, config.data.path, **config.data.options)
+    for split in ("train", "valid", "test"):
+        if getattr(dataset, split) is None:
+            raise InputError(f"run: {dataset.name} has no {split} split, expected train, valid and test")
+
+    result: dict[str, Any] = {
+        "name": dataset.name,
+        "command": command or f"recfast run --out {out}",
+        "seed": config.seed,
+        "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": doctor.config(),
+        "data": _data_summary(dataset),
+    }
+    say(f"training {config.retriever.model}")
+    with watch(f"train the retriever ({config.retriever.model})"):
+        retriever, result["retriever"] = _train(config, "retriever", dataset, out)
+    say(f"training {config.ranker.model}")
+    with watch(f"train the ranker ({config.ranker.model})"):
+        ranker, result["ranker"] = _train(config, "ranker", dataset, out)
+    second = None
+    if config.second_ranker is not None:
+        say(f"training {config.second_ranker.model}")
+        with watch(f"train the second ranker ({config.second_ranker.model})"):
+            second, result["second_ranker"] = _train(config, "second_ranker", dataset, out)
+
+    say("coding the items")
+    reranker = DPP(diversity=config.reranker.diversity, personal=config.reranker.personal)
+    with watch("code and index the items"):
+        serving = Catalogue.from_dataset(dataset)
+        pipeline = Pipeline(
+            retriever,
+            ranker,
+            reranker,
+            serving,
+            candidates=config.pipeline.candidates,
+            pool=config.reranker.pool,
+            features=config.reranker.features,
+            codebooks=config.retriever.codes.codebooks,
+            n_codes=config.retriever.codes.n_codes,
+            exclude=config.pipeline.exclude,
+            seed=config.seed,
+        )
+
+    say("measuring retrieval")
+    with watch("measure retrieval"):
+        result["retriever"] |= _measure_retrieval(pipeline, dataset, result["retriever"]["model"])
+    say("measuring ranking")
+    with watch("measure ranking"):
+        result["ranking_table"] = [_measure_ranking(ranker, config.ranker, dataset)]
+        if second is not None:
+            result["ranking_table"].append(_measure_ranking(second, config.second_ranker, dataset))
+        result["ranker"]["test"] = result["ranking_table"][0]
+        result["ranker"]["precision"] = result["ranking_table"][0]["precision"]
+    result["tables"] = None
+    if config.compare_seeds:
+        say(f"comparing 8-bit and float tables, {config.compare_seeds} seeds each")
+        with watch("compare 8-bit and float tables"):
+            result["tables"] = _compare_tables(config, dataset)
+    say("measuring re-ranking")
+    with watch("measure re-ranking"):
+        result["rerank"], result["serving"], lists = _measure_reranking(pipeline, dataset, config)
+    pipeline.reranker = DPP(diversity=result["rerank"]["diversity"], personal=config.reranker.personal)
+    result["users"] = _ten_users(pipeline, dataset, lists)
+
+    say("writing the folder")
+    with watch("write the pipeline"):
+        # What is served knows every split's history, not only the training one.
+        pipeline.catalogue = serving
+        pipeline.save(out / "pipeline")
+    result["time"] = watch.seconds
+    result["seconds"] = time.perf_counter() - start
+    write_json(out / "metrics.json", result)
+    report.write(out / "report.html", result)
+    return out
+
+
+def _claim(out: Path, config: RunConfig, overwrite: bool) -> None:
+    """Make the folder ready, or refuse one that another run made."""
+    settings = config.model_copy(update={"out": None}).to_toml()
+    path = out / "config.toml"
+    if overwrite and path.exists():
+        shutil.rmtree(out)
+    if path.exists():
+        if path.read_text(encoding="utf-8") != settings:
+            raise InputError(f"run: {out} holds a run with other settings; choose another --out, or give --overwrite")
+    elif out.exists() and any(out.iterdir()):
+        raise InputError(f"run: {out} is not empty and holds no run, expected a new or empty folder for --out")
+    write_text(path, settings)
+
+
+def _data_summary(dataset: Dataset) -> dict[str, Any]:
+    summary = dataset.summary()
+    schema = dataset.schema
+    lengths = dataset.history("valid").lengths().numpy()[1:]
+    counts, edges = np.histogram(lengths, bins=30)
+    likes = np.sort(dataset.popularity("train")[1:])[::-1]
+    users, items = dataset.vocabulary[schema.user].size, dataset.vocabulary[schema.item].size
+    return {
+        "about": dataset.meta.get("about") or f"{dataset.name}: rows of users and items with a label of 0 or 1.",
+        "users": users,
+        "items": items,
+        "density": float(likes.sum() / (users * items)),
+        "splits": {
+            name: {"rows": len(getattr(dataset, name)), "label_rate": float(np.mean(getattr(dataset, name).label))}
+            for name in ("train", "valid", "test")
+        },
+        "history_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+        # The whole curve would make a page of a million items heavy; a thousand points draw the same line.
+        "item_counts": likes[likes > 0][: 10**6 : max(1, int((likes > 0).sum()) // 1000)].tolist(),
+        "summary": summary,
+    }
+
+
+def _train(config: RunConfig, stage: str, dataset: Dataset, out: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
+    settings: StageConfig = getattr(config, stage)
+    torch.manual_seed(config.seed)
+    model = models.build(settings.model, dataset.schema, settings.options)
+    training = config.training(stage)
+    monitor = training.monitor or ("auc" if model.task == "ranking" else "recall@50")
+    fitted = train.fit(model, dataset, config=training, out=out / stage, resume="auto")
+    return fitted.model, {
+        "model": settings.model,
+        "monitor": monitor,
+        "history": [{**{k: v for k, v in e.items() if k != "valid"}, **e.get("valid", {})} for e in fitted.history],
+        "best_epoch": (fitted.best or {"epoch": fitted.epochs})["epoch"],
+        "seconds": sum(entry["seconds"] for entry in fitted.history),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+# -- retrieval ---------------------------------------------------------------------------------------------------
+
+
+_BEFORE = {"valid": "train", "test": "valid"}
+
+
+def _stand_before(pipeline: Pipeline, dataset: Dataset, split: str) -> tuple[Tensor, Jagged]:
+    """Put the pipeline where it knows only what came before a split, and say what is to be found there.
+
+    Returns
+    -------
+    (users int64 [U], the distinct items each of them likes in the split), without items that the pipeline would not
+    recommend again, and without users who have nothing left or no history.
+    """
+    pipeline.catalogue = pipeline.catalogue.upto(dataset, _BEFORE[split])
+    positives = getattr(dataset, split).positives()
+    rows = dataset.schema.rows(dataset.schema.item)
+    user = positives.column(dataset.schema.user).astype(np.int64)
+    item = positives.column(dataset.schema.item).astype(np.int64)
+    known = (user > 0) & (item > 0) & (pipeline.catalogue.history.lengths().numpy()[user] > 0)
+    pairs = np.unique(user[known] * rows + item[known])
+    excluded = pipeline.excluded()
+    if excluded is not None:
+        owner = np.repeat(np.arange(len(excluded.offsets) - 1), excluded.lengths().numpy())
+        pairs = pairs[~np.isin(pairs, owner * rows + excluded.values.numpy())]
+    users, counts = np.unique(pairs // rows, return_counts=True)
+    if not len(users):
+        raise InputError(f"run: no known user likes a new item in the {split} split, so nothing can be measured")
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    return torch.from_numpy(users), Jagged(torch.from_numpy(pairs % rows), torch.from_numpy(offsets))
+
+
+def _measure_retrieval(pipeline: Pipeline, dataset: Dataset, name: str) -> dict[str, Any]:
+    users, relevant = _stand_before(pipeline, dataset, "test")
+    items = len(pipeline.index)
+    longest = min(max(LENGTHS), items)
+    lists = {"codes": pipeline.retrieve(users, longest)[1]}
+    models_by_key = {
+        "exact": pipeline.retriever,
+        "popularity": Popularity(dataset.schema),
+        "item_knn": ItemKNN(dataset.schema),
+    }
+    nobody = Jagged(torch.zeros(0, dtype=torch.int64), torch.zeros_like(pipeline.catalogue.history.offsets))
+    for key, model in models_by_key.items():
+        if key != "exact":
+            model.prepare(dataset)
+        masked = pipeline.excluded() or nobody
+        lists[key] = train.top_items(model, users, longest, history=pipeline.catalogue.history, masked=masked)
+
+    def at(key: str, k: int) -> float:
+        return float(np.mean(metrics.recall(lists[key].numpy(), relevant, k)))
+
+    labels = {
+        "exact": f"{name}, exact search",
+        "codes": f"{name}, codes",
+        "item_knn": "item-kNN (cosine)",
+        "popularity": "popularity",
+    }
+    table = [
+        {
+            "name": label,
+            **{f"recall@{k}": at(key, k) for k in (10, 20, 50, 100)},
+            "ndcg@10": float(np.mean(metrics.ndcg(lists[key].numpy(), relevant, 10))),
+        }
+        for key, label in labels.items()
+    ]
+    checked = users[:256]
+    return {
+        "test": {key: value for key, value in table[0].items() if key != "name"},
+        "users": len(users),
+        "table": table,
+        "recall_curve": {
+            "k": [k for k in LENGTHS if k <= longest],
+            **{key: [at(key, k) for k in LENGTHS if k <= longest] for key in lists},
+        },
+        "codes": {
+            "bytes_per_item": pipeline.quantizer.n_codebooks * (1 if pipeline.quantizer.n_codes <= 256 else 2),
+            "vector_bytes": 4 * pipeline.item_vectors.shape[1],
+            "users_checked": len(checked),
+            "equal_to_brute_force": _equals_brute_force(pipeline, checked, longest),
+            "report": pipeline.quantizer.report(),
+        },
+    }
+
+
+def _equals_brute_force(pipeline: Pipeline, users: Tensor, k: int) -> bool:
+    """Whether the index gives, to the bit, what scoring every item's code in plain torch gives."""
+    table, codes = pipeline.score_table(users), pipeline.index.codes.long()
+    scores = torch.zeros(len(users), len(codes))
+    for m in range(codes.shape[1]):
+        scores += table[:, m, codes[:, m]]
+    allowed = pipeline.allowed(users)
+    if allowed is not None:
+        scores[~allowed] = -torch.inf
+    # A stable descending sort keeps the lower id first among equals.
+    best, place = torch.sort(scores, dim=1, descending=True, stable=True)
+    best, items = best[:, :k], place[:, :k] + 1
+    items[torch.isinf(best)] = -1
+    found = pipeline.retrieve(users, k)
+    return torch.equal(found[0], best) and torch.equal(found[1], items)
+
+
+# -- ranking -----------------------------------------------------------------------------------------------------
+
+
+def _measure_ranking(model: torch.nn.Module, settings: StageConfig, dataset: Dataset) -> dict[str, Any]:
+    found = train.evaluate(model, dataset.test, dataset=dataset)
+    return {
+        "model": settings.model,
+        "precision": settings.options.get("precision", "float32"),
+        "table_bytes": model.tables.memory_bytes(),
+        **{key: found[key] for key in ("auc", "gauc", "logloss", "pcoc")},
+    }
+
+
+def _compare_tables(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """The ranker with 8-bit and with float tables, everything else equal, on several seeds."""
+    seeds = [config.seed + i for i in range(config.compare_seeds)]
+    result: dict[str, Any] = {"seeds": seeds}
+    for precision in ("int8", "float32"):
+        scores, size = [], 0
+        for seed in seeds:
+            torch.manual_seed(seed)
+            options = {**config.ranker.options, "precision": precision}
+            model = models.build(config.ranker.model, dataset.schema, options)
+            settings = config.training("ranker").model_copy(update={"seed": seed})
+            model = train.fit(model, dataset, config=settings).model
+            scores.append(train.evaluate(model, dataset.test, dataset=dataset)["auc"])
+            size = model.tables.memory_bytes()
+        result[precision] = {"auc": scores, "mean": float(np.mean(scores)), "table_bytes": size}
+    result["difference"] = result["int8"]["mean"] - result["float32"]["mean"]
+    return result
+
+
+# -- re-ranking --------------------------------------------------------------------------------------------------
+
+
+def _list_metrics(pipeline: Pipeline, lists: Tensor, relevant: Jagged, k: int) -> dict[str, float]:
+    genres = pipeline.catalogue.genres if len(pipeline.catalogue.genre_names) > 1 else pipeline._similarity
+    ids = lists.numpy()
+    return {
+        "ndcg": float(np.mean(metrics.ndcg(ids, relevant, k))),
+        "recall": float(np.mean(metrics.recall(ids, relevant, k))),
+        "ild": float(np.mean(metrics.intra_list_diversity(ids[:, :k], genres))),
+        "genres": float(np.mean(metrics.topic_count(ids[:, :k], genres))),
+        "coverage": float(metrics.catalogue_coverage(ids[:, :k], len(pipeline.index))),
+    }
+
+
+def _measure_reranking(
+    pipeline: Pipeline, dataset: Dataset, config: RunConfig
+) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
+    k = config.pipeline.k
+    watch = Stopwatch()
+    candidates = {}
+    for split in ("valid", "test"):
+        users, relevant = _stand_before(pipeline, dataset, split)
+        with watch(f"{split} retrieval"):
+            scores, items = pipeline.retrieve(users)
+        with watch(f"{split} ranking"):
+            logits = pipeline.rank(users, items)
+        candidates[split] = (users, relevant, items, scores, logits)
+
+    def final(split: str, diversity: float, personal: bool) -> Tensor:
+        users, _, items, _, logits = candidates[split]
+        pipeline.catalogue = pipeline.catalogue.upto(dataset, _BEFORE[split])
+        dpp = DPP(diversity=diversity, personal=personal)
+        positions = pipeline.rerank(users, items, logits, k, reranker=dpp)
+        return items.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -1)
+
+    def measured(split: str, diversity: float, personal: bool) -> dict[str, float]:
+        return _list_metrics(pipeline, final(split, diversity, personal), candidates[split][1], k)
+
+    personal = config.reranker.personal
+    grid = [measured("valid", diversity, personal) for diversity in DIVERSITIES]
+    kept = [i for i, point in enumerate(grid) if point["ndcg"] >= KEPT_NDCG * grid[0]["ndcg"]]
+    diversity = config.reranker.diversity
+    if config.reranker.choose:
+        diversity = DIVERSITIES[max(kept, key=lambda i: grid[i]["ild"])]
+    users, relevant, items, scores, _ = candidates["test"]
+    before, retrieved = final("test", 0.0, personal), items[:, :k]
+    with watch("test re-ranking"):
+        after = final("test", diversity, personal)
+    result = {
+        "k": k,
+        "candidates": config.pipeline.candidates,
+        "diversity": diversity,
+        "personal": personal,
+        "retriever_order": _list_metrics(pipeline, retrieved, relevant, k),
+        "before": _list_metrics(pipeline, before, relevant, k),
+        "after": _list_metrics(pipeline, after, relevant, k),
+        "curve": {
+            name: [{"diversity": d, **measured("test", d, name == "personal")} for d in DIVERSITIES]
+            for name in ("global", "personal")
+        },
+        "validation": [{"diversity": d, **point} for d, point in zip(DIVERSITIES, grid, strict=True)],
+    }
+    serving = {stage: watch.seconds[f"test {stage}"] / len(users) for stage in ("retrieval", "ranking", "re-ranking")}
+    return result, serving, {"users": users, "relevant": relevant, "before": before, "after": after}
+
+
+def _ten_users(pipeline: Pipeline, dataset: Dataset, lists: dict[str, Any], count: int = 10) -> list[dict[str, Any]]:
+    """Users from the whole range of appetites for diversity, with their lists before and after re-ranking."""
+    catalogue = pipeline.catalogue = pipeline.catalogue.upto(dataset, "valid")
+    users, relevant = lists["users"], lists["relevant"]
+    appetite = pipeline.appetite(users)
+    order = np.argsort(appetite, kind="stable")
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int))]
+    raw = catalogue.vocabulary["user"].decode(users.numpy())
+
+    def row(item: int, hits: set[int], old: set[int] | None) -> dict[str, Any]:
+        return {
+            "title": catalogue.title(item),
+            "genres": catalogue.genres_of(item),
+            "hit": item in hits,
+            "new": old is not None and item not in old,
+        }
+
+    shown = []
+    for u in chosen.tolist():
+        hits = set(relevant.row(u).tolist())
+        before = [item for item in lists["before"][u].tolist() if item > 0]
+        after = [item for item in lists["after"][u].tolist() if item > 0]
+        liked = [item for item in catalogue.history.take([int(users[u])], last=6).values.tolist() if item > 0]
+        shown.append(
+            {
+                "user": raw[u],
+                "appetite": float(appetite[u]),
+                "history": [catalogue.title(item) for item in liked[::-1]],
+                "before": [row(item, hits, None) for item in before],
+                "after": [row(item, hits, set(before)) for item in after],
+            }
+        )
+    return shown
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The figures of `metrics.json` that matter most, as lines for a terminal."""
+    rerank, change = result["rerank"], {}
+    for key in ("ndcg", "ild"):
+        change[key] = rerank["after"][key] / rerank["before"][key] - 1
+    lines = [f"data       {result['name']}: {result['data']['users']} users, {result['data']['items']} items"]
+    lines += [
+        f"retrieval  {row['name']:<28} recall@50 {row['recall@50']:.4f}  NDCG@10 {row['ndcg@10']:.4f}"
+        for row in result["retriever"]["table"]
+    ]
+    same = "equal to" if result["retriever"]["codes"]["equal_to_brute_force"] else "DIFFERENT FROM"
+    lines.append(f"           CodeIndex is {same} brute force over the same codes")
+    lines += [
+        f"ranking    {row['model'] + ', ' + row['precision']:<28} AUC {row['auc']:.4f}  log loss {row['logloss']:.4f}"
+        for row in result["ranking_table"]
+    ]
+    if result["tables"]:
+        for name in ("int8", "float32"):
+            scores = "  ".join(f"{auc:.4f}" for auc in result["tables"][name]["auc"])
+            lines.append(f"tables     {name:<28} AUC {scores}  mean {result['tables'][name]['mean']:.4f}")
+    lines += [
+        f"re-ranking NDCG@{rerank['k']} {rerank['before']['ndcg']:.4f} -> {rerank['after']['ndcg']:.4f} "
+        f"({change['ndcg']:+.1%}), diversity {rerank['before']['ild']:.4f} -> {rerank['after']['ild']:.4f} "
+        f"({change['ild']:+.1%}) at {rerank['diversity']}",
+        f"time       {result['seconds']:.0f} s",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,413 @@
+"""The cascade: retrieve candidates, rank them, re-rank the best for diversity. Raw ids in, raw ids out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from recfast import rerank
+from recfast.data import Catalogue, Dataset, Jagged
+from recfast.errors import InputError
+from recfast.files import atomic_path, write_json
+from recfast.index import CodeIndex
+from recfast.models.storage import load_model, read_json, read_tensors, save_model, write_tensors
+from recfast.nn import ProductQuantizer
+
+FORMAT = 1
+# A mask of this many cells, and a batch of this many candidate rows, are held at once; users are cut to fit.
+_MASK_CELLS = 1 << 24
+_CANDIDATE_ROWS = 1 << 15
+
+Cold = Literal["error", "popular"]
+Exclude = Literal["seen", "liked", "nothing"]
+
+
+class Pipeline:
+    """Recommendations for users, from three trained stages.
+
+    Parameters
+    ----------
+    retriever
+        A model with `user_vectors` and `item_vectors`, scored by dot product. Its item vectors are turned into codes.
+    ranker
+        A model whose `forward(batch)` gives logits; None keeps the retriever's order.
+    reranker
+        A `rerank.DPP` (or a relative with the same `rank`); None keeps the ranker's order.
+    data
+        A `Dataset`, or the `Catalogue` of one.
+    candidates
+        How many items are retrieved for a user.
+    pool
+        How many of the best ranked are re-ranked; all candidates if None.
+    features
+        What makes two items alike: "genres", "vectors" (of the retriever), "both", or "auto": genres where known.
+    codebooks, n_codes
+        Bytes of an item's code, and values of each. Ignored where `quantizer` is given.
+    quantizer
+        A fitted `nn.ProductQuantizer`.
+    exclude
+        What is not recommended again: what the user has "seen" (any row of the log), has "liked", or "nothing".
+    seed
+        Of the quantiser's k-means.
+    """
+
+    def __init__(
+        self,
+        retriever: nn.Module,
+        ranker: nn.Module | None,
+        reranker: Any | None,
+        data: Dataset | Catalogue,
+        *,
+        candidates: int = 100,
+        pool: int | None = None,
+        features: Literal["auto", "genres", "vectors", "both"] = "auto",
+        codebooks: int = 8,
+        n_codes: int = 256,
+        quantizer: ProductQuantizer | None = None,
+        exclude: Exclude = "seen",
+        seed: int = 0,
+    ) -> None:
+        if exclude not in ("seen", "liked", "nothing"):
+            raise InputError(f"Pipeline: exclude must be seen, liked or nothing, got {exclude!r}")
+        if candidates < 1 or (pool is not None and pool < 1):
+            raise InputError(f"Pipeline: candidates and pool must be at least 1, got {candidates} and {pool}")
+        self.catalogue = data if isinstance(data, Catalogue) else Catalogue.from_dataset(data)
+        self.retriever = retriever.eval()
+        self.ranker = None if ranker is None else ranker.eval()
+        self.reranker = reranker
+        self.candidates, self.pool, self.exclude = candidates, pool, exclude
+        if features == "auto":
+            features = "genres" if len(self.catalogue.genre_names) > 1 else "vectors"
+        self.features = features
+        with torch.inference_mode():
+            # Row 0 stands for unknown items and is never recommended.
+            vectors = _finite("item_vectors of the retriever", retriever.item_vectors().float().cpu())[1:]
+        if quantizer is None:
+            quantizer = ProductQuantizer(-(-vectors.shape[1] // codebooks) * codebooks, codebooks, n_codes)
+            quantizer.fit(_widened(vectors, quantizer.dim), seed=seed)
+        self.quantizer = quantizer
+        self.item_vectors = vectors
+        ids = torch.arange(1, len(vectors) + 1)
+        codes = quantizer.encode(_widened(vectors, quantizer.dim))
+        self._first_codes = codes[:, 0].long()
+        self.index = CodeIndex(codes, n_codes=quantizer.n_codes, ids=ids)
+        self._similarity = self._item_similarity_features()
+
+    # -- stages, on internal ids ---------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def user_vectors(self, users: Tensor) -> Tensor:
+        """The retriever's vectors of user ids, from their whole known history; [B, D]."""
+        vectors = self.retriever.user_vectors(self.catalogue.history.take(users), users)
+        return _finite("user_vectors of the retriever", vectors.float().cpu())
+
+    def score_table(self, users: Tensor) -> Tensor:
+        """What each code of each codebook adds to each user's scores, float32 [B, M, K]."""
+        return self.quantizer.score_table(_widened(self.user_vectors(users), self.quantizer.dim))
+
+    def excluded(self, exclude: Exclude | None = None) -> Jagged | None:
+        """The items that each user is not to get, by user id; None for none."""
+        which = exclude or self.exclude
+        return {"seen": self.catalogue.seen, "liked": self.catalogue.history, "nothing": None}[which]
+
+    def allowed(self, users: Tensor, exclude: Exclude | None = None) -> Tensor | None:
+        """The items that each user may get, bool [B, N] in the order of the index; None for all."""
+        lists = self.excluded(exclude)
+        if lists is None:
+            return None
+        lists = lists.take(users)
+        mask = torch.ones(len(users), len(self.item_vectors) + 1, dtype=torch.bool)
+        mask[torch.arange(len(users)).repeat_interleave(lists.lengths()), lists.values] = False
+        return mask[:, 1:].contiguous()
+
+    def retrieve(self, users: Tensor, k: int | None = None, *, exclude: Exclude | None = None) -> tuple[Tensor, Tensor]:
+        """The k best items of each user by the coded vectors: exact top-k over the codes.
+
+        Returns
+        -------
+        (scores float32 [B, k], item ids int64 [B, k]), padded with (-inf, -1).
+        """
+        k = self.candidates if k is None else k
+        scores, items = [], []
+        for block in _blocks(users, max(1, _MASK_CELLS // max(len(self.index), 1))):
+            found = self.index.search(self.score_table(block), k, mask=self.allowed(block, exclude))
+            scores.append(found[0])
+            items.append(found[1])
+        return torch.cat(scores), torch.cat(items)
+
+    @torch.inference_mode()
+    def rank(self, users: Tensor, items: Tensor) -> Tensor:
+        """The ranker's logits of candidates; -inf at padding.
+
+        Parameters
+        ----------
+        users
+            int64 [B].
+        items
+            int64 [B, C], -1 padded.
+        """
+        if self.ranker is None:
+            raise InputError("Pipeline.rank: this pipeline has no ranker")
+        logits = torch.full(items.shape, -torch.inf)
+        step = max(1, _CANDIDATE_ROWS // max(items.shape[1], 1))
+        for first in range(0, len(users), step):
+            part = slice(first, first + step)
+            batch, valid = self.catalogue.candidates(users[part], items[part])
+            if len(batch):
+                logits[part][valid] = self.ranker(batch).float()
+        wrong = torch.isnan(logits).nonzero()
+        if len(wrong):
+            row, place = wrong[0].tolist()
+            user = self.catalogue.vocabulary["user"].decode([int(users[row])])[0]
+            raise InputError(
+                f"Pipeline.rank: the ranker's score of item {self._raw_items([int(items[row, place])])[0]!r} for user "
+                f"{user!r} is NaN, expected a number; train it again, or load another checkpoint"
+            )
+        return logits
+
+    def appetite(self, users: Tensor) -> np.ndarray:
+        """Each user's appetite for diversity, [B] in [0, 1]: how widely the history spreads over genres.
+
+        `rerank.entropy_propensity` of the genres in the history (where they are not known, of clusters of items).
+        """
+        history = self.catalogue.history.take(users)
+        return rerank.entropy_propensity(self._genre_counts(history))
+
+    def rerank(self, users: Tensor, items: Tensor, relevance: Tensor, k: int, *, reranker: Any | None = None) -> Tensor:
+        """Positions [B, k] into the candidates, -1 padded, in the re-ranker's order."""
+        chosen = self.reranker if reranker is None else reranker
+        relevance = relevance.masked_fill(items < 0, -torch.inf)
+        order = torch.argsort(relevance, dim=1, descending=True, stable=True)
+        order = order.masked_fill(items.gather(1, order) < 0, -1)
+        if chosen is None:
+            return _padded(order, k)
+        pool = order[:, : self.pool] if self.pool else order
+        valid = pool >= 0
+        place = pool.clamp(min=0)
+        scores = relevance.gather(1, place).masked_fill(~valid, 0.0)
+        features = self._similarity[items.gather(1, place).clamp(min=0).numpy()]
+        propensity = self.appetite(users) if chosen.personal else None
+        picked = torch.as_tensor(
+            chosen.rank(
+                features, scores.numpy(), min(k, pool.shape[1]), lengths=valid.sum(1).numpy(), propensity=propensity
+            )
+        )
+        return _padded(place.gather(1, picked.clamp(min=0)).masked_fill(picked < 0, -1), k)
+
+    # -- raw ids -------------------------------------------------------------------------------------------------
+
+    def recommend(
+        self, users: Iterable[Any], k: int = 20, *, exclude: Exclude | None = None, cold: Cold = "error"
+    ) -> pl.DataFrame:
+        """Recommend items.
+
+        Parameters
+        ----------
+        users
+            Raw user ids.
+        k
+            Items a user.
+        exclude
+            "seen", "liked" or "nothing"; as the pipeline was made if left out.
+        cold
+            For a user who is unknown or has an empty history: "error", or "popular" for the most liked items.
+
+        Returns
+        -------
+        polars.DataFrame
+            Columns: the schema's user column, "rank" (from 1), its item column, "score" (the ranker's logit, else the
+            retriever's score), and "title" where titles are known. Users in the order given; fewer than k rows
+            where too few items are left.
+
+        Raises
+        ------
+        InputError
+            An unknown user or an empty history under `cold="error"`; k below 1; a score that is NaN.
+        """
+        raw = list(users)
+        if k < 1:
+            raise InputError(f"recommend: k must be at least 1, got {k}")
+        ids = torch.from_numpy(self.catalogue.vocabulary["user"].encode(raw)).long() if raw else torch.zeros(0).long()
+        lengths = self.catalogue.history.take(ids).lengths() if len(raw) else ids
+        is_cold = (ids == 0) | (lengths == 0)
+        if cold == "error" and bool(is_cold.any()):
+            at = int(is_cold.nonzero()[0])
+            what = "is not in the training data" if ids[at] == 0 else "has liked nothing yet, so there is no history"
+            raise InputError(
+                f"recommend: user {raw[at]!r} {what}, expected a user with at least one liked item; "
+                "cold='popular' (--cold popular) gives such users the most popular items"
+            )
+        items = torch.full((len(raw), k), -1, dtype=torch.int64)
+        scores = torch.full((len(raw), k), -torch.inf)
+        warm = (~is_cold).nonzero()[:, 0]
+        if len(warm):
+            items[warm], scores[warm] = self._recommend_warm(ids[warm], k, exclude)
+        if bool(is_cold.any()):
+            popular = self._popular(k)
+            items[is_cold, : len(popular)], scores[is_cold, : len(popular)] = popular, 0.0
+        return self._frame(raw, items, scores)
+
+    def _recommend_warm(self, users: Tensor, k: int, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
+        scores, items = self.retrieve(users, max(k, self.candidates), exclude=exclude)
+        if self.ranker is not None:
+            scores = self.rank(users, items)
+        chosen = self.rerank(users, items, scores, k)
+        place = chosen.clamp(min=0)
+        missing = chosen < 0
+        return items.gather(1, place).masked_fill(missing, -1), scores.gather(1, place)
+
+    def _frame(self, raw: list[Any], items: Tensor, scores: Tensor) -> pl.DataFrame:
+        schema, kept = self.catalogue.schema, items >= 0
+        rows, places = kept.nonzero(as_tuple=True)
+        ids = items[kept]
+        frame = pl.DataFrame(
+            {
+                schema.user: pl.Series(raw)[rows.numpy()] if raw else [],
+                "rank": pl.Series(places.numpy() + 1),
+                schema.item: self.catalogue.vocabulary["item"].decode_series(ids),
+                "score": pl.Series(scores[kept].numpy()),
+            }
+        )
+        if "title" in self.catalogue.items.columns:
+            frame = frame.with_columns(self.catalogue.items["title"][ids.numpy() - 1].alias("title"))
+        return frame
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _popular(self, k: int) -> Tensor:
+        counts = torch.bincount(self.catalogue.history.values, minlength=len(self.index) + 1)[1:]
+        return torch.argsort(counts, descending=True, stable=True)[:k] + 1
+
+    def _raw_items(self, items: list[int]) -> list[Any]:
+        return self.catalogue.vocabulary["item"].decode(items)
+
+    def _genre_counts(self, history: Jagged) -> np.ndarray:
+        """How often each genre occurs in each list, [B, G]."""
+        lists = torch.arange(len(history.offsets) - 1).repeat_interleave(history.lengths())
+        if len(self.catalogue.genre_names) > 1:
+            counts = torch.zeros(len(history.offsets) - 1, len(self.catalogue.genre_names))
+            return counts.index_add_(0, lists, torch.from_numpy(self.catalogue.genres)[history.values]).numpy()
+        # Without genres the first codebook's clusters stand for them. Row 0, the unknown item, is cluster 0.
+        cluster = torch.zeros(len(self.item_vectors) + 1, dtype=torch.int64)
+        cluster[1:] = self._first_codes
+        width = self.quantizer.n_codes
+        cells = torch.bincount(lists * width + cluster[history.values], minlength=(len(history.offsets) - 1) * width)
+        return cells.reshape(-1, width).numpy().astype(np.float32)
+
+    def _item_similarity_features(self) -> np.ndarray:
+        """Unit vectors by item id, float32 [rows(item), D]; two items are as alike as their dot product says."""
+        vectors = np.zeros((len(self.item_vectors) + 1, self.item_vectors.shape[1]), dtype=np.float32)
+        vectors[1:] = self.item_vectors.numpy()
+        parts = {"genres": [self.catalogue.genres], "vectors": [vectors], "both": [self.catalogue.genres, vectors]}
+        if self.features not in parts:
+            raise InputError(f"Pipeline: features must be one of auto, genres, vectors, both, got {self.features!r}")
+        unit = [_unit(part) for part in parts[self.features]]
+        return np.ascontiguousarray(np.concatenate(unit, axis=1) / np.sqrt(len(unit)), dtype=np.float32)
+
+    # -- disk ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that `recommend` needs to a folder, whole or not at all."""
+        with atomic_path(path, directory=True) as folder:
+            save_model(self.retriever, self.catalogue.schema, folder / "retriever")
+            if self.ranker is not None:
+                save_model(self.ranker, self.catalogue.schema, folder / "ranker")
+            shape = {"dim": self.quantizer.dim, "n_codebooks": self.quantizer.n_codebooks}
+            write_tensors(
+                folder / "quantizer.safetensors",
+                self.quantizer.state_dict(),
+                {**shape, "n_codes": self.quantizer.n_codes},
+            )
+            self.index.save(folder / "index.safetensors")
+            self.catalogue.save(folder / "catalogue")
+            settings = {
+                "format": FORMAT,
+                "candidates": self.candidates,
+                "pool": self.pool,
+                "features": self.features,
+                "exclude": self.exclude,
+                "ranker": self.ranker is not None,
+                "reranker": None if self.reranker is None else self.reranker.config(),
+            }
+            write_json(folder / "pipeline.json", settings)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Pipeline:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        InputError
+            Something is missing, truncated, damaged, or of another version.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise InputError(f"Pipeline.load: {folder} is not a folder, expected one that Pipeline.save wrote")
+        settings = read_json(folder / "pipeline.json")
+        if settings.get("format") != FORMAT:
+            raise InputError(
+                f"Pipeline.load: {folder / 'pipeline.json'} has the format {settings.get('format')!r}, "
+                f"expected {FORMAT}"
+            )
+        tensors, shape = read_tensors(folder / "quantizer.safetensors")
+        quantizer = ProductQuantizer(shape["dim"], shape["n_codebooks"], shape["n_codes"])
+        quantizer.load_state_dict(tensors)
+        pipeline = cls(
+            load_model(folder / "retriever"),
+            load_model(folder / "ranker") if settings["ranker"] else None,
+            None if settings["reranker"] is None else rerank.DPP(**settings["reranker"]),
+            Catalogue.load(folder / "catalogue"),
+            candidates=settings["candidates"],
+            pool=settings["pool"],
+            features=settings["features"],
+            exclude=settings["exclude"],
+            quantizer=quantizer,
+        )
+        index = CodeIndex.load(folder / "index.safetensors")
+        if len(index) != len(pipeline.index):
+            raise InputError(
+                f"Pipeline.load: {folder / 'index.safetensors'} holds {len(index)} items, expected "
+                f"{len(pipeline.index)} as in the catalogue"
+            )
+        pipeline.index = index
+        return pipeline
+
+
+def _blocks(users: Tensor, size: int) -> Iterator[Tensor]:
+    # One empty block for no users, so that results have their shape all the same.
+    yield from (users[first : first + size] for first in range(0, max(len(users), 1), size))
+
+
+def _finite(what: str, vectors: Tensor) -> Tensor:
+    wrong = (~torch.isfinite(vectors)).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise InputError(
+            f"Pipeline: {what}[{row}, {column}] is {float(vectors[row, column])}, expected a finite number; "
+            "train the model again, or load another checkpoint"
+        )
+    return vectors
+
+
+def _widened(vectors: Tensor, width: int) -> Tensor:
+    """The vectors with zeros behind them: a width that cannot be cut into equal parts is made one that can."""
+    return torch.nn.functional.pad(vectors, (0, width - vectors.shape[1]))
+
+
+def _padded(positions: Tensor, k: int) -> Tensor:
+    out = torch.full((len(positions), k), -1, dtype=torch.int64)
+    width = min(k, positions.shape[1])
+    out[:, :width] = positions[:, :width]
+    return out
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1.0)
