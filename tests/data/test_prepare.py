@@ -300,6 +300,16 @@ def test_csv_type_widens(tmp_path, monkeypatch) -> None:
     assert ds.train.numeric[:, 0].tolist() == [0.0] * 12_000 + [2.5]
 
 
+def test_column_without_values(tmp_path) -> None:
+    """A column that is empty throughout the train split is unknown everywhere, also where another split has values."""
+    frame = LOG.with_columns(item=pl.lit(None))
+    ds = data.prepare(SCHEMA, frame, LATER, cache=tmp_path)
+    assert ds.schema.rows("item") == 1
+    assert not ds.train.column("item").any()
+    assert not ds.valid.column("item").any()
+    assert ds.items.height == 0
+
+
 DAY = datetime.date(2024, 1, 2)
 
 

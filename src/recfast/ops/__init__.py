@@ -12,11 +12,12 @@ __all__ = [
     "DINWeights",
     "QuantizedTable",
     "RowsIndex",
+    "UpdateState",
     "code_rows_search",
     "code_search",
     "din_attention",
     "embedding_bag",
+    "embedding_update_",
     "example_axpy",
     "quantize",
 ]
-__all__ = ["QuantizedTable", "UpdateState", "embedding_bag", "embedding_update_", "example_axpy", "quantize"]

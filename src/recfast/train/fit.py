@@ -411,10 +411,10 @@ def _signals(active: bool) -> Iterator[list[int]]:
 
 
 class _Bar:
-    """A progress bar of one epoch, or nothing."""
+    """What a person sees of a training: nothing, a line for each evaluation, or a bar between the lines as well."""
 
-    def __init__(self, progress: Any = None) -> None:
-        self.progress, self.task = progress, None
+    def __init__(self, console: Any = None, progress: Any = None) -> None:
+        self.console, self.progress, self.task = console, progress, None
 
     def start(self, title: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -428,11 +428,11 @@ class _Bar:
             self.progress.update(self.task, completed=state.batch, note=note)
 
     def line(self, title: str, entry: dict[str, Any]) -> None:
-        if self.progress is not None:
-            parts = [title] + ([f"loss {entry['loss']:.4f}"] if "loss" in entry else [])
+        if self.console is not None:
+            parts = [f"{title}  loss {entry['loss']:.4f}"] if "loss" in entry else ["evaluated"]
             parts += [f"{name} {value:.4f}" for name, value in entry.get("valid", {}).items() if name != "users"]
             parts += [f"{entry['rows_per_second']:,.0f} rows/s"] if "rows_per_second" in entry else []
-            self.progress.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
+            self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -443,6 +443,10 @@ def _bar(progress: bool | None) -> Iterator[_Bar]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Bar(console)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -450,5 +454,5 @@ def _bar(progress: bool | None) -> Iterator[_Bar]:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
-        yield _Bar(drawn)
+    with Progress(*columns, console=console, transient=True) as drawn:
+        yield _Bar(console, drawn)
