@@ -1,3 +1,8 @@
+"""Torch modules over the ops."""
+
+from recfast.nn.embedding_tables import EmbeddingTables
+
+__all__ = ["EmbeddingTables"]
 """Torch modules over `recfast.ops`."""
 
 from recfast.nn.blocks import MLP, Dice, fm_interaction
