@@ -76,7 +76,7 @@ class SimpleX(Retriever):
         dim: int = 64,
         sequence: str | None = None,
         max_length: int = 50,
-        gamma: float = 0.7,
+        gamma: float = 0.8,
         aggregation: Literal["mean", "self_attention", "user_attention"] = "mean",
         recency: bool = True,
         history: Literal["earlier", "others"] = "earlier",
