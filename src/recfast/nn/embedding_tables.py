@@ -105,7 +105,7 @@ class EmbeddingTables(nn.Module):
         step: str = "learned",
         rounding: str = "stochastic",
         optimizer: str = "rowwise_adagrad",
-        lr: float = 0.02,
+        lr: float = 0.05,
         step_lr: float = 0.01,
         step_range: str = "grow",
         init_std: float = 0.01,
