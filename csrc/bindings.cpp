@@ -11,6 +11,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/random.h"
+#include "dpp_greedy/dpp_greedy.h"
 #include "example_axpy/example_axpy.h"
 
 namespace py = pybind11;
@@ -63,6 +64,59 @@ void bind_runtime(py::module_& m) {
   });
 }
 
+// What stays the same however the users are cut: one struct instead of a dozen numbers in a row.
+struct DppShape {
+  std::int64_t users, items, width, picks, shown_width, window;
+  double gamma;
+  int exhausted;
+  bool exact;
+};
+
+template <class T>
+py::tuple dpp(const DppShape& shape, Address features, std::int64_t user_stride, Address relevance, Address weight,
+              Address lengths, Address mask, Address shown, Address indices, Address count, Address gains,
+              Address log_det, Address scratch) {
+  using namespace recfast::dpp_greedy;
+  Outcome outcome;
+  {
+    py::gil_scoped_release unlocked;
+    outcome = run(Args<T>{.users = shape.users,
+                          .items = shape.items,
+                          .width = shape.width,
+                          .picks = shape.picks,
+                          .shown_width = shape.shown_width,
+                          .window = shape.window,
+                          .gamma = shape.gamma,
+                          .exhausted = static_cast<Exhausted>(shape.exhausted),
+                          .exact = shape.exact,
+                          .features = at<const T>(features),
+                          .user_stride = user_stride,
+                          .relevance = at<const double>(relevance),
+                          .weight = at<const double>(weight),
+                          .lengths = at<const std::int64_t>(lengths),
+                          .mask = at<const bool>(mask),
+                          .shown = at<const std::int64_t>(shown),
+                          .indices = at<std::int64_t>(indices),
+                          .count = at<std::int64_t>(count),
+                          .gains = at<double>(gains),
+                          .log_det = at<double>(log_det),
+                          .scratch = at<std::byte>((scratch + 63) / 64 * 64)});
+  }
+  return py::make_tuple(outcome.wrong_feature, outcome.wrong_relevance);
+}
+
+void bind_dpp_greedy(py::module_& m) {
+  py::class_<DppShape>(m, "DppShape")
+      .def(py::init([](std::int64_t users, std::int64_t items, std::int64_t width, std::int64_t picks,
+                       std::int64_t shown_width, std::int64_t window, double gamma, int exhausted, bool exact) {
+        return DppShape{users, items, width, picks, shown_width, window, gamma, exhausted, exact};
+      }));
+  m.def("dpp_greedy_float32", &dpp<float>);
+  m.def("dpp_greedy_float64", &dpp<double>);
+  // Bytes a thread, to which 64 must be added once for alignment.
+  m.def("dpp_greedy_scratch", &recfast::dpp_greedy::scratch_bytes);
+}
+
 template <class T>
 void axpy(Address x, Address y, Address out, std::int64_t size, T alpha) {
   using namespace recfast::example_axpy;
@@ -80,5 +134,6 @@ void bind_example_axpy(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "recfast kernels for the CPU; no torch symbol is needed to load them";
   bind_runtime(m);
+  bind_dpp_greedy(m);
   bind_example_axpy(m);
 }
