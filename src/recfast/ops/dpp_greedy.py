@@ -277,7 +277,7 @@ def _arguments(
         _check.tensor(op, "mask", mask, dtypes=[torch.bool], shape=[users, items], device=device)
     if shown is not None:
         _check.tensor(op, "shown", shown, dtypes=_check.INDEX_DTYPES, shape=[users, "S"], device=device)
-        _check.indices(op, "shown", shown.clamp(min=-1).where(shown != -1, torch.zeros_like(shown)), max(items, 1))
+        _check.indices(op, "shown", shown.masked_fill(shown == -1, 0), max(items, 1))
         if items == 0:
             shown = None
     if shown is not None:
