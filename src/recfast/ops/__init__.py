@@ -21,3 +21,7 @@ __all__ = [
     "example_axpy",
     "quantize",
 ]
+from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
+from recfast.ops.example_axpy import example_axpy
+
+__all__ = ["DPPResult", "dpp_greedy", "example_axpy"]
