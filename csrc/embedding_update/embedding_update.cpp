@@ -168,7 +168,8 @@ std::int64_t update_row(const Args<Value>& args, const std::uint64_t* first, con
       step = std::max(step - args.step_lr * t, kStepFloor);
     }
     if (args.grow) {
-      const float needed = largest_size(w, width) / 127.0f;
+      // A little more than needed, so that no rounding lifts the largest weight over the last code.
+      const float needed = largest_size(w, width) * (1.000001f / 127.0f);
       if (needed > step && needed <= std::numeric_limits<float>::max()) step = needed;
     }
     args.step[row] = step;

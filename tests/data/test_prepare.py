@@ -644,16 +644,18 @@ def test_libfm(tmp_path) -> None:
 
 
 _MEMORY = """
-import resource, sys
+import sys
 from recfast import data
 from recfast.data import Categorical, Numeric, Schema, Sequence
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not ru_maxrss, which a child inherits from the process that forked it.
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024
+before = peak()
 schema = Schema([Categorical("user", role="user"), Categorical("item", role="item"),
                  Categorical("place"), Categorical("hour"),
                  Sequence("history"), Numeric("price", "log"), Numeric("score")],
                 label="click", time="ts", group="user")
 ds = data.prepare(schema, sys.argv[1], cache=sys.argv[2])
-print(len(ds.train), before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(len(ds.train), before, peak())
 """
 
 

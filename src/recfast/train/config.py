@@ -78,7 +78,7 @@ class TrainConfig(Config):
     precision
         Of the dense arithmetic, in the words of Lightning Fabric.
     accelerator
-        "auto" takes a GPU where there is one.
+        "auto" takes a GPU where there is one; the embedding tables have kernels for the CPU alone so far.
     checkpoint_every_steps
         Write a checkpoint inside an epoch too, after so many steps each.
     """
@@ -92,7 +92,7 @@ class TrainConfig(Config):
     monitor: str | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
     clip_norm: float | None = Field(None, gt=0)
     eval_batch_size: int | None = Field(None, ge=1)
     steps: int | None = Field(None, ge=1)

@@ -237,7 +237,7 @@ class _Training:
             output = self.module(batch)
             with self.fabric.autocast():
                 loss = self.model.loss(output, batch)
-            self.fabric.backward(loss)
+            self._backward(loss)
             if options.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
             self.stepper.step()
@@ -260,6 +260,16 @@ class _Training:
             self._save(best=state.best is None)
             return "signal"
         return "steps" if options.steps and state.step >= options.steps else None
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Compute the gradients; the embedding tables update themselves, and refuse one that is not finite."""
+        try:
+            self.fabric.backward(loss)
+        except ValueError as error:
+            step = self.state.step + 1
+            self.tally.add(loss.detach(), 1, step)
+            self.tally.check(self.state)
+            raise InputError(f"fit: step {step} (epoch {self.state.epoch + 1}): {error}") from error
 
     def _evaluate(self, bar: _Bar) -> str | None:
         """Close an epoch (or what was trained of it): measure, compare with the best, write a checkpoint."""
