@@ -257,6 +257,22 @@ def test_rows_of_unknown_items_teach_nothing(walks, name):
     loss.backward()
 
 
+def test_a_positive_is_no_negative_of_its_own_row(walks):
+    batch = next(iter(Loader(walks.train.positives(), 8)))
+    same = data.Batch(batch.ids.clone(), batch.numeric, batch.sequences, columns=batch.columns)
+    same.ids[:, batch.columns.index("item")] = 5
+    model = TwoTower(walks.schema, dim=8, negatives="batch")
+    model.prepare(walks)
+    # Every column is the row's own item: there is nothing left to tell it from.
+    assert model.loss(model(same), same).item() == 0.0
+    assert model.loss(model(batch), batch).item() > 0.0
+    one_item = walks.schema.fit({"user": walks.schema.rows("user"), "item": 2})
+    model = SimpleX(one_item, dim=8, margin=-1.0).eval()
+    alone = data.Batch(batch.ids.clamp(max=1), batch.numeric, {"history": lists(*[[]] * 8)}, columns=batch.columns)
+    cosine = model(alone) @ model.item_vectors()[1]
+    torch.testing.assert_close(model.loss(model(alone), alone), (1 - cosine).mean())
+
+
 def dense_neighbors(rows: list[list[int]], n: int, k: int, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
     x = np.zeros((len(rows), n))
     for u, row in enumerate(rows):
