@@ -18,6 +18,8 @@ constexpr std::int64_t kMaxParts = 64;
 // (candidate, position) pairs below which a part is not worth its own gradient.
 constexpr std::int64_t kPairsPerPart = 512;
 
+std::int64_t max_parts(const Shape& shape) noexcept { return std::clamp<std::int64_t>(shape.users, 1, kMaxParts); }
+
 // 16 bytes, which any 64-bit processor has; elsewhere the compiler takes it apart.
 template <class Value>
 struct Portable {
@@ -73,7 +75,9 @@ void pack(const Args<T>& args, const Packed<T>& packed, bool backward) noexcept 
   copy_row(args.weights.b1, packed.b1, s.hidden1);
   copy_row(args.weights.w3, packed.w3, s.head());
   if (s.hidden2 > 0) {
-    for (std::int64_t i = 0; i < s.hidden1; ++i) copy_row(args.weights.w2 + i * s.hidden2, packed.w2 + i * width2, s.hidden2);
+    for (std::int64_t i = 0; i < s.hidden1; ++i) {
+      copy_row(args.weights.w2 + i * s.hidden2, packed.w2 + i * width2, s.hidden2);
+    }
     copy_row(args.weights.b2, packed.b2, s.hidden2);
   }
   if (!backward) return;
@@ -131,7 +135,7 @@ void run_backward(const Args<T>& args, const Gradients<T>& gradients, Form form)
   Arena<T> counted_partial(nullptr);
   static_cast<void>(Partial<T>(counted_partial, s));
   const std::int64_t partial_size = counted_partial.used();
-  T* partials = arena.take(0);
+  T* partials = arena.take(0);  // the rest of the scratch
 
   // Borders of the parts: consecutive users with about equal numbers of pairs.
   const auto pairs = [&](std::int64_t user) {
@@ -140,7 +144,7 @@ void run_backward(const Args<T>& args, const Gradients<T>& gradients, Form form)
   };
   std::int64_t total = 0;
   for (std::int64_t user = 0; user < s.users; ++user) total += pairs(user);
-  const std::int64_t parts = std::clamp<std::int64_t>(total / kPairsPerPart, 1, std::min(kMaxParts, std::max<std::int64_t>(s.users, 1)));
+  const std::int64_t parts = std::clamp<std::int64_t>(total / kPairsPerPart, 1, max_parts(s));
   std::array<std::int64_t, kMaxParts + 1> border{};
   std::int64_t seen = 0;
   std::int64_t part = 1;
@@ -192,7 +196,9 @@ void run_backward(const Args<T>& args, const Gradients<T>& gradients, Form form)
   out.b3[0] = sum.b3[0];
   out.slope[0] = sum_lanes(sum.slope1);
   if (s.hidden2 > 0) {
-    for (std::int64_t i = 0; i < s.hidden1; ++i) std::copy_n(sum.w2 + i * padded(s.hidden2), s.hidden2, out.w2 + i * s.hidden2);
+    for (std::int64_t i = 0; i < s.hidden1; ++i) {
+      std::copy_n(sum.w2 + i * padded(s.hidden2), s.hidden2, out.w2 + i * s.hidden2);
+    }
     std::copy_n(sum.b2, s.hidden2, out.b2);
     out.slope[1] = sum_lanes(sum.slope2);
   }
@@ -219,8 +225,7 @@ std::int64_t scratch_size(const Shape& shape, bool backward) noexcept {
   static_cast<void>(Work<float>(work, shape, backward));
   Arena<float> partial(nullptr);
   if (backward) static_cast<void>(Partial<float>(partial, shape));
-  const std::int64_t parts = std::min(kMaxParts, std::max<std::int64_t>(shape.users, 1));
-  return shared.used() + max_threads() * work.used() + parts * partial.used();
+  return shared.used() + max_threads() * work.used() + max_parts(shape) * partial.used();
 }
 
 std::int64_t check_offsets(Span<const std::int64_t> offsets, std::int64_t total, std::int64_t& longest) noexcept {

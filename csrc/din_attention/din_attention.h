@@ -8,10 +8,10 @@
 // so that layer 1 is a plain product of the shared keys, and nothing of size candidates x history x width exists.
 //
 // Shapes       query [Nc, D], keys [T, D], values [T, Dv], out [Nc, Dv]; rows may be strided, columns may not
-//              user b: positions begin[b] <= l < end[b], candidates candidates[b] <= c < candidates[b + 1] (null: c = b)
+//              user b: positions begin[b] <= l < end[b], rows candidates[b] <= c < candidates[b + 1] (null: c = b)
 // Dtypes       float32 or float64 for all; positions int64
-// Accumulator  that type; every sum runs in one fixed order, so the answer depends neither on the number of threads nor
-//              on the rest of the batch. AVX2 and AVX-512 give the same bits (FMA); the scalar form rounds products
+// Accumulator  that type; every sum runs in one fixed order, so the answer depends neither on the number of threads
+//              nor on the rest of the batch. AVX2 and AVX-512 give the same bits (FMA); the scalar form rounds products
 //              and sums apart. Weight gradients are summed over a cut of the users that depends on the data alone.
 // Limits       sizes below 2^63; begin, end and candidates must have been checked (check_offsets)
 // Sources      Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018 (arXiv 1706.06978)
@@ -96,7 +96,9 @@ void backward(const Args<double>& args, const Gradients<double>& gradients) noex
 // every instruction set.
 inline constexpr std::int64_t kLanes = 16;
 
-[[nodiscard]] constexpr std::int64_t padded(std::int64_t width) noexcept { return (width + kLanes - 1) / kLanes * kLanes; }
+[[nodiscard]] constexpr std::int64_t padded(std::int64_t width) noexcept {
+  return (width + kLanes - 1) / kLanes * kLanes;
+}
 
 // History rows that go through the layers together.
 inline constexpr std::int64_t kTileRows = 20;
@@ -129,8 +131,8 @@ struct Packed {
   T* b2;             // [H2p]
   T* w3;             // [padded head]
   T* keys_turned;    // (Wk - Wd)^T [H1, Dp], for backward like the next two
-  T* product_turned; // Wp^T [H1, Dp]
-  T* w2_turned;      // W2^T [H2, H1p]
+  T* product_turned;  // Wp^T [H1, Dp]
+  T* w2_turned;       // W2^T [H2, H1p]
 
   Packed(Arena<T>& arena, const Shape& s, bool backward) noexcept
       : keys(arena.take(s.dim * padded(s.hidden1))),

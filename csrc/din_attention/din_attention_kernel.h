@@ -313,7 +313,8 @@ struct Kernel {
       for (std::int64_t j = 0; j < s.hidden1; ++j) {
         for (std::int64_t i = 0; i < turned; ++i) {
           const T q = i < s.dim ? query[i] : T{0};
-          work.folded_turned[j * turned + i] = packed.keys_turned[j * turned + i] + q * packed.product_turned[j * turned + i];
+          const std::int64_t to = j * turned + i;
+          work.folded_turned[to] = packed.keys_turned[to] + q * packed.product_turned[to];
         }
       }
       std::fill_n(work.dfolded, s.dim * width1, T{0});

@@ -300,6 +300,16 @@ def test_csv_type_widens(tmp_path, monkeypatch) -> None:
     assert ds.train.numeric[:, 0].tolist() == [0.0] * 12_000 + [2.5]
 
 
+def test_column_without_values(tmp_path) -> None:
+    """A column that is empty throughout the train split is unknown everywhere, also where another split has values."""
+    frame = LOG.with_columns(item=pl.lit(None))
+    ds = data.prepare(SCHEMA, frame, LATER, cache=tmp_path)
+    assert ds.schema.rows("item") == 1
+    assert not ds.train.column("item").any()
+    assert not ds.valid.column("item").any()
+    assert ds.items.height == 0
+
+
 DAY = datetime.date(2024, 1, 2)
 
 
@@ -634,16 +644,18 @@ def test_libfm(tmp_path) -> None:
 
 
 _MEMORY = """
-import resource, sys
+import sys
 from recfast import data
 from recfast.data import Categorical, Numeric, Schema, Sequence
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not ru_maxrss, which a child inherits from the process that forked it.
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024
+before = peak()
 schema = Schema([Categorical("user", role="user"), Categorical("item", role="item"),
                  Categorical("place"), Categorical("hour"),
                  Sequence("history"), Numeric("price", "log"), Numeric("score")],
                 label="click", time="ts", group="user")
 ds = data.prepare(schema, sys.argv[1], cache=sys.argv[2])
-print(len(ds.train), before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(len(ds.train), before, peak())
 """
 
 

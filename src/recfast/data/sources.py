@@ -250,10 +250,11 @@ class CsvSource(FileSource):
             old = self.dtypes.get(name)
             if old is None or old == dtype or dtype == pl.Null or old == pl.String:
                 continue
-            numbers = {kind_of(old), kind_of(dtype)} <= {"integer", "float"}
-            wider = (
-                (pl.Float64() if "float" in (kind_of(old), kind_of(dtype)) else pl.Int64()) if numbers else pl.String()
-            )
+            kinds = {kind_of(old), kind_of(dtype)}
+            if kinds <= {"integer", "float"}:
+                wider = pl.Float64() if "float" in kinds else pl.Int64()
+            else:
+                wider = pl.String()
             if wider != old:
                 self.dtypes[name] = wider
                 changed = True

@@ -37,11 +37,13 @@ def save(path: str | os.PathLike[str], kind: str, config: Mapping[str, Any], arr
     }
     with atomic_path(path) as temporary:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
-        content = np.memmap(temporary, dtype=np.uint8, mode="r+")
+        content = np.memmap(temporary, dtype=np.uint8, mode="r")
         header_end = 8 + int.from_bytes(content[:8].tobytes(), "little")
         place = content[:header_end].tobytes().index(_KEY) + len(_KEY)
-        content[place : place + 64] = np.frombuffer(_digest(content, place).encode(), dtype=np.uint8)
-        content.flush()
+        # Written as a file, not through the map: a full disk must be an OSError, not a signal.
+        with open(temporary, "r+b") as file:
+            file.seek(place)
+            file.write(_digest(content, place).encode())
         del content
 
 

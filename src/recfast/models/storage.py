@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,10 @@ from torch import nn
 
 from recfast import models
 from recfast.errors import InputError
+from recfast.files import atomic_path, write_json
+
+if TYPE_CHECKING:
+    from recfast.data import Schema
 
 FORMAT = 1
 """Version of the run folder; raised when an older reader would misread a newer folder."""
@@ -131,6 +135,23 @@ def restore_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], extra: 
         if tensor.dtype != tensors[name].dtype:
             raise InputError(f"{place} does not fit: {name!r} is {tensors[name].dtype}, expected {tensor.dtype}")
     model.load_state_dict({**tensors, **extra})
+
+
+def save_model(model: nn.Module, schema: Schema, folder: str | os.PathLike[str]) -> None:
+    """Write the files that `load_model` reads, and nothing of the training, to a folder; each whole or not at all."""
+    place = Path(folder)
+    config = json.loads(json.dumps(model.config(), allow_nan=False))
+    tensors, extra = split_state(model)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        schema.save(place / "schema.json")
+        with atomic_path(place / "model.safetensors") as temporary:
+            write_tensors(temporary, tensors, {"extra": extra})
+        write_json(place / "state.json", {"format": FORMAT, "model": {"name": type(model).__name__, "config": config}})
+    except (OSError, SafetensorError) as error:
+        if sentence := disk_error(error, place):
+            raise sentence from error
+        raise
 
 
 def load_model(run: str | os.PathLike[str]) -> nn.Module:

@@ -84,7 +84,9 @@ class MLP(nn.Sequential):
 def fm_interaction(fields: torch.Tensor) -> torch.Tensor:
     """Second-order interactions of a factorisation machine: the sum of dot products over all pairs of fields.
 
-    .. math:: \\sum_{i<j} v_i \\cdot v_j = \\tfrac12 \\sum_d \\big[(\\sum_i v_{id})^2 - \\sum_i v_{id}^2\\big]
+    .. math::
+        \\sum_{i<j} \\langle v_i, v_j \\rangle = \\tfrac12 \\sum_d \\big[(\\sum_i v_{id})^2 -
+        \\sum_i v_{id}^2\\big]
 
     Parameters
     ----------

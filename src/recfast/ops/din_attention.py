@@ -455,7 +455,7 @@ def din_attention(
     Accumulates in the dtype of `query`, every sum in one fixed order: the answer for a candidate does not depend on
     the rest of the batch or on the number of threads, and AVX2 and AVX-512 give equal bits; the scalar form rounds
     products and sums apart (no FMA) and differs in the last bits. Folding `Wk - Wd + diag(q) Wp` first changes the
-    rounding of layer 1: its error is at most `(2 D + 4) eps` times the sum of the absolute terms.
+    rounding of layer 1: its error is at most `(2 D + 6) eps` times the sum of the absolute terms.
     Differentiable (once) in `query`, `keys`, `values` and all weights. Backends: CPU (scalar, AVX2, AVX-512).
 
     References

@@ -78,7 +78,7 @@ class TrainConfig(Config):
     precision
         Of the dense arithmetic, in the words of Lightning Fabric.
     accelerator
-        "auto" takes a GPU where there is one.
+        "auto" takes a GPU where there is one; the embedding tables have kernels for the CPU alone so far.
     checkpoint_every_steps
         Write a checkpoint inside an epoch too, after so many steps each.
     """
@@ -92,7 +92,7 @@ class TrainConfig(Config):
     monitor: str | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
     clip_norm: float | None = Field(None, gt=0)
     eval_batch_size: int | None = Field(None, ge=1)
     steps: int | None = Field(None, ge=1)
@@ -142,6 +142,9 @@ class RerankerConfig(Config):
     ----------
     diversity
         0 keeps the ranker's order, 1 looks at diversity alone.
+    choose
+        Measure a grid of trade-offs on the validation rows and take the most diverse one that costs little NDCG,
+        instead of `diversity`.
     personal
         Scale the trade-off by each user's own appetite for diversity, read from the history.
     features
@@ -151,20 +154,36 @@ class RerankerConfig(Config):
     """
 
     diversity: float = Field(0.3, ge=0, le=1)
+    choose: bool = True
     personal: bool = True
     features: Literal["auto", "genres", "vectors", "both"] = "auto"
     pool: int | None = Field(None, ge=1)
 
 
 class PipelineConfig(Config):
-    """Lengths along the cascade: candidates that are retrieved, items in the final list."""
+    """Lengths along the cascade, and what is left out of it.
+
+    Attributes
+    ----------
+    candidates
+        Items that are retrieved for a user.
+    k
+        Items in the final list.
+    exclude
+        What is not recommended again: what the user has "seen" (any row of the log), what the user has "liked", or
+        "nothing".
+    """
 
     candidates: int = Field(100, ge=1)
     k: int = Field(10, ge=1)
+    exclude: Literal["seen", "liked", "nothing"] = "seen"
 
 
 class RunConfig(Config):
-    """All of `recfast run`: data, the three stages, lengths, seed, and where the results go."""
+    """All of `recfast run`: data, the three stages, lengths, seed, and where the results go.
+
+    `compare_seeds` trains the ranker again with 8-bit and with float tables, on so many seeds each.
+    """
 
     seed: int = Field(0, ge=0, lt=2**63)
     out: str | None = None
@@ -173,6 +192,7 @@ class RunConfig(Config):
     ranker: RankerConfig = Field(default_factory=RankerConfig)
     second_ranker: StageConfig | None = None
     reranker: RerankerConfig = Field(default_factory=RerankerConfig)
+    compare_seeds: int = Field(0, ge=0)
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
 
     def training(self, stage: Literal["retriever", "ranker", "second_ranker"]) -> TrainConfig:

@@ -203,6 +203,42 @@ def _positives(split: Split, seen: Jagged, rows: int) -> tuple[np.ndarray, _List
     return users, _Lists(pairs % rows, np.concatenate([[0], np.cumsum(counts)]))
 
 
+def top_items(
+    model: nn.Module,
+    users: torch.Tensor,
+    k: int,
+    *,
+    history: Jagged,
+    masked: Jagged,
+    batch_size: int | None = None,
+) -> torch.Tensor:
+    """Return the `k` best items of each user by the model's own scores, exactly; int64 [U, k], -1 padded.
+
+    Parameters
+    ----------
+    model
+        A retriever: `scores(histories, users)`, or `user_vectors` and `item_vectors`.
+    users
+        int64 [U], ids.
+    k
+        Length of the list.
+    history, masked
+        By user id: what the model is given, and what is not to be recommended.
+    batch_size
+        Users at a time; as many as make 64 MB of scores, at most 1024, if left out.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            rows = len(model.item_vectors())
+            blocks = _recommend(model, history, masked, users.numpy(), k, rows, batch_size)
+            found = [torch.from_numpy(ids) for _, ids in blocks]
+    finally:
+        model.train(was_training)
+    return torch.cat(found) if found else torch.zeros(0, k, dtype=torch.int64)
+
+
 def _recommend(
     model: nn.Module,
     history: Jagged,

@@ -237,7 +237,7 @@ class _Training:
             output = self.module(batch)
             with self.fabric.autocast():
                 loss = self.model.loss(output, batch)
-            self.fabric.backward(loss)
+            self._backward(loss)
             if options.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
             self.stepper.step()
@@ -260,6 +260,16 @@ class _Training:
             self._save(best=state.best is None)
             return "signal"
         return "steps" if options.steps and state.step >= options.steps else None
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Compute the gradients; the embedding tables update themselves, and refuse one that is not finite."""
+        try:
+            self.fabric.backward(loss)
+        except ValueError as error:
+            step = self.state.step + 1
+            self.tally.add(loss.detach(), 1, step)
+            self.tally.check(self.state)
+            raise InputError(f"fit: step {step} (epoch {self.state.epoch + 1}): {error}") from error
 
     def _evaluate(self, bar: _Bar) -> str | None:
         """Close an epoch (or what was trained of it): measure, compare with the best, write a checkpoint."""
@@ -411,10 +421,10 @@ def _signals(active: bool) -> Iterator[list[int]]:
 
 
 class _Bar:
-    """A progress bar of one epoch, or nothing."""
+    """What a person sees of a training: nothing, a line for each evaluation, or a bar between the lines as well."""
 
-    def __init__(self, progress: Any = None) -> None:
-        self.progress, self.task = progress, None
+    def __init__(self, console: Any = None, progress: Any = None) -> None:
+        self.console, self.progress, self.task = console, progress, None
 
     def start(self, title: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -428,11 +438,11 @@ class _Bar:
             self.progress.update(self.task, completed=state.batch, note=note)
 
     def line(self, title: str, entry: dict[str, Any]) -> None:
-        if self.progress is not None:
-            parts = [title] + ([f"loss {entry['loss']:.4f}"] if "loss" in entry else [])
+        if self.console is not None:
+            parts = [f"{title}  loss {entry['loss']:.4f}"] if "loss" in entry else ["evaluated"]
             parts += [f"{name} {value:.4f}" for name, value in entry.get("valid", {}).items() if name != "users"]
             parts += [f"{entry['rows_per_second']:,.0f} rows/s"] if "rows_per_second" in entry else []
-            self.progress.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
+            self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -443,6 +453,10 @@ def _bar(progress: bool | None) -> Iterator[_Bar]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Bar(console)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -450,5 +464,5 @@ def _bar(progress: bool | None) -> Iterator[_Bar]:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
-        yield _Bar(drawn)
+    with Progress(*columns, console=console, transient=True) as drawn:
+        yield _Bar(console, drawn)

@@ -122,7 +122,9 @@ class ItemKNN(Retriever):
         """Return the similarities, float32 sparse [rows(item), rows(item)]."""
         item, place = self.similarity.nonzero(as_tuple=True)
         index = torch.stack([item, self.neighbor_ids[item, place]])
-        return torch.sparse_coo_tensor(index, self.similarity[item, place], (self.rows, self.rows)).coalesce()
+        return torch.sparse_coo_tensor(
+            index, self.similarity[item, place], (self.rows, self.rows), check_invariants=True
+        ).coalesce()
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the user vectors of a batch, float32 [R, rows(item)]."""

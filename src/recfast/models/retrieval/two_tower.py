@@ -71,9 +71,9 @@ class TwoTower(Retriever):
 
     Notes
     -----
-    Trained well on small data by AdamW with lr 3e-3 and weight decay 0.05, batches of 512, some 15 epochs.
-    A training row's history are the items before it: histories that look ahead lose a fifth of the recall on a split
-    by time.
+    Settings that did well on ml-100k: AdamW, lr 2e-3, weight decay 0.05, batches of 512, best after 12 or 13 epochs.
+    A training row's history is the items before it, as the batch has them. Trained on the items after it as well, the
+    model finds a seventh fewer of the items that follow.
     """
 
     def __init__(

@@ -1,0 +1,19 @@
+#include "dpp_greedy/dpp_greedy.h"
+
+#if defined(__x86_64__)
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+
+namespace recfast::dpp_greedy {
+
+#define RECFAST_LANES 16
+#define RECFAST_REFRESH refresh_avx512
+#include "dpp_greedy/refresh.inl"
+#undef RECFAST_REFRESH
+#undef RECFAST_LANES
+
+}  // namespace recfast::dpp_greedy
+
+#pragma GCC pop_options
+#endif
