@@ -65,7 +65,7 @@ def load(
             options["cache"] = cache
         return synthetic.load(path, rows=options.pop("rows", 60_000), seed=options.pop("seed", 0), **options)
     loaders: dict[str, tuple[Callable[..., Dataset], tuple[str, ...]]] = {
-        "ml-100k": (load_ml_100k, ("negatives", "seed", "max_length")),
+        "ml-100k": (load_ml_100k, ("negatives", "popular_negatives", "seed", "max_length")),
         "frappe": (load_frappe, ()),
     }
     if name not in loaders:
@@ -113,6 +113,7 @@ def load_ml_100k(
     path: str | os.PathLike[str] | None,
     *,
     negatives: int = 4,
+    popular_negatives: float = 0.0,
     seed: int = 0,
     max_length: int = 50,
     cache: str | os.PathLike[str] | None = None,
@@ -136,6 +137,10 @@ def load_ml_100k(
         The folder with u.data, u.item, u.user (plain or .zst).
     negatives
         Drawn per positive row; 0 for none.
+    popular_negatives
+        Share of them, in [0, 1], drawn in proportion to the likes in the train split (plus one) instead of uniformly.
+        A model that only ever met uniform negatives knows popular films from others, and little of order among
+        the popular ones that a retriever hands it.
     seed
         Of the drawing (Philox).
     max_length
@@ -145,6 +150,8 @@ def load_ml_100k(
     """
     if isinstance(negatives, bool) or not isinstance(negatives, int) or negatives < 0:
         raise InputError(f"data.load: ml-100k: negatives = {negatives!r} is not a whole number from 0 on")
+    if not 0 <= popular_negatives <= 1:
+        raise InputError(f"data.load: ml-100k: popular_negatives = {popular_negatives!r} is not a share in [0, 1]")
     data_path, item_path, user_path = _find("ml-100k", path, ("u.data", "u.item", "u.user"))
     ratings = _read_table(data_path, "\t", {"user": pl.Int64, "item": pl.Int64, "rating": pl.Int64, "time": pl.Int64})
     flags = {f"genre{i}": pl.Int8 for i in range(len(ML_GENRES))}
@@ -194,7 +201,7 @@ def load_ml_100k(
         split=pl.when(pl.col("share") < 0.8).then(0).when(pl.col("share") < 0.9).then(1).otherwise(2)
     )
     if negatives:
-        log = _with_negatives(log, films["item"].to_numpy(), negatives, seed)
+        log = _with_negatives(log, films["item"].to_numpy(), negatives, popular_negatives, seed)
     parts = [
         log.filter(pl.col("split") == code).select("user", "item", "label", "time", "sampled") for code in range(3)
     ]
@@ -227,7 +234,9 @@ def load_ml_100k(
     )
 
 
-def _with_negatives(log: pl.DataFrame, catalogue: np.ndarray, count: int, seed: int) -> pl.DataFrame:
+def _with_negatives(
+    log: pl.DataFrame, catalogue: np.ndarray, count: int, popular: float, seed: int
+) -> pl.DataFrame:
     """Add `count` items that its user never rated after each positive row."""
     # Position of the item in the catalogue; user and position make one key.
     order = np.argsort(catalogue)
@@ -246,13 +255,22 @@ def _with_negatives(log: pl.DataFrame, catalogue: np.ndarray, count: int, seed: 
     )
     random = np.random.Generator(np.random.Philox(seed))
     who = drawn["user"].to_numpy()
-    item = random.integers(len(catalogue), size=drawn.height)
+    likes = ((log["label"] == 1) & (log["split"] == 0)).to_numpy()
+    reach = np.cumsum(np.bincount(position[likes], minlength=len(catalogue)) + 1)
+    by_likes = random.random(drawn.height) < popular
+
+    def draw(rows: np.ndarray) -> np.ndarray:
+        uniform = random.integers(len(catalogue), size=rows.size)
+        liked = np.searchsorted(reach, random.integers(reach[-1], size=rows.size), side="right")
+        return np.where(by_likes[rows], liked, uniform)
+
+    item = draw(np.arange(drawn.height))
     again = np.arange(drawn.height)
     while again.size:
         key = who[again] * len(catalogue) + item[again]
         place = np.minimum(np.searchsorted(rated, key), len(rated) - 1)
         again = again[rated[place] == key]
-        item[again] = random.integers(len(catalogue), size=again.size)
+        item[again] = draw(again)
     drawn = drawn.with_columns(pl.Series("item", catalogue[item]))
     columns = [*log.columns, "draw"]
     log = log.with_columns(pl.lit(0, dtype=pl.Int64).alias("draw"))
