@@ -4,13 +4,22 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "code_rows/code_rows.h"
+#include "code_search/code_search.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/random.h"
+#include "din_attention/din_attention.h"
+#include "embedding_bag/embedding_bag.h"
+#include "embedding_bag/gather_probe.h"
+#include "embedding_bag/gradient.h"
+#include "embedding_update/embedding_update.h"
 #include "dpp_greedy/dpp_greedy.h"
 #include "example_axpy/example_axpy.h"
 
@@ -129,11 +138,344 @@ void bind_example_axpy(py::module_& m) {
   m.def("example_axpy_float64", &axpy<double>);
 }
 
+template <class Id>
+py::tuple code_rows(Address indptr, Address item_ids, Address scores, Address rows, Address weights,
+                                   Address mask, std::int64_t mask_stride, Address sums, Address touched,
+                                   Address cursors, Address heaps, std::int64_t threads, Address out_scores,
+                                   Address out_ids, std::int64_t queries, std::int64_t width, std::int64_t n_rows,
+                                   std::int64_t n_items, std::int64_t k, bool all) {
+  using namespace recfast::code_rows;
+  const Args<Id> args{.indptr = at<const std::int64_t>(indptr),
+                      .item_ids = at<const Id>(item_ids),
+                      .scores = at<const float>(scores),
+                      .rows = at<const std::int64_t>(rows),
+                      .weights = at<const float>(weights),
+                      .mask = at<const std::uint8_t>(mask),
+                      .mask_stride = mask_stride,
+                      .sums = span_at<float>(sums, threads * kTile),
+                      .touched = span_at<std::uint64_t>(touched, threads * kTile / 64),
+                      .cursors = span_at<std::int64_t>(cursors, threads * width),
+                      .heaps = span_at<recfast::Scored>(heaps, threads * std::min(k, n_items)),
+                      .out_scores = at<float>(out_scores),
+                      .out_ids = at<std::int64_t>(out_ids),
+                      .queries = queries,
+                      .width = width,
+                      .n_rows = n_rows,
+                      .n_items = n_items,
+                      .k = k};
+  Faults faults{};
+  {
+    py::gil_scoped_release unlocked;
+    faults = check(args, all);
+    if (std::max({faults.rows, faults.weights, faults.outside, faults.unsorted, faults.scores}) < 0) run(args);
+  }
+  return py::make_tuple(faults.rows, faults.weights, faults.outside, faults.unsorted, faults.scores);
+}
+
+void bind_code_rows(py::module_& m) {
+  m.attr("CODE_ROWS_TILE") = recfast::code_rows::kTile;
+  m.def("code_rows_int32", &code_rows<std::int32_t>);
+  m.def("code_rows_int64", &code_rows<std::int64_t>);
+}
+
+template <class Code>
+py::tuple code_search(Address codes, Address table, Address bias, Address ids, Address live, Address mask,
+                                     std::int64_t mask_stride, Address heaps, std::int64_t n_heaps, Address scores,
+                                     Address found, std::int64_t queries, std::int64_t items, std::int64_t books,
+                                     std::int64_t entries, std::int64_t k, bool all) {
+  using namespace recfast::code_search;
+  const Args<Code> args{.table = at<const float>(table),
+                        .codes = at<const Code>(codes),
+                        .bias = at<const float>(bias),
+                        .ids = at<const std::int64_t>(ids),
+                        .live = at<const std::uint8_t>(live),
+                        .mask = at<const std::uint8_t>(mask),
+                        .mask_stride = mask_stride,
+                        .heaps = span_at<recfast::Scored>(heaps, n_heaps * std::min(k, items)),
+                        .scores = at<float>(scores),
+                        .found = at<std::int64_t>(found),
+                        .queries = queries,
+                        .items = items,
+                        .books = books,
+                        .entries = entries,
+                        .k = k};
+  Faults faults{};
+  {
+    py::gil_scoped_release unlocked;
+    faults = check(args, all);
+    if (std::max({faults.table, faults.codes, faults.bias}) < 0) run(args);
+  }
+  return py::make_tuple(faults.table, faults.codes, faults.bias);
+}
+
+void bind_code_search(py::module_& m) {
+  m.def("code_search_heaps",
+        [](std::int64_t queries, std::int64_t items) { return recfast::code_search::plan(queries, items).heaps; });
+  m.def("code_search_uint8", &code_search<std::uint8_t>);
+  m.def("code_search_uint16", &code_search<std::uint16_t>);
+}
+
+// Arguments by name, for ops with too many to count: a missing one raises KeyError.
+class Named {
+ public:
+  explicit Named(const py::kwargs& arguments) : arguments_(arguments) {}
+
+  [[nodiscard]] std::int64_t number(const char* name) const { return arguments_[name].cast<std::int64_t>(); }
+
+  // A tensor's address; 0 gives the null pointer.
+  template <class T>
+  [[nodiscard]] T* pointer(const char* name) const {
+    return at<T>(arguments_[name].cast<Address>());
+  }
+
+ private:
+  const py::kwargs& arguments_;
+};
+
+recfast::din_attention::Shape din_shape(const Named& named) {
+  return {.users = named.number("users"),
+          .dim = named.number("dim"),
+          .value_dim = named.number("value_dim"),
+          .hidden1 = named.number("hidden1"),
+          .hidden2 = named.number("hidden2"),
+          .longest = named.number("longest")};
+}
+
+template <class T>
+recfast::din_attention::Args<T> din_args(const Named& named) {
+  using namespace recfast::din_attention;
+  const Shape shape = din_shape(named);
+  const std::int64_t candidates = named.number("candidate_rows");
+  return {.shape = shape,
+          .activation = static_cast<Activation>(named.number("activation")),
+          .mode = static_cast<Mode>(named.number("mode")),
+          .query = {named.pointer<const T>("query"), candidates, shape.dim, named.number("query_stride")},
+          .keys = {named.pointer<const T>("keys"), 0, shape.dim, named.number("keys_stride")},
+          .values = {named.pointer<const T>("values"), 0, shape.value_dim, named.number("values_stride")},
+          .begin = named.pointer<const std::int64_t>("begin"),
+          .end = named.pointer<const std::int64_t>("end"),
+          .candidates = named.pointer<const std::int64_t>("candidates"),
+          .weights = {named.pointer<const T>("w1"), named.pointer<const T>("b1"), named.pointer<const T>("w2"),
+                      named.pointer<const T>("b2"), named.pointer<const T>("w3"), named.pointer<const T>("b3"),
+                      named.pointer<const T>("slope")},
+          .out = {named.pointer<T>("out"), candidates, shape.value_dim, shape.value_dim},
+          .lse = named.pointer<T>("lse"),
+          .scratch = named.pointer<T>("scratch")};
+}
+
+template <class T>
+void din_forward(const py::kwargs& arguments) {
+  const auto args = din_args<T>(Named(arguments));
+  py::gil_scoped_release unlocked;
+  recfast::din_attention::forward(args);
+}
+
+template <class T>
+void din_backward(const py::kwargs& arguments) {
+  const Named named(arguments);
+  const auto args = din_args<T>(named);
+  const recfast::Rows<T> keys{named.pointer<T>("dkeys"), 0, args.shape.dim, args.shape.dim};
+  const recfast::din_attention::Gradients<T> gradients{
+      .grad = {named.pointer<const T>("grad"), args.query.rows, args.shape.value_dim, args.shape.value_dim},
+      .query = {named.pointer<T>("dquery"), args.query.rows, args.shape.dim, args.shape.dim},
+      .keys = keys,
+      .values = {named.pointer<T>("dvalues"), 0, args.shape.value_dim, args.shape.value_dim},
+      .weights = {named.pointer<T>("dw1"), named.pointer<T>("db1"), named.pointer<T>("dw2"), named.pointer<T>("db2"),
+                  named.pointer<T>("dw3"), named.pointer<T>("db3"), named.pointer<T>("dslope")}};
+  py::gil_scoped_release unlocked;
+  recfast::din_attention::backward(args, gradients);
+}
+
+void bind_din_attention(py::module_& m) {
+  m.def("din_attention_forward_float32", &din_forward<float>);
+  m.def("din_attention_forward_float64", &din_forward<double>);
+  m.def("din_attention_backward_float32", &din_backward<float>);
+  m.def("din_attention_backward_float64", &din_backward<double>);
+  m.def("din_attention_scratch", [](bool backward, const py::kwargs& arguments) {
+    return recfast::din_attention::scratch_size(din_shape(Named(arguments)), backward);
+  });
+  // (the first wrong position or -1, the longest list)
+  m.def("din_attention_check_offsets", [](Address offsets, std::int64_t size, std::int64_t total) {
+    std::int64_t longest = 0;
+    const std::int64_t wrong =
+        recfast::din_attention::check_offsets(span_at<const std::int64_t>(offsets, size), total, longest);
+    return py::make_tuple(wrong, longest);
+  });
+}
+
+template <class Value, class Index>
+recfast::embedding_bag::Args<Value, Index> bag_args(Address table, Address step, std::int64_t rows, std::int64_t width,
+                                                    Address indices, std::int64_t total, Address offsets,
+                                                    std::int64_t bags, Address weights, bool mean, Address out) {
+  using recfast::embedding_bag::Real;
+  return {.table = {at<const Value>(table), rows, width, width},
+          .step = at<const float>(step),
+          .indices = span_at<const Index>(indices, total),
+          .offsets = at<const std::int64_t>(offsets),
+          .bags = bags,
+          .weights = at<const Real<Value>>(weights),
+          .mean = mean,
+          .out = at<Real<Value>>(out)};
+}
+
+// -1: done. p >= 0: indices[p] is wrong. -2 - p: offsets[p] is wrong.
+template <class Value, class Index>
+std::int64_t embedding_bag(Address table, Address step, std::int64_t rows, std::int64_t width, Address indices,
+                           std::int64_t total, Address offsets, std::int64_t bags, Address weights, bool mean,
+                           Address out) {
+  py::gil_scoped_release unlocked;
+  const auto status = recfast::embedding_bag::run(
+      bag_args<Value, Index>(table, step, rows, width, indices, total, offsets, bags, weights, mean, out));
+  return status.bad_offset >= 0 ? -2 - status.bad_offset : status.bad_index;
+}
+
+// grad [bags, width] -> out [total]
+template <class Value, class Index>
+void embedding_bag_weight_gradient(Address table, Address step, std::int64_t rows, std::int64_t width, Address indices,
+                                   std::int64_t total, Address offsets, std::int64_t bags, bool mean, Address grad,
+                                   Address out) {
+  using recfast::embedding_bag::Real;
+  py::gil_scoped_release unlocked;
+  recfast::embedding_bag::weight_gradient(
+      bag_args<Value, Index>(table, step, rows, width, indices, total, offsets, bags, 0, mean, 0),
+      at<const Real<Value>>(grad), at<Real<Value>>(out));
+}
+
+// Scratch: keys [2 total], starts [total + 1], bag_of [total] (with offsets), coefficient [total] (weights or mean).
+// Returns -1, or the position of the first id outside the table.
+template <class T, class Index>
+std::int64_t embedding_bag_table_gradient(Address grad, std::int64_t rows, std::int64_t width, Address indices,
+                                          std::int64_t total, Address offsets, std::int64_t bags, Address weights,
+                                          bool mean, Address keys, Address starts, Address bag_of, Address coefficient,
+                                          Address out) {
+  using namespace recfast::embedding_bag;
+  py::gil_scoped_release unlocked;
+  recfast::FirstError error;
+  auto* words = at<std::uint64_t>(keys);
+  const auto ids = span_at<const Index>(indices, total);
+  const std::uint64_t* sorted = recfast::sort_ids(ids, rows, words, words + total, error);
+  if (error.position() >= 0) return error.position();
+  PositionGradient<T> gradient{at<const T>(grad), width, nullptr, at<const T>(weights)};
+  if (offsets != 0) {
+    spread_bags(at<const std::int64_t>(offsets), bags, at<const T>(weights), mean, at<std::int32_t>(bag_of),
+                at<T>(coefficient));
+    gradient.bag_of = at<const std::int32_t>(bag_of);
+    gradient.coefficient = at<const T>(coefficient);
+  }
+  const std::int64_t runs = recfast::find_runs(sorted, total, at<std::int64_t>(starts));
+  table_gradient(gradient, sorted, at<const std::int64_t>(starts), runs, at<T>(out));
+  return -1;
+}
+
+void bind_embedding_bag(py::module_& m) {
+  m.def("embedding_bag_float32_int32", &embedding_bag<float, std::int32_t>);
+  m.def("embedding_bag_float32_int64", &embedding_bag<float, std::int64_t>);
+  m.def("embedding_bag_float64_int32", &embedding_bag<double, std::int32_t>);
+  m.def("embedding_bag_float64_int64", &embedding_bag<double, std::int64_t>);
+  m.def("embedding_bag_int8_int32", &embedding_bag<std::int8_t, std::int32_t>);
+  m.def("embedding_bag_int8_int64", &embedding_bag<std::int8_t, std::int64_t>);
+  m.def("embedding_bag_weight_gradient_float32_int32", &embedding_bag_weight_gradient<float, std::int32_t>);
+  m.def("embedding_bag_weight_gradient_float32_int64", &embedding_bag_weight_gradient<float, std::int64_t>);
+  m.def("embedding_bag_weight_gradient_float64_int32", &embedding_bag_weight_gradient<double, std::int32_t>);
+  m.def("embedding_bag_weight_gradient_float64_int64", &embedding_bag_weight_gradient<double, std::int64_t>);
+  m.def("embedding_bag_weight_gradient_int8_int32", &embedding_bag_weight_gradient<std::int8_t, std::int32_t>);
+  m.def("embedding_bag_weight_gradient_int8_int64", &embedding_bag_weight_gradient<std::int8_t, std::int64_t>);
+  m.def("embedding_bag_table_gradient_float32_int32", &embedding_bag_table_gradient<float, std::int32_t>);
+  m.def("embedding_bag_table_gradient_float32_int64", &embedding_bag_table_gradient<float, std::int64_t>);
+  m.def("embedding_bag_table_gradient_float64_int32", &embedding_bag_table_gradient<double, std::int32_t>);
+  m.def("embedding_bag_table_gradient_float64_int64", &embedding_bag_table_gradient<double, std::int64_t>);
+  m.def("gather_probe", [](Address table, std::int64_t row_bytes, Address ids, std::int64_t total, std::int64_t ahead,
+                           bool near) {
+    py::gil_scoped_release unlocked;
+    return recfast::embedding_bag::gather_probe(at<const std::uint8_t>(table), row_bytes,
+                                                span_at<const std::int64_t>(ids, total), ahead, near);
+  });
+}
+
+enum UpdateOutcome { kUpdated, kBadIndex, kBadOffset, kBadGradient, kBadWeight };
+
+// Scratch: as for the table gradient, and rows [max_threads, 2 * padded(width)]. Nothing is written to the table unless
+// all arguments are sound. Returns (outcome, clipped codes or the position of what is wrong).
+template <class Value, class Index>
+py::tuple embedding_update(Address table, Address step, Address moment, Address step_moment, std::int64_t rows,
+                           std::int64_t width, Address indices, std::int64_t total, Address offsets, std::int64_t bags,
+                           Address grad, Address weights, bool mean, int optimizer, float lr, float eps,
+                           float weight_decay, float grad_scale, int step_rule, float step_lr, float step_scale,
+                           bool grow, bool stochastic, std::uint64_t seed, std::uint32_t step_count,
+                           std::uint32_t table_id, bool check, Address keys, Address starts, Address bag_of,
+                           Address coefficient, Address scratch) {
+  using namespace recfast::embedding_update;
+  const auto work = [&]() -> std::pair<UpdateOutcome, std::int64_t> {
+    py::gil_scoped_release unlocked;
+    if (offsets != 0) {
+      const auto* o = at<const std::int64_t>(offsets);
+      const std::int64_t wrong = recfast::embedding_bag::first_bad_offset(o, bags, total);
+      if (wrong >= 0) return {kBadOffset, wrong};
+    }
+    recfast::FirstError error;
+    auto* words = at<std::uint64_t>(keys);
+    const auto ids = span_at<const Index>(indices, total);
+    const std::uint64_t* sorted = recfast::sort_ids(ids, rows, words, words + total, error);
+    if (error.position() >= 0) return {kBadIndex, error.position()};
+    if (check) {
+      std::int64_t wrong = first_not_finite(at<const float>(grad), bags * width);
+      if (wrong >= 0) return {kBadGradient, wrong};
+      wrong = weights == 0 ? -1 : first_not_finite(at<const float>(weights), total);
+      if (wrong >= 0) return {kBadWeight, wrong};
+    }
+    recfast::embedding_bag::PositionGradient<float> gradient{at<const float>(grad), width, nullptr,
+                                                             at<const float>(weights)};
+    if (offsets != 0) {
+      recfast::embedding_bag::spread_bags(at<const std::int64_t>(offsets), bags, at<const float>(weights), mean,
+                                          at<std::int32_t>(bag_of), at<float>(coefficient));
+      gradient.bag_of = at<const std::int32_t>(bag_of);
+      gradient.coefficient = at<const float>(coefficient);
+    }
+    const std::int64_t runs = recfast::find_runs(sorted, total, at<std::int64_t>(starts));
+    return {kUpdated, run(Args<Value>{.table = {at<Value>(table), rows, width, width},
+                                      .step = at<float>(step),
+                                      .moment = at<float>(moment),
+                                      .step_moment = at<float>(step_moment),
+                                      .gradient = gradient,
+                                      .sorted = sorted,
+                                      .starts = at<const std::int64_t>(starts),
+                                      .runs = runs,
+                                      .optimizer = static_cast<Optimizer>(optimizer),
+                                      .lr = lr,
+                                      .eps = eps,
+                                      .weight_decay = weight_decay,
+                                      .grad_scale = grad_scale,
+                                      .step_rule = static_cast<StepRule>(step_rule),
+                                      .step_lr = step_lr,
+                                      .step_scale = step_scale,
+                                      .grow = grow,
+                                      .stochastic = stochastic,
+                                      .seed = seed,
+                                      .step_count = step_count,
+                                      .table_id = table_id,
+                                      .scratch = at<float>(scratch)})};
+  };
+  const auto [outcome, value] = work();
+  return py::make_tuple(static_cast<int>(outcome), value);
+}
+
+void bind_embedding_update(py::module_& m) {
+  m.def("embedding_update_float32_int32", &embedding_update<float, std::int32_t>);
+  m.def("embedding_update_float32_int64", &embedding_update<float, std::int64_t>);
+  m.def("embedding_update_int8_int32", &embedding_update<std::int8_t, std::int32_t>);
+  m.def("embedding_update_int8_int64", &embedding_update<std::int8_t, std::int64_t>);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "recfast kernels for the CPU; no torch symbol is needed to load them";
   bind_runtime(m);
+  bind_code_rows(m);
+  bind_code_search(m);
   bind_dpp_greedy(m);
   bind_example_axpy(m);
+  bind_din_attention(m);
+  bind_embedding_bag(m);
+  bind_embedding_update(m);
 }

@@ -134,6 +134,7 @@ def run(config: RunConfig, *, overwrite: bool = False, command: str = "", say: S
             features=config.reranker.features,
             codebooks=config.retriever.codes.codebooks,
             n_codes=config.retriever.codes.n_codes,
+            exclude=config.pipeline.exclude,
             seed=config.seed,
         )
 
@@ -211,13 +212,15 @@ def _train(config: RunConfig, stage: str, dataset: Dataset, out: Path) -> tuple[
     settings: StageConfig = getattr(config, stage)
     torch.manual_seed(config.seed)
     model = models.build(settings.model, dataset.schema, settings.options)
-    fitted = train.fit(model, dataset, config=config.training(stage), out=out / stage, resume="auto")
+    training = config.training(stage)
+    monitor = training.monitor or ("auc" if model.task == "ranking" else "recall@50")
+    fitted = train.fit(model, dataset, config=training, out=out / stage, resume="auto")
     return fitted.model, {
         "model": settings.model,
-        "monitor": fitted.monitor,
-        "history": fitted.history,
-        "best_epoch": fitted.best_epoch,
-        "seconds": fitted.seconds,
+        "monitor": monitor,
+        "history": [{**{k: v for k, v in e.items() if k != "valid"}, **e.get("valid", {})} for e in fitted.history],
+        "best_epoch": (fitted.best or {"epoch": fitted.epochs})["epoch"],
+        "seconds": sum(entry["seconds"] for entry in fitted.history),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 
@@ -225,31 +228,51 @@ def _train(config: RunConfig, stage: str, dataset: Dataset, out: Path) -> tuple[
 # -- retrieval ---------------------------------------------------------------------------------------------------
 
 
-def _relevant(dataset: Dataset, split: str) -> tuple[Tensor, Jagged]:
-    """The users who like something in a split, and what: ids int64 [U], and the distinct item ids of each."""
+_BEFORE = {"valid": "train", "test": "valid"}
+
+
+def _stand_before(pipeline: Pipeline, dataset: Dataset, split: str) -> tuple[Tensor, Jagged]:
+    """Put the pipeline where it knows only what came before a split, and say what is to be found there.
+
+    Returns
+    -------
+    (users int64 [U], the distinct items each of them likes in the split), without items that the pipeline would not
+    recommend again, and without users who have nothing left or no history.
+    """
+    pipeline.catalogue = pipeline.catalogue.upto(dataset, _BEFORE[split])
     positives = getattr(dataset, split).positives()
-    pairs = np.stack([positives.column(dataset.schema.user), positives.column(dataset.schema.item)], axis=1)
-    pairs = np.unique(pairs[(pairs > 0).all(axis=1)], axis=0).astype(np.int64)
-    users, counts = np.unique(pairs[:, 0], return_counts=True)
+    rows = dataset.schema.rows(dataset.schema.item)
+    user = positives.column(dataset.schema.user).astype(np.int64)
+    item = positives.column(dataset.schema.item).astype(np.int64)
+    known = (user > 0) & (item > 0) & (pipeline.catalogue.history.lengths().numpy()[user] > 0)
+    pairs = np.unique(user[known] * rows + item[known])
+    excluded = pipeline.excluded()
+    if excluded is not None:
+        owner = np.repeat(np.arange(len(excluded.offsets) - 1), excluded.lengths().numpy())
+        pairs = pairs[~np.isin(pairs, owner * rows + excluded.values.numpy())]
+    users, counts = np.unique(pairs // rows, return_counts=True)
+    if not len(users):
+        raise InputError(f"run: no known user likes a new item in the {split} split, so nothing can be measured")
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    return torch.from_numpy(users), Jagged(torch.from_numpy(pairs[:, 1].copy()), torch.from_numpy(offsets))
-
-
-def _exact_lists(model: torch.nn.Module, catalogue: Catalogue, users: Tensor, k: int) -> Tensor:
-    """The first k unseen items of each user by the model's own vectors or scores, int64 [U, k], -1 padded."""
-    return train.top_items(model, catalogue.history.take(users), users, catalogue.seen.take(users), k)[1]
+    return torch.from_numpy(users), Jagged(torch.from_numpy(pairs % rows), torch.from_numpy(offsets))
 
 
 def _measure_retrieval(pipeline: Pipeline, dataset: Dataset, name: str) -> dict[str, Any]:
-    users, relevant = _relevant(dataset, "test")
-    pipeline.catalogue = pipeline.catalogue.upto(dataset, "valid")
+    users, relevant = _stand_before(pipeline, dataset, "test")
     items = len(pipeline.index)
     longest = min(max(LENGTHS), items)
     lists = {"codes": pipeline.retrieve(users, longest)[1]}
-    lists["exact"] = _exact_lists(pipeline.retriever, pipeline.catalogue, users, longest)
-    for key, baseline in (("popularity", Popularity(dataset.schema)), ("item_knn", ItemKNN(dataset.schema))):
-        baseline.prepare(dataset)
-        lists[key] = _exact_lists(baseline, pipeline.catalogue, users, longest)
+    models_by_key = {
+        "exact": pipeline.retriever,
+        "popularity": Popularity(dataset.schema),
+        "item_knn": ItemKNN(dataset.schema),
+    }
+    nobody = Jagged(torch.zeros(0, dtype=torch.int64), torch.zeros_like(pipeline.catalogue.history.offsets))
+    for key, model in models_by_key.items():
+        if key != "exact":
+            model.prepare(dataset)
+        masked = pipeline.excluded() or nobody
+        lists[key] = train.top_items(model, users, longest, history=pipeline.catalogue.history, masked=masked)
 
     def at(key: str, k: int) -> float:
         return float(np.mean(metrics.recall(lists[key].numpy(), relevant, k)))
@@ -289,12 +312,13 @@ def _measure_retrieval(pipeline: Pipeline, dataset: Dataset, name: str) -> dict[
 
 def _equals_brute_force(pipeline: Pipeline, users: Tensor, k: int) -> bool:
     """Whether the index gives, to the bit, what scoring every item's code in plain torch gives."""
-    table = pipeline.quantizer.score_table(pipeline.user_vectors(users))
-    codes = pipeline.quantizer.encode(pipeline.item_vectors).long()
+    table, codes = pipeline.score_table(users), pipeline.index.codes.long()
     scores = torch.zeros(len(users), len(codes))
     for m in range(codes.shape[1]):
         scores += table[:, m, codes[:, m]]
-    scores[~pipeline._unseen(users)] = -torch.inf
+    allowed = pipeline.allowed(users)
+    if allowed is not None:
+        scores[~allowed] = -torch.inf
     # A stable descending sort keeps the lower id first among equals.
     best, place = torch.sort(scores, dim=1, descending=True, stable=True)
     best, items = best[:, :k], place[:, :k] + 1
@@ -356,9 +380,8 @@ def _measure_reranking(
     k = config.pipeline.k
     watch = Stopwatch()
     candidates = {}
-    for split, upto in (("valid", "train"), ("test", "valid")):
-        users, relevant = _relevant(dataset, split)
-        pipeline.catalogue = pipeline.catalogue.upto(dataset, upto)
+    for split in ("valid", "test"):
+        users, relevant = _stand_before(pipeline, dataset, split)
         with watch(f"{split} retrieval"):
             scores, items = pipeline.retrieve(users)
         with watch(f"{split} ranking"):
@@ -367,7 +390,7 @@ def _measure_reranking(
 
     def final(split: str, diversity: float, personal: bool) -> Tensor:
         users, _, items, _, logits = candidates[split]
-        pipeline.catalogue = pipeline.catalogue.upto(dataset, "train" if split == "valid" else "valid")
+        pipeline.catalogue = pipeline.catalogue.upto(dataset, _BEFORE[split])
         dpp = DPP(diversity=diversity, personal=personal)
         positions = pipeline.rerank(users, items, logits, k, reranker=dpp)
         return items.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -1)

@@ -104,7 +104,9 @@ def recommend(
     cold: Annotated[
         str, typer.Option(help="For users without a history: error, or popular for the most liked items.")
     ] = "error",
-    seen: Annotated[bool, typer.Option("--seen", help="Recommend items that the user has met before too.")] = False,
+    exclude: Annotated[
+        str | None, typer.Option(help="What not to recommend again: seen, liked or nothing; as in the run if left out.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print recommendations for users, from a finished run."""
@@ -112,8 +114,10 @@ def recommend(
 
     if cold not in ("error", "popular"):
         raise InputError(f"recommend: --cold must be error or popular, got {cold}")
+    if exclude not in (None, "seen", "liked", "nothing"):
+        raise InputError(f"recommend: --exclude must be seen, liked or nothing, got {exclude}")
     wanted = [user.strip() for user in users.split(",") if user.strip()]
-    frame = Pipeline.load(run_folder / "pipeline").recommend(wanted, k, exclude_seen=not seen, cold=cold)
+    frame = Pipeline.load(run_folder / "pipeline").recommend(wanted, k, exclude=exclude, cold=cold)
     if as_json:
         print(frame.write_json())
     else:

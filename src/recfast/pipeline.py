@@ -26,6 +26,7 @@ _MASK_CELLS = 1 << 24
 _CANDIDATE_ROWS = 1 << 15
 
 Cold = Literal["error", "popular"]
+Exclude = Literal["seen", "liked", "nothing"]
 
 
 class Pipeline:
@@ -51,6 +52,8 @@ class Pipeline:
         Bytes of an item's code, and values of each. Ignored where `quantizer` is given.
     quantizer
         A fitted `nn.ProductQuantizer`.
+    exclude
+        What is not recommended again: what the user has "seen" (any row of the log), has "liked", or "nothing".
     seed
         Of the quantiser's k-means.
     """
@@ -68,15 +71,18 @@ class Pipeline:
         codebooks: int = 8,
         n_codes: int = 256,
         quantizer: ProductQuantizer | None = None,
+        exclude: Exclude = "seen",
         seed: int = 0,
     ) -> None:
+        if exclude not in ("seen", "liked", "nothing"):
+            raise InputError(f"Pipeline: exclude must be seen, liked or nothing, got {exclude!r}")
         if candidates < 1 or (pool is not None and pool < 1):
             raise InputError(f"Pipeline: candidates and pool must be at least 1, got {candidates} and {pool}")
         self.catalogue = data if isinstance(data, Catalogue) else Catalogue.from_dataset(data)
         self.retriever = retriever.eval()
         self.ranker = None if ranker is None else ranker.eval()
         self.reranker = reranker
-        self.candidates, self.pool = candidates, pool
+        self.candidates, self.pool, self.exclude = candidates, pool, exclude
         if features == "auto":
             features = "genres" if len(self.catalogue.genre_names) > 1 else "vectors"
         self.features = features
@@ -84,13 +90,12 @@ class Pipeline:
             # Row 0 stands for unknown items and is never recommended.
             vectors = _finite("item_vectors of the retriever", retriever.item_vectors().float().cpu())[1:]
         if quantizer is None:
-            width = vectors.shape[1]
-            quantizer = ProductQuantizer(width, n_codebooks=min(codebooks, width), n_codes=n_codes)
-            quantizer.fit(vectors, seed=seed)
+            quantizer = ProductQuantizer(-(-vectors.shape[1] // codebooks) * codebooks, codebooks, n_codes)
+            quantizer.fit(_widened(vectors, quantizer.dim), seed=seed)
         self.quantizer = quantizer
         self.item_vectors = vectors
         ids = torch.arange(1, len(vectors) + 1)
-        codes = quantizer.encode(vectors)
+        codes = quantizer.encode(_widened(vectors, quantizer.dim))
         self._first_codes = codes[:, 0].long()
         self.index = CodeIndex(codes, n_codes=quantizer.n_codes, ids=ids)
         self._similarity = self._item_similarity_features()
@@ -103,7 +108,26 @@ class Pipeline:
         vectors = self.retriever.user_vectors(self.catalogue.history.take(users), users)
         return _finite("user_vectors of the retriever", vectors.float().cpu())
 
-    def retrieve(self, users: Tensor, k: int | None = None, *, exclude_seen: bool = True) -> tuple[Tensor, Tensor]:
+    def score_table(self, users: Tensor) -> Tensor:
+        """What each code of each codebook adds to each user's scores, float32 [B, M, K]."""
+        return self.quantizer.score_table(_widened(self.user_vectors(users), self.quantizer.dim))
+
+    def excluded(self, exclude: Exclude | None = None) -> Jagged | None:
+        """The items that each user is not to get, by user id; None for none."""
+        which = exclude or self.exclude
+        return {"seen": self.catalogue.seen, "liked": self.catalogue.history, "nothing": None}[which]
+
+    def allowed(self, users: Tensor, exclude: Exclude | None = None) -> Tensor | None:
+        """The items that each user may get, bool [B, N] in the order of the index; None for all."""
+        lists = self.excluded(exclude)
+        if lists is None:
+            return None
+        lists = lists.take(users)
+        mask = torch.ones(len(users), len(self.item_vectors) + 1, dtype=torch.bool)
+        mask[torch.arange(len(users)).repeat_interleave(lists.lengths()), lists.values] = False
+        return mask[:, 1:].contiguous()
+
+    def retrieve(self, users: Tensor, k: int | None = None, *, exclude: Exclude | None = None) -> tuple[Tensor, Tensor]:
         """The k best items of each user by the coded vectors: exact top-k over the codes.
 
         Returns
@@ -113,9 +137,7 @@ class Pipeline:
         k = self.candidates if k is None else k
         scores, items = [], []
         for block in _blocks(users, max(1, _MASK_CELLS // max(len(self.index), 1))):
-            table = self.quantizer.score_table(self.user_vectors(block))
-            mask = self._unseen(block) if exclude_seen else None
-            found = self.index.search(table, k, mask=mask)
+            found = self.index.search(self.score_table(block), k, mask=self.allowed(block, exclude))
             scores.append(found[0])
             items.append(found[1])
         return torch.cat(scores), torch.cat(items)
@@ -182,7 +204,7 @@ class Pipeline:
     # -- raw ids -------------------------------------------------------------------------------------------------
 
     def recommend(
-        self, users: Iterable[Any], k: int = 20, *, exclude_seen: bool = True, cold: Cold = "error"
+        self, users: Iterable[Any], k: int = 20, *, exclude: Exclude | None = None, cold: Cold = "error"
     ) -> pl.DataFrame:
         """Recommend items.
 
@@ -192,8 +214,8 @@ class Pipeline:
             Raw user ids.
         k
             Items a user.
-        exclude_seen
-            Leave out what the user has met before.
+        exclude
+            "seen", "liked" or "nothing"; as the pipeline was made if left out.
         cold
             For a user who is unknown or has an empty history: "error", or "popular" for the most liked items.
 
@@ -226,14 +248,14 @@ class Pipeline:
         scores = torch.full((len(raw), k), -torch.inf)
         warm = (~is_cold).nonzero()[:, 0]
         if len(warm):
-            items[warm], scores[warm] = self._recommend_warm(ids[warm], k, exclude_seen)
+            items[warm], scores[warm] = self._recommend_warm(ids[warm], k, exclude)
         if bool(is_cold.any()):
             popular = self._popular(k)
             items[is_cold, : len(popular)], scores[is_cold, : len(popular)] = popular, 0.0
         return self._frame(raw, items, scores)
 
-    def _recommend_warm(self, users: Tensor, k: int, exclude_seen: bool) -> tuple[Tensor, Tensor]:
-        scores, items = self.retrieve(users, max(k, self.candidates), exclude_seen=exclude_seen)
+    def _recommend_warm(self, users: Tensor, k: int, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
+        scores, items = self.retrieve(users, max(k, self.candidates), exclude=exclude)
         if self.ranker is not None:
             scores = self.rank(users, items)
         chosen = self.rerank(users, items, scores, k)
@@ -258,13 +280,6 @@ class Pipeline:
         return frame
 
     # -- helpers -------------------------------------------------------------------------------------------------
-
-    def _unseen(self, users: Tensor) -> Tensor:
-        """Allow-list over the index's items, bool [B, N]."""
-        seen = self.catalogue.seen.take(users)
-        mask = torch.ones(len(users), len(self.index) + 1, dtype=torch.bool)
-        mask[torch.arange(len(users)).repeat_interleave(seen.lengths()), seen.values] = False
-        return mask[:, 1:].contiguous()
 
     def _popular(self, k: int) -> Tensor:
         counts = torch.bincount(self.catalogue.history.values, minlength=len(self.index) + 1)[1:]
@@ -304,7 +319,12 @@ class Pipeline:
             save_model(self.retriever, self.catalogue.schema, folder / "retriever")
             if self.ranker is not None:
                 save_model(self.ranker, self.catalogue.schema, folder / "ranker")
-            write_tensors(folder / "quantizer.safetensors", self.quantizer.state_dict(), self.quantizer.config())
+            shape = {"dim": self.quantizer.dim, "n_codebooks": self.quantizer.n_codebooks}
+            write_tensors(
+                folder / "quantizer.safetensors",
+                self.quantizer.state_dict(),
+                {**shape, "n_codes": self.quantizer.n_codes},
+            )
             self.index.save(folder / "index.safetensors")
             self.catalogue.save(folder / "catalogue")
             settings = {
@@ -312,6 +332,7 @@ class Pipeline:
                 "candidates": self.candidates,
                 "pool": self.pool,
                 "features": self.features,
+                "exclude": self.exclude,
                 "ranker": self.ranker is not None,
                 "reranker": None if self.reranker is None else self.reranker.config(),
             }
@@ -335,8 +356,9 @@ class Pipeline:
                 f"Pipeline.load: {folder / 'pipeline.json'} has the format {settings.get('format')!r}, "
                 f"expected {FORMAT}"
             )
-        tensors, options = read_tensors(folder / "quantizer.safetensors")
-        quantizer = ProductQuantizer.from_state(tensors, options)
+        tensors, shape = read_tensors(folder / "quantizer.safetensors")
+        quantizer = ProductQuantizer(shape["dim"], shape["n_codebooks"], shape["n_codes"])
+        quantizer.load_state_dict(tensors)
         pipeline = cls(
             load_model(folder / "retriever"),
             load_model(folder / "ranker") if settings["ranker"] else None,
@@ -345,6 +367,7 @@ class Pipeline:
             candidates=settings["candidates"],
             pool=settings["pool"],
             features=settings["features"],
+            exclude=settings["exclude"],
             quantizer=quantizer,
         )
         index = CodeIndex.load(folder / "index.safetensors")
@@ -371,6 +394,11 @@ def _finite(what: str, vectors: Tensor) -> Tensor:
             "train the model again, or load another checkpoint"
         )
     return vectors
+
+
+def _widened(vectors: Tensor, width: int) -> Tensor:
+    """The vectors with zeros behind them: a width that cannot be cut into equal parts is made one that can."""
+    return torch.nn.functional.pad(vectors, (0, width - vectors.shape[1]))
 
 
 def _padded(positions: Tensor, k: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Logs in, batches out: the schema, the preparation, the loader, known data sets."""
 
+from recfast.data.catalogue import Catalogue
 from recfast.data.dataset import Batch, Dataset, Jagged, Split, Vocabulary, open
 from recfast.data.datasets import load
 from recfast.data.loader import Loader
@@ -8,6 +9,7 @@ from recfast.data.schema import Categorical, Numeric, Schema, Sequence, Vector
 
 __all__ = [
     "Batch",
+    "Catalogue",
     "Categorical",
     "Dataset",
     "Jagged",

@@ -21,6 +21,8 @@ ML_GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
     "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
+_AGE_FROM = (18, 25, 35, 45, 50, 56)
+_AGES = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "over 55")
 FRAPPE_FIELDS = (
     "user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city",
 )  # fmt: skip
@@ -178,12 +180,7 @@ def load_ml_100k(
     )
     users = people.select(
         "user",
-        pl.col("age")
-        .cut(
-            [17, 24, 34, 44, 49, 55],
-            labels=["under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "over 55"],
-        )
-        .cast(pl.String),
+        pl.Series("age", _AGES)[np.searchsorted(_AGE_FROM, people["age"].to_numpy(), side="right")],
         "gender",
         "occupation",
     )

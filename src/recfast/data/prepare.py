@@ -199,6 +199,7 @@ def prepare_libfm(
         users=users,
         cache=cache,
         name=name,
+        about=about,
     )
 
 
@@ -216,7 +217,7 @@ def _plain_disk_errors(root: Path) -> Iterator[None]:
                 f"prepare: no space is left on the disk of {root}; nothing half-written was kept: free some "
                 "space, or name another folder in cache= or RECFAST_CACHE"
             ) from error
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise InputError(
                 f"prepare: {root} cannot be written ({first_line(error)}); name another folder in cache= "
                 "or RECFAST_CACHE"

@@ -23,7 +23,6 @@ from recfast.errors import InputError
 
 BATCH_ROWS = 1 << 18
 _CHUNK_BYTES = 32 << 20
-_INFER_ROWS = 10_000
 _CSV = {".csv": ",", ".tsv": "\t"}
 _PARQUET = (".parquet", ".pq")
 _LIBFM = (".libfm", ".svm", ".libsvm")
@@ -176,7 +175,7 @@ class ParquetSource(FileSource):
 class CsvSource(FileSource):
     """A CSV or TSV file with a header, plain or compressed, read in pieces that end at a line's end.
 
-    Types are inferred from the first rows; where a later piece does not fit, the column's type is widened
+    Types are inferred from the first piece; where a later piece does not fit, the column's type is widened
     (whole numbers to floats, anything else to text) and `Widened` asks the caller to start again.
     """
 
@@ -187,16 +186,18 @@ class CsvSource(FileSource):
         head = next(self._pieces(), b"")
         if not head.strip():
             raise InputError(f"prepare: {self.place} is empty; a header line and rows are expected")
-        self._header = head[: head.find(b"\n") + 1] or head + b"\n"
-        self.dtypes = self._infer(head, _INFER_ROWS)
+        end = head.find(b"\n") + 1
+        while end and head.count(b'"', 0, end) % 2:
+            end = head.find(b"\n", end) + 1
+        self._header = head[:end] or head + b"\n"
+        self.dtypes = self._infer(head)
 
-    def _infer(self, piece: bytes, rows: int | None) -> dict[str, pl.DataType]:
+    def _infer(self, piece: bytes) -> dict[str, pl.DataType]:
         try:
             frame = pl.read_csv(
                 io.BytesIO(piece),
                 separator=self._separator,
-                infer_schema_length=rows,
-                n_rows=rows,
+                infer_schema_length=None,
                 try_parse_dates=True,
             )
         except _READ_ERRORS as error:
@@ -227,7 +228,7 @@ class CsvSource(FileSource):
                     separator=self._separator,
                     columns=list(columns),
                     schema_overrides=known,
-                    infer_schema_length=None if len(known) < len(self.dtypes) else _INFER_ROWS,
+                    infer_schema_length=None if len(known) < len(self.dtypes) else 0,
                     try_parse_dates=True,
                 )
             except _READ_ERRORS as error:
@@ -243,16 +244,17 @@ class CsvSource(FileSource):
                 yield frame.slice(start, BATCH_ROWS)
 
     def _widen(self, piece: bytes, error: BaseException) -> None:
-        found = self._infer(piece, None)
+        found = self._infer(piece)
         changed = False
         for name, dtype in found.items():
             old = self.dtypes.get(name)
             if old is None or old == dtype or dtype == pl.Null or old == pl.String:
                 continue
-            numbers = {kind_of(old), kind_of(dtype)} <= {"integer", "float"}
-            wider = (
-                (pl.Float64() if "float" in (kind_of(old), kind_of(dtype)) else pl.Int64()) if numbers else pl.String()
-            )
+            kinds = {kind_of(old), kind_of(dtype)}
+            if kinds <= {"integer", "float"}:
+                wider = pl.Float64() if "float" in kinds else pl.Int64()
+            else:
+                wider = pl.String()
             if wider != old:
                 self.dtypes[name] = wider
                 changed = True
@@ -340,12 +342,12 @@ def byte_chunks(path: Path) -> Iterator[bytes]:
                 yield piece
 
 
-def whole_lines(chunks: Iterable[bytes], size: int = _CHUNK_BYTES) -> Iterator[bytes]:
-    """Yield pieces of at least `size` bytes (but the last) that end at a line's end outside double quotes."""
+def whole_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield pieces of 32 MiB or more (but the last) that end at a line's end outside double quotes."""
     rest = b""
     for chunk in chunks:
         rest += chunk
-        if len(rest) < size:
+        if len(rest) < _CHUNK_BYTES:
             continue
         cut = rest.rfind(b"\n") + 1
         # An odd number of quotes before the cut means that it lies inside a quoted field.
@@ -463,15 +465,19 @@ def from_pandas(frame: Any) -> pl.DataFrame:
     return pl.DataFrame(columns)
 
 
+def settled(source: Source) -> list[pl.DataFrame]:
+    """Return all batches of a source with the types it ends up with."""
+    while True:
+        try:
+            return list(source.batches(list(source.dtypes)))
+        except Widened:
+            continue
+
+
 def read_all(raw: Any, what: str, *, text: Iterable[str], spill: Callable[[], Path]) -> pl.DataFrame:
     """Read a small side table (items, users) whole."""
     sources = open_sources(raw, what, text=text, spill=spill)
-    while True:
-        try:
-            frames = [batch for source in sources for batch in source.batches(list(source.dtypes))]
-            break
-        except Widened:
-            continue
+    frames = [batch for source in sources for batch in settled(source)]
     if not frames:
         raise InputError(f"prepare: {what} has no rows")
     try:

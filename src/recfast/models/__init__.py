@@ -1,1 +1,104 @@
+"""Recommenders, one paper a file. A model is a plain `torch.nn.Module` with `forward(batch)` and `loss(output, batch)`.
 
+Nothing is imported before it is asked for: `models.DeepFM` loads `models/ctr/deepfm.py` and no other model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from recfast.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from recfast.data import Schema
+
+_PLACES = {
+    "DeepFM": "recfast.models.ctr.deepfm",
+    "DIN": "recfast.models.ctr.din",
+    "ItemKNN": "recfast.models.retrieval.baselines",
+    "Popularity": "recfast.models.retrieval.baselines",
+    "SimpleX": "recfast.models.retrieval.simplex",
+    "TwoTower": "recfast.models.retrieval.two_tower",
+}
+
+__all__ = ["DIN", "DeepFM", "ItemKNN", "Popularity", "SimpleX", "TwoTower", "build", "load", "names"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'recfast.models' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})
+
+
+def names() -> list[str]:
+    """Return the names that `build` knows, sorted."""
+    return sorted(_PLACES)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Return the end of a sentence about an unknown name: the nearest known one, or all of them."""
+    folded = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), folded, n=1)
+    if close:
+        return f"did you mean {folded[close[0]]!r}?"
+    return f"expected one of {', '.join(known)}" if known else "expected none"
+
+
+def build(name: str, schema: Schema, config: Mapping[str, Any] | None = None) -> nn.Module:
+    """Construct the model called `name`.
+
+    Parameters
+    ----------
+    name
+        One of `names()`.
+    schema
+        A fitted schema, as `Dataset.schema` gives it.
+    config
+        The model's keyword options, as `model.config()` gives them back; left out means its own default.
+
+    Raises
+    ------
+    InputError
+        The model or one of its options is unknown; the sentence names the nearest known one.
+    """
+    if name not in _PLACES:
+        raise InputError(f"models.build: model {name!r} is unknown, {_nearest(name, names())}")
+    cls = __getattr__(name)
+    options = dict(config or {})
+    parameters = list(inspect.signature(cls).parameters.values())
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        known = [k for k in known if k != "schema"]
+        for key in options:
+            if key not in known:
+                raise InputError(f"models.build: {name} has no option {key!r}, {_nearest(key, known)}")
+    return cls(schema, **options)
+
+
+def load(run: str | os.PathLike[str]) -> nn.Module:
+    """Rebuild the model of a run folder, with its best weights, on the CPU and in evaluation mode.
+
+    Parameters
+    ----------
+    run
+        A folder that `train.fit(..., out=run)` wrote; `state.json`, `schema.json` and `model.safetensors` are read.
+
+    Raises
+    ------
+    InputError
+        A file is missing, damaged, of another format version or of another model; one sentence says which.
+    """
+    from recfast.models import storage
+
+    return storage.load_model(run)

@@ -64,7 +64,7 @@ def at_least(op: str, name: str, value: float, least: float) -> Any:
     return value
 
 
-def outside(op: str, name: str, position: int, value: int, rows: int) -> IndexError:
+def outside(op: str, name: str, position: int | str, value: int, rows: int) -> IndexError:
     """The error for `name[position] = value` where [0, rows) was expected."""
     return IndexError(f"{op}: {name}[{position}] = {value} is outside [0, {rows})")
 

@@ -1,0 +1,111 @@
+"""Sparse rows over items, a few of which are added for each query: SparCode's index."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from recfast import ops
+from recfast.errors import InputError
+from recfast.index import _file
+from recfast.index._arrays import as_tensor
+
+
+class CodeRows:
+    """A sparse matrix of scores [R, N] (composite codes x items), searched exactly for the sum of a few of its rows.
+
+    .. math:: y_{q,i} = \\sum_{j=0}^{K_u-1} w_{q,j} S_{r_{q,j},i}
+
+    Parameters
+    ----------
+    indptr : array or Tensor [R + 1], int64
+        Row r is `item_ids[indptr[r]:indptr[r + 1]]`.
+    item_ids : array or Tensor [T], int32 or int64, in [0, N)
+        Strictly rising within a row.
+    scores : array or Tensor [T], float32, finite
+    n_items : int
+        N.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        A wrong dtype or shape; ids that do not rise within a row, a score that is not finite; an id out of range.
+
+    Notes
+    -----
+    Arrays are taken without a copy where contiguous; they must not be written to afterwards. Searches may run at the
+    same time in many threads.
+
+    References
+    ----------
+    Su et al., "Beyond Two-Tower Matching: Learning Sparse Retrievable Cross-Interactions for Recommendation", SIGIR
+    2023.
+    """
+
+    def __init__(self, indptr: Any, item_ids: Any, scores: Any, n_items: int):
+        self.indptr = as_tensor("CodeRows", "indptr", indptr)
+        self.item_ids = as_tensor("CodeRows", "item_ids", item_ids)
+        self.scores = as_tensor("CodeRows", "scores", scores)
+        self.n_items = int(n_items)
+        # The kernel reads the whole matrix once here, so that searches need not.
+        ops.code_rows_search(self, torch.empty((0, 0), dtype=torch.int64), 0)
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.indptr) - 1
+
+    def __repr__(self) -> str:
+        return f"CodeRows({len(self)} rows over {self.n_items} items, {len(self.item_ids)} scores)"
+
+    def search(self, rows: Any, k: int, weights: Any = None, mask: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the rows named for each query and find the k best items, exactly.
+
+        Parameters
+        ----------
+        rows : array or Tensor [Q, Ku], int64
+            Row numbers, or -1 for an absent one. A row named twice counts twice.
+        k : int
+            May exceed N, may be 0.
+        weights : array or Tensor [Q, Ku], float32, optional
+        mask : array or Tensor [N] or [Q, N], bool, optional
+            The items allowed, for all queries or for each.
+
+        Returns
+        -------
+        scores : Tensor [Q, k], float32
+        ids : Tensor [Q, k], int64
+            Sorted by score descending, ties by lowest id, padded with (-inf, -1). Only items that a named row holds are
+            candidates.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            A wrong dtype or shape, a weight that is not finite, a row out of range.
+        """
+        place = "CodeRows.search"
+        rows = as_tensor(place, "rows", rows)
+        weights = None if weights is None else as_tensor(place, "weights", weights)
+        mask = None if mask is None else as_tensor(place, "mask", mask)
+        return ops.code_rows_search(self, rows, k, weights=weights, mask=mask, check=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index to one file (safetensors), whole or not at all, with a checksum over every byte."""
+        arrays = {name: getattr(self, name).numpy() for name in ("indptr", "item_ids", "scores")}
+        _file.save(path, "CodeRows", {"n_items": self.n_items}, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], mmap: bool = False) -> CodeRows:
+        """Read what `save` wrote; with `mmap` the file is mapped, so that processes share its memory.
+
+        Raises
+        ------
+        InputError
+            No such file; truncated, corrupt, or not such a file.
+        """
+        config, arrays = _file.load(path, "CodeRows", mmap=mmap)
+        try:
+            return cls(arrays["indptr"], arrays["item_ids"], arrays["scores"], config["n_items"])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise InputError(f"CodeRows.load: {path} is corrupt: {error}") from error

@@ -1,0 +1,89 @@
+"""A user's history as one vector: a weighted mean of item embeddings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Events(NamedTuple):
+    """The entries of B histories that count, in order.
+
+    ids
+        int64 [T], none of them 0 ("unknown").
+    owner
+        int64 [T], the history each belongs to, never falling.
+    age
+        int64 [T], 0 for the last entry of the given history.
+    offsets
+        int64 [B + 1].
+    """
+
+    ids: Tensor
+    owner: Tensor
+    age: Tensor
+    offsets: Tensor
+
+
+def recent_events(
+    values: Tensor,
+    offsets: Tensor,
+    max_length: int | None,
+    *,
+    exclude: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Events:
+    """Return what counts of jagged histories.
+
+    Parameters
+    ----------
+    values, offsets
+        int64 [T] and [B + 1]; each history is in time order, latest last.
+    max_length
+        Only the last so many entries of each history; None for all.
+    exclude
+        int64 [B]: an item that is taken out of each row's history, such as the one to be predicted.
+    dropout
+        Each entry is left out with this probability (torch's generator).
+    """
+    rows = offsets.shape[0] - 1
+    owner = torch.repeat_interleave(torch.arange(rows, device=values.device), offsets[1:] - offsets[:-1])
+    age = offsets[1:][owner] - 1 - torch.arange(values.shape[0], device=values.device)
+    keep = values != 0
+    if max_length is not None:
+        keep &= age < max_length
+    if exclude is not None:
+        keep &= values != exclude[owner]
+    if dropout > 0.0:
+        keep &= torch.rand(values.shape, device=values.device) >= dropout
+    owner = owner[keep]
+    kept = F.pad(torch.bincount(owner, minlength=rows).cumsum(0), (1, 0))
+    return Events(values[keep], owner, age[keep], kept)
+
+
+def segment_softmax(logits: Tensor, owner: Tensor, rows: int) -> Tensor:
+    r"""Return :math:`e^{z_t} / \sum_{t' : o_{t'} = o_t} e^{z_{t'}}`, float [T]; softmax within each history.
+
+    Parameters
+    ----------
+    logits
+        float [T].
+    owner
+        int64 [T], the history of each entry, in ``[0, rows)``.
+    rows
+        How many histories there are.
+    """
+    # The shift changes no value, so it needs no gradient.
+    highest = logits.new_full((rows,), -torch.inf).scatter_reduce(0, owner, logits.detach(), "amax")
+    weight = torch.exp(logits - highest[owner])
+    return weight / weight.new_zeros(rows).index_add(0, owner, weight)[owner]
+
+
+def weighted_sum(table: Tensor, events: Events, weight: Tensor) -> Tensor:
+    """Return ``sum_t weight[t] * table[ids[t]]`` over each history's entries, float [B, D]; zeros for an empty one."""
+    return F.embedding_bag(
+        events.ids, table, events.offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
+    )

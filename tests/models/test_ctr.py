@@ -1,0 +1,201 @@
+"""DIN and DeepFM on batches made by hand: what they read, share, learn and remember."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from recfast.data import Batch, Categorical, Jagged, Numeric, Schema, Sequence, Vector
+from recfast.errors import InputError
+from recfast.models.ctr.deepfm import DeepFM
+from recfast.models.ctr.din import DIN
+
+ROWS = {"user": 9, "item": 21, "genre": 4}
+MODELS = [DIN, DeepFM]
+
+
+def make_schema(full=True):
+    columns = [Categorical("user", role="user"), Categorical("item", role="item"), Sequence("history")]
+    if full:
+        columns += [
+            Categorical("genre", side="item"),
+            Sequence("genres", of="genre"),
+            Numeric("price"),
+            Vector("text", dim=3),
+        ]
+    return Schema(columns).fit({c.name: ROWS[c.name] for c in columns if isinstance(c, Categorical)})
+
+
+def make_batch(schema, lengths, candidates=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(lengths) if candidates is None else sum(candidates)
+
+    def ids(name, count):
+        return torch.randint(0, schema.rows(name), (count,), generator=generator)
+
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return Batch(
+        ids=torch.stack([ids(column.name, rows) for column in schema.categorical], dim=1),
+        numeric=torch.randn(rows, len(schema.numeric), generator=generator),
+        sequences={column.name: Jagged(ids(column.of, sum(lengths)), offsets) for column in schema.sequences},
+        vectors={column.name: torch.randn(rows, column.dim, generator=generator) for column in schema.vectors},
+        label=(torch.rand(rows, generator=generator) < 0.5).float(),
+        group=None,
+        candidate_offsets=None if candidates is None else torch.tensor([0, *candidates]).cumsum(0),
+    )
+
+
+def expand(batch):
+    """The same rows, each with a copy of its user's histories."""
+    users = torch.arange(batch.candidate_offsets.numel() - 1).repeat_interleave(batch.candidate_offsets.diff())
+    sequences = {}
+    for name, (values, offsets) in batch.sequences.items():
+        lists = [values[offsets[user] : offsets[user + 1]] for user in users]
+        lengths = torch.tensor([0, *map(len, lists)])
+        sequences[name] = Jagged(torch.cat(lists), lengths.cumsum(0))
+    return dataclasses.replace(batch, sequences=sequences, candidate_offsets=None)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_one_logit_a_row(model, full, precision):
+    schema = make_schema(full)
+    ranker = model(schema, dim=8, hidden=(12, 6), precision=precision).eval()
+    for lengths, candidates in [([3, 0, 5], None), ([3, 0, 5], [2, 1, 4]), ([4], [0]), ([0], None)]:
+        batch = make_batch(schema, lengths, candidates)
+        logits = ranker(batch)
+        assert logits.shape == (len(batch),)
+        assert logits.dtype == torch.float32
+        assert logits.isfinite().all()
+    assert ranker.task == "ranking"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_candidates_share_a_history(model):
+    schema = make_schema()
+    torch.manual_seed(0)
+    ranker = model(schema, dim=8, hidden=(12, 6)).eval()
+    batch = make_batch(schema, [3, 0, 5, 1], [2, 1, 4, 0])
+    torch.testing.assert_close(ranker(batch), ranker(expand(batch)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_input_matters(model):
+    """Changing one column of one row changes that row's logit and, histories aside, no other's."""
+    schema = make_schema()
+    torch.manual_seed(0)
+    ranker = model(schema, dim=8, hidden=(12, 6)).eval()
+    batch = make_batch(schema, [3, 2, 5])
+    before = ranker(batch).detach()
+
+    def changes(**fields):
+        after = ranker(dataclasses.replace(batch, **fields)).detach()
+        assert after[0] != before[0]
+        assert torch.equal(after[1:], before[1:])
+
+    for j, column in enumerate(schema.categorical):
+        ids = batch.ids.clone()
+        ids[0, j] = (ids[0, j] + 1) % schema.rows(column.name)
+        changes(ids=ids)
+    for name, (values, offsets) in batch.sequences.items():
+        other = values.clone()
+        other[0] = (other[0] + 1) % schema.rows(name)
+        changes(sequences={**batch.sequences, name: Jagged(other, offsets)})
+    bump = torch.zeros(3, 1)
+    bump[0] = 1
+    changes(numeric=batch.numeric + bump)
+    changes(vectors={"text": batch.vectors["text"] + bump})
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradient_reaches_every_parameter(model):
+    schema = make_schema()
+    torch.manual_seed(0)
+    ranker = model(schema, dim=8, hidden=(12, 6))
+    batch = make_batch(schema, [6] * 16)
+    ranker.loss(ranker(batch), batch).backward()
+    for name, parameter in ranker.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
+
+
+def separable(schema, rows, generator):
+    """Label 1 where the candidate's id has the parity of the history's: the history decides, no column alone."""
+    parity = torch.randint(0, 2, (rows,), generator=generator)
+    label = torch.randint(0, 2, (rows,), generator=generator)
+    item = 1 + 2 * torch.randint(0, 10, (rows,), generator=generator) + (parity ^ (1 - label))
+    history = 1 + 2 * torch.randint(0, 10, (rows, 4), generator=generator) + parity.unsqueeze(1)
+    user = torch.randint(0, schema.rows("user"), (rows,), generator=generator)
+    return Batch(
+        ids=torch.stack([user, item], dim=1),
+        numeric=torch.zeros(rows, 0),
+        sequences={"history": Jagged(history.flatten(), torch.arange(rows + 1) * 4)},
+        vectors={},
+        label=label.float(),
+        group=None,
+        candidate_offsets=None,
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_it_learns_from_the_history(model, precision):
+    schema = make_schema(full=False)
+    torch.manual_seed(0)
+    ranker = model(schema, dim=8, hidden=(32,), precision=precision, tables={"lr": 0.1})
+    optimizer = torch.optim.Adam([p for p in ranker.parameters() if p.requires_grad], lr=0.01)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(200):
+        batch = separable(schema, 128, generator)
+        loss = ranker.loss(ranker(batch), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.6
+    # log 2 = 0.69 is what a model gets that ignores the history.
+    assert sum(losses[-10:]) / 10 < 0.2
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_config_rebuilds_the_model(model):
+    import json
+
+    schema = make_schema()
+    options = {
+        "dim": 4,
+        "hidden": (6,),
+        "activation": "dice",
+        "precision": "int8",
+        "tables": {"lr": 0.02},
+        "dropout": 0.1,
+    }
+    ranker = model(schema, **options).eval()
+    config = json.loads(json.dumps(ranker.config()))
+    twin = model(schema, **config).eval()
+    assert twin.config() == ranker.config()
+    twin.load_state_dict(ranker.state_dict())
+    batch = make_batch(schema, [3, 2])
+    assert torch.equal(twin(batch), ranker(batch))
+
+
+def test_din_has_the_options_of_its_unit():
+    schema = make_schema(full=False)
+    ranker = DIN(schema, dim=4, attention_hidden=(5,), attention_activation="silu", attention_mode="softmax")
+    assert (ranker.attention[0].hidden, ranker.attention[0].mode) == ((5,), "softmax")
+    assert ranker.config()["attention_hidden"] == [5]
+
+
+def test_bad_input():
+    without = Schema([Categorical("user", role="user"), Categorical("item", role="item")]).fit({"user": 3, "item": 3})
+    with pytest.raises(InputError, match="DIN: the schema has no Sequence column"):
+        DIN(without)
+    DeepFM(without)
+    schema = make_schema(full=False)
+    batch = dataclasses.replace(make_batch(schema, [2]), label=None)
+    ranker = DeepFM(schema)
+    with pytest.raises(ValueError, match="the batch has no label"):
+        ranker.loss(ranker(batch), batch)
