@@ -61,7 +61,7 @@ def log_det(features, relevance, weight, gamma, picks):
     width=st.one_of(st.sampled_from([1, 7, 8, 9]), st.integers(1, 24)),
     k=st.integers(0, 30),
     alpha=st.sampled_from([0.0, 0.25, 1.0, 40.0, math.inf]),
-    gamma=st.sampled_from([0.0, 0.0, 0.05, 1.0]),
+    gamma=st.sampled_from([0.0, 0.0, 1e-6, 0.05, 1.0]),
     policy=st.sampled_from(POLICIES),
     window=st.sampled_from([None, None, 1, 2, 5]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
