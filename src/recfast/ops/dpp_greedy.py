@@ -381,8 +381,8 @@ def dpp_greedy(
     -----
     Scores that differ by less than 1e-12 + 1e-15 |score| are equal, and the lowest index wins. Accumulation is float32
     in the scan and float64 in the decision. O(N D) work a pick at most (O(N D window) with a window), less where stale
-    bounds settle it; memory N D + K D (gamma > 0: N D + K (D + K)) a thread. Inference only: no gradient flows. Backend: CPU (scalar,
-    AVX2, AVX-512).
+    bounds settle it. Memory a thread: N D + K D numbers, and K^2 more with gamma above 0. Inference only: no gradient
+    flows. Backend: CPU (scalar, AVX2, AVX-512).
 
     References
     ----------
