@@ -4,11 +4,23 @@ Ours in 8 bits and in float32, torch's sparse gradients with Adagrad, and FBGEMM
 it is installed (its wheel is serial).
 """
 
+import numpy as np
 import pytest
 import torch
 
-from bench_embedding_bag import BAGS, LENGTH, SETS, make_ids
 from recfast.nn import EmbeddingTables
+
+BAGS, LENGTH = 4096, 20
+SETS = 4
+
+
+def make_ids(kind, rows, seed):
+    generator = np.random.default_rng(seed)
+    if kind == "uniform":
+        return torch.from_numpy(generator.integers(0, rows, BAGS * LENGTH))
+    weights = np.arange(1, rows + 1, dtype=np.float64) ** -1.05
+    ranks = np.searchsorted(np.cumsum(weights / weights.sum()), generator.random(BAGS * LENGTH)).clip(max=rows - 1)
+    return torch.from_numpy(np.random.default_rng(0).permutation(rows)[ranks])
 
 
 def fbgemm(rows, width, offsets, grad):
@@ -37,9 +49,9 @@ def test_embedding_training_step(race, rows, width, kind):
     ids = [make_ids(kind, rows, seed) for seed in range(SETS)]
     grad = torch.randn(BAGS, width, generator=generator) / BAGS
     tables = {name: EmbeddingTables([("t", rows)], width, name, lr=0.05) for name in ("int8", "float32")}
-    first = tables["float32"].weight.clone()
+    first = {name: table.dequantize("t") for name, table in tables.items()}
     sparse = torch.nn.EmbeddingBag.from_pretrained(
-        first.clone(), freeze=False, mode="sum", sparse=True, include_last_offset=True
+        first["float32"].clone(), freeze=False, mode="sum", sparse=True, include_last_offset=True
     )
     adagrad = torch.optim.Adagrad(sparse.parameters(), lr=0.05)
 
@@ -60,7 +72,8 @@ def test_embedding_training_step(race, rows, width, kind):
         """The rows of the first batch moved against their gradient, by about the learning rate."""
         if not column.startswith("ours"):
             return
-        moved = tables["int8" if column == "ours" else "float32"].dequantize("t") - first
+        name = "int8" if column == "ours" else "float32"
+        moved = tables[name].dequantize("t") - first[name]
         bag_of = torch.arange(BAGS).repeat_interleave(LENGTH)
         total = torch.zeros(rows, width).index_add(0, ids[0], grad[bag_of])
         touched = ids[0].unique()

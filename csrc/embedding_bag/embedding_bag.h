@@ -63,8 +63,10 @@ void bags_avx2(const Args<Value, Index>& args, std::int64_t first, std::int64_t 
 template <class Value, class Index>
 void bags_avx512(const Args<Value, Index>& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept;
 
-// How far ahead of the row in use rows are asked for, in lookups, across the borders of bags. The hint is "into L2":
-// into L1 the few outstanding misses of one core are the limit, not the memory.
+// How far ahead of the row in use rows are asked for, in lookups, across the borders of bags. The hint is "into L2" for
+// tables in memory, where into L1 the few outstanding misses of one core are the limit; "into L1" for tables that the
+// last cache holds.
 inline constexpr std::int64_t kAhead = 24;
+inline constexpr std::uint64_t kNearBytes = std::uint64_t{8} << 20;
 
 }  // namespace recfast::embedding_bag

@@ -17,16 +17,24 @@ inline void sum_panel(const Args<Value, Index>& args, std::int64_t bag, std::int
   const std::int64_t end = args.begin(bag + 1);
   const auto table = reinterpret_cast<std::uintptr_t>(args.table.data);
   const auto row_bytes = static_cast<std::uint64_t>(args.table.stride) * sizeof(Value);
+  const bool near = static_cast<std::uint64_t>(args.table.rows) * row_bytes <= kNearBytes;
   const std::uint64_t last_byte = static_cast<std::uint64_t>(args.table.width) * sizeof(Value) - 1;
   for (std::int64_t i = begin; i < end; ++i) {
     if (column == 0 && i + kAhead < stop) {  // later panels find the row in the cache
       const auto next = static_cast<std::uint64_t>(ids[i + kAhead]);
       const std::uintptr_t start = table + next * row_bytes;
-      // First and last byte without a branch; a row that starts inside a line touches one line more.
-      for (std::uint64_t at = 0; at < last_byte; at += 64) {
-        __builtin_prefetch(reinterpret_cast<const void*>(start + at), 0, 2);
+      // The last byte without a branch: a row that starts inside a line touches one line more.
+      if (near) {
+        for (std::uint64_t at = 0; at < last_byte; at += 64) {
+          __builtin_prefetch(reinterpret_cast<const void*>(start + at), 0, 3);
+        }
+        __builtin_prefetch(reinterpret_cast<const void*>(start + last_byte), 0, 3);
+      } else {
+        for (std::uint64_t at = 0; at < last_byte; at += 64) {
+          __builtin_prefetch(reinterpret_cast<const void*>(start + at), 0, 2);
+        }
+        __builtin_prefetch(reinterpret_cast<const void*>(start + last_byte), 0, 2);
       }
-      __builtin_prefetch(reinterpret_cast<const void*>(start + last_byte), 0, 2);
       if constexpr (std::is_same_v<Value, std::int8_t>) {
         const auto step = reinterpret_cast<std::uintptr_t>(args.step) + next * sizeof(float);
         __builtin_prefetch(reinterpret_cast<const void*>(step), 0, 2);

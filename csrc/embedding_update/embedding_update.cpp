@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/isa.h"
 #include "common/parallel.h"
 #include "common/random.h"
 
@@ -15,174 +16,17 @@ namespace {
 
 // Rows a thread takes at a time: hot rows make the work uneven.
 constexpr std::int64_t kChunk = 128;
-constexpr std::int64_t kAhead = 8;
-constexpr int kLanes = 16;
 
-// To the nearest integer, ties to even, for |x| < 2^22: beyond the constant no bit is left for a fraction.
-inline float nearest(float x) noexcept {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
-  return (x + kShift) - kShift;
-}
+constexpr int kUnit = 4;
 
-inline float floor_small(float x) noexcept {
-  const float rounded = nearest(x);
-  return rounded > x ? rounded - 1.0f : rounded;
-}
-
-inline float fold(float (&lanes)[kLanes]) noexcept {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
-}
-
-// Buffers hold zeros from the width to padded(width), so these loops need no tail.
-inline float sum_of_squares(const float* x, std::int64_t size) noexcept {
-  float lanes[kLanes] = {};
-  for (std::int64_t d = 0; d < size; d += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[d + lane] * x[d + lane];
-  }
-  return fold(lanes);
-}
-
-inline float step_gradient(const float* g, const float* w, std::int64_t size, float inverse) noexcept {
-  float lanes[kLanes] = {};
-  for (std::int64_t d = 0; d < size; d += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      float x = w[d + lane] * inverse;
-      x = x > -128.0f ? x : -128.0f;
-      x = x < 127.0f ? x : 127.0f;
-      const float inside = nearest(x) - x;
-      const float factor = x <= -128.0f ? -128.0f : x >= 127.0f ? 127.0f : inside;
-      lanes[lane] += g[d + lane] * factor;
-    }
-  }
-  return fold(lanes);
-}
-
-inline float largest_size(const float* x, std::int64_t size) noexcept {
-  float largest = 0.0f;
-  for (std::int64_t d = 0; d < size; ++d) {
-    const float magnitude = std::fabs(x[d]);
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return largest;
-}
-
-// Fills u[0, 4 * ceil(width / 4)) with draws; with `nearest` rounding they are not used.
-inline void draw(const Philox& philox, std::uint32_t step_count, std::uint32_t table_id, std::uint32_t row,
-                 std::int64_t width, float* u) noexcept {
+inline void draw_unit(std::uint64_t seed, std::uint32_t step_count, std::uint32_t table_id, std::uint32_t row,
+                      std::uint32_t block, float* u) noexcept {
   std::uint32_t words[4];
-  for (std::int64_t d = 0; d < width; d += 4) {
-    philox(step_count, table_id, row, static_cast<std::uint32_t>(d / 4), words);
-    for (int i = 0; i < 4; ++i) u[d + i] = uniform01(words[i]);
-  }
+  Philox{seed}(step_count, table_id, row, block, words);
+  for (int i = 0; i < 4; ++i) u[i] = uniform01(words[i]);
 }
 
-// Writes the codes of w / step; returns how many were clipped. `u` null: to the nearest.
-inline std::int64_t round_row(const float* w, std::int64_t width, float step, const float* u,
-                              std::int8_t* codes) noexcept {
-  const float inverse = 1.0f / step;
-  std::int32_t clipped = 0;
-  for (std::int64_t d = 0; d < width; ++d) {
-    float x = w[d] * inverse;
-    clipped += static_cast<std::int32_t>(x < -128.0f) + static_cast<std::int32_t>(x > 127.0f);
-    x = x > -128.0f ? x : -128.0f;
-    x = x < 127.0f ? x : 127.0f;
-    float rounded;
-    if (u == nullptr) {
-      rounded = nearest(x);
-    } else {
-      // Comparing the exact fraction, instead of adding u first, leaves no rounding that could bias the draw.
-      const float floor = floor_small(x);
-      rounded = floor + (u[d] < x - floor ? 1.0f : 0.0f);
-    }
-    codes[d] = static_cast<std::int8_t>(static_cast<std::int32_t>(rounded));
-  }
-  return clipped;
-}
-
-template <class Value>
-std::int64_t update_row(const Args<Value>& args, const std::uint64_t* first, const std::uint64_t* last, float* g,
-                        float* w) noexcept {
-  constexpr bool kCodes = std::is_same_v<Value, std::int8_t>;
-  const std::int64_t width = args.table.width;
-  const std::int64_t full = padded(width);
-  const std::int64_t row = group_row(*first);
-  Value* const stored = args.table[row];
-
-  embedding_bag::sum_run(args.gradient, first, last, g);
-  if (args.grad_scale != 1.0f) {
-    for (std::int64_t d = 0; d < width; ++d) g[d] *= args.grad_scale;
-  }
-  float step = 1.0f;
-  if constexpr (kCodes) {
-    step = std::max(args.step[row], kStepFloor);
-    for (std::int64_t d = 0; d < width; ++d) w[d] = step * static_cast<float>(stored[d]);
-  } else {
-    for (std::int64_t d = 0; d < width; ++d) w[d] = stored[d];
-  }
-
-  const float decay = args.weight_decay;
-  float* const moment = args.moment;
-  if (args.optimizer == Optimizer::kAdagrad) {
-    float* const m = moment + row * width;
-    for (std::int64_t d = 0; d < width; ++d) {
-      const float h = g[d] + decay * w[d];
-      m[d] += h * h;
-      w[d] -= args.lr * h / (std::sqrt(m[d]) + args.eps);
-    }
-  } else {
-    float rate = args.lr;
-    if (args.optimizer == Optimizer::kRowwiseAdagrad) {
-      float squares;
-      if (decay == 0.0f) {
-        squares = sum_of_squares(g, full);
-      } else {
-        float lanes[kLanes] = {};
-        for (std::int64_t d = 0; d < full; d += kLanes) {
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const float h = g[d + lane] + decay * w[d + lane];
-            lanes[lane] += h * h;
-          }
-        }
-        squares = fold(lanes);
-      }
-      moment[row] += squares / static_cast<float>(width);
-      rate = args.lr / (std::sqrt(moment[row]) + args.eps);
-    }
-    for (std::int64_t d = 0; d < width; ++d) w[d] -= rate * (g[d] + decay * w[d]);
-  }
-
-  if constexpr (!kCodes) {
-    for (std::int64_t d = 0; d < width; ++d) stored[d] = w[d];
-    return 0;
-  } else {
-    if (args.step_rule != StepRule::kFixed) {
-      float t = args.step_scale * step_gradient(g, w, full, 1.0f / step);
-      if (args.step_rule == StepRule::kAdagrad) {
-        float& v = args.step_moment[row];
-        v += t * t;
-        t /= std::sqrt(v) + kStepEps;
-      }
-      step = std::max(step - args.step_lr * t, kStepFloor);
-    }
-    if (args.grow) {
-      // A little more than needed, so that no rounding lifts the largest weight over the last code.
-      const float needed = largest_size(w, width) * (1.000001f / 127.0f);
-      if (needed > step && needed <= std::numeric_limits<float>::max()) step = needed;
-    }
-    args.step[row] = step;
-    float* u = nullptr;
-    if (args.stochastic) {
-      u = g;  // the gradient has done its work
-      draw(Philox{args.seed}, args.step_count, args.table_id, static_cast<std::uint32_t>(row), width, u);
-    }
-    const std::int64_t clipped = round_row(w, width, step, u, stored);
-    if (u != nullptr) std::fill(u + width, u + full, 0.0f);
-    return clipped;
-  }
-}
+#include "embedding_update/embedding_update_rows.h"
 
 }  // namespace
 
@@ -199,30 +43,25 @@ std::int64_t first_not_finite(const float* values, std::int64_t size) noexcept {
 }
 
 template <class Value>
+std::int64_t rows_scalar(const Args<Value>& args, std::int64_t first, std::int64_t last, float* g, float* w) noexcept {
+  return rows(args, first, last, g, w);
+}
+
+template <class Value>
 std::int64_t run(const Args<Value>& args) noexcept {
+  const auto form = IsaTable<decltype(rows_scalar<Value>)>{
+      .scalar = rows_scalar<Value>,
+#if defined(__x86_64__)
+      .avx2 = rows_avx2<Value>,
+      .avx512 = rows_avx512<Value>,
+#endif
+  }.pick();
   const std::int64_t full = padded(args.table.width);
-  const auto bytes = args.table.width * static_cast<std::int64_t>(sizeof(Value));
   std::atomic<std::int64_t> clipped{0};
   std::fill(args.scratch, args.scratch + 2 * full * max_threads(), 0.0f);
   parallel_for_each((args.runs + kChunk - 1) / kChunk, [&](std::int64_t chunk, int thread) {
     float* const g = args.scratch + 2 * full * thread;
-    std::int64_t count = 0;
-    const std::int64_t end = std::min(args.runs, (chunk + 1) * kChunk);
-    for (std::int64_t index = chunk * kChunk; index < end; ++index) {
-      if (index + kAhead < args.runs) {
-        const std::uint64_t next = args.sorted[args.starts[index + kAhead]];
-        const std::int64_t row = group_row(next);
-        const auto* line = reinterpret_cast<const char*>(args.table[row]);
-        for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 1, 2);
-        const float* grad = args.gradient.at(group_position(next));
-        for (std::int64_t d = 0; d < args.table.width; d += 16) __builtin_prefetch(grad + d, 0, 2);
-        if (args.step != nullptr) __builtin_prefetch(args.step + row, 1, 2);
-        if (args.optimizer == Optimizer::kRowwiseAdagrad) __builtin_prefetch(args.moment + row, 1, 2);
-        if (args.step_rule == StepRule::kAdagrad) __builtin_prefetch(args.step_moment + row, 1, 2);
-      }
-      count += update_row(args, args.sorted + args.starts[index], args.sorted + args.starts[index + 1], g, g + full);
-    }
-    if (count > 0) clipped += count;
+    clipped += form(args, chunk * kChunk, std::min(args.runs, (chunk + 1) * kChunk), g, g + full);
   });
   return clipped;
 }

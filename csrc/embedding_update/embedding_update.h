@@ -71,6 +71,14 @@ struct Args {
 template <class Value>
 std::int64_t run(const Args<Value>& args) noexcept;
 
+// The forms behind it, one thread each, for runs [first, last); g and w are zeros of padded(D).
+template <class Value>
+std::int64_t rows_scalar(const Args<Value>& args, std::int64_t first, std::int64_t last, float* g, float* w) noexcept;
+template <class Value>
+std::int64_t rows_avx2(const Args<Value>& args, std::int64_t first, std::int64_t last, float* g, float* w) noexcept;
+template <class Value>
+std::int64_t rows_avx512(const Args<Value>& args, std::int64_t first, std::int64_t last, float* g, float* w) noexcept;
+
 // The position of the first NaN or infinity, or -1.
 [[nodiscard]] std::int64_t first_not_finite(const float* values, std::int64_t size) noexcept;
 
