@@ -75,17 +75,21 @@ struct Scratch {
   // By item, float64, brought up to date only for contenders.
   double* base;           // 2 alpha r + log S_ii
   double* scale;          // b_i = scale_i * features[i]
+  double* own;            // the coordinate of b_i that it shares with no other item, from gamma I
   double* share;          // 1 - sum <b_i, q_t>^2 over the first `seen` picks
   double* score;
   std::int32_t* seen;
   State* state;
   // The picks.
-  double* directions;     // [picks, D] q_t
-  float* directions32;
-  double* residual;       // [D]
+  double* directions;     // [picks, stride] q_t: D features, then (gamma > 0) the picks' own coordinates
+  float* directions32;    // [picks, D]
+  double* residual;       // [stride]
   std::int64_t* sequence; // shown items, then picks
+  std::int64_t stride;
+  std::int64_t capacity;  // of directions
 
-  Scratch(Arena& arena, std::int64_t items, std::int64_t width, std::int64_t picks, std::int64_t shown) noexcept {
+  Scratch(Arena& arena, std::int64_t items, std::int64_t width, std::int64_t picks, std::int64_t shown,
+          bool regularised) noexcept {
     const std::int64_t panels = (items + kPanel - 1) / kPanel;
     packed = arena.take<float>(panels * kPanel * width);
     rel = arena.take<float>(panels * kPanel);
@@ -95,15 +99,18 @@ struct Scratch {
     age = arena.take<std::int32_t>(panels);
     base = arena.take<double>(items);
     scale = arena.take<double>(items);
+    own = arena.take<double>(items);
     share = arena.take<double>(items);
     score = arena.take<double>(items);
     seen = arena.take<std::int32_t>(items);
     state = arena.take<State>(items);
-    // No more directions than the list is long, and no list is longer than the items.
+    // No list is longer than the items, and without gamma the features span no more than D directions.
     const std::int64_t most = std::min(picks + shown, items);
-    directions = arena.take<double>(most * width);
-    directions32 = arena.take<float>(most * width);
-    residual = arena.take<double>(width);
+    capacity = regularised ? most : std::min(most, width);
+    stride = regularised ? width + most : width;
+    directions = arena.take<double>(capacity * stride);
+    directions32 = arena.take<float>(capacity * width);
+    residual = arena.take<double>(stride);
     sequence = arena.take<std::int64_t>(most);
   }
 };
@@ -148,6 +155,7 @@ class User {
       const double diagonal = (1.0 - args_.gamma) * squared + args_.gamma;
       // A zero row under gamma = 0 spans nothing: it is spent before the first pick and stays so.
       s_.scale[i] = diagonal > 0.0 ? std::sqrt((1.0 - args_.gamma) / diagonal) : 0.0;
+      s_.own[i] = diagonal > 0.0 ? std::sqrt(args_.gamma / diagonal) : 0.0;
       s_.base[i] = diagonal > 0.0 ? wanted + std::log(diagonal) : -kInfinity;
       greatest_ = std::max(greatest_, s_.base[i]);
     }
@@ -263,58 +271,54 @@ class User {
   [[nodiscard]] double share(std::int64_t item) noexcept {
     const T* row = features_ + item * args_.width;
     for (std::int64_t v = s_.seen[item]; v < directions_; ++v) {
-      const double part = dot(row, s_.directions + v * args_.width, args_.width) * s_.scale[item];
+      const double part = dot(row, s_.directions + v * s_.stride, args_.width) * s_.scale[item];
       s_.share[item] -= part * part;
     }
     s_.seen[item] = static_cast<std::int32_t>(directions_);
-    // Under gamma > 0 part of each direction lies outside the features, but nothing cancels below gamma / S_ii either.
-    if (args_.gamma > 0.0 || s_.share[item] > kCancelled) return s_.share[item];
+    if (s_.share[item] > kCancelled) return s_.share[item];
     project(item);
-    return dot(s_.residual, s_.residual, args_.width);
+    return dot(s_.residual, s_.residual, coordinates()) + s_.own[item] * s_.own[item];
   }
 
-  // residual = b_item less its projection on the directions (modified Gram-Schmidt).
+  // How many coordinates the directions so far have: the features, and under gamma one for each of them.
+  [[nodiscard]] std::int64_t coordinates() const noexcept {
+    return args_.width + (args_.gamma > 0.0 ? directions_ : 0);
+  }
+
+  // residual = b_item, its own coordinate left out, less its projection on the directions.
   void project(std::int64_t item) noexcept {
     const T* row = features_ + item * args_.width;
     for (std::int64_t c = 0; c < args_.width; ++c) s_.residual[c] = static_cast<double>(row[c]) * s_.scale[item];
+    std::fill(s_.residual + args_.width, s_.residual + coordinates(), 0.0);
     remove_directions();
   }
 
+  // Modified Gram-Schmidt.
   void remove_directions() noexcept {
+    const std::int64_t size = coordinates();
     for (std::int64_t v = 0; v < directions_; ++v) {
-      const double* q = s_.directions + v * args_.width;
-      const double part = dot(s_.residual, q, args_.width);
-      for (std::int64_t c = 0; c < args_.width; ++c) s_.residual[c] -= part * q[c];
+      const double* q = s_.directions + v * s_.stride;
+      const double part = dot(s_.residual, q, size);
+      for (std::int64_t c = 0; c < size; ++c) s_.residual[c] -= part * q[c];
     }
   }
 
   void append(std::int64_t item) noexcept {
-    if (s_.base[item] == -kInfinity) return;
-    const double left = share(item);
-    if (left < kSpent) return;  // it adds nothing to the span
-    double* q = s_.directions + directions_ * args_.width;
-    double inverse = 0.0;
-    if (args_.gamma > 0.0) {
-      // The directions are orthonormal together with private coordinates that are not held, so classical Gram-Schmidt.
-      const T* row = features_ + item * args_.width;
-      for (std::int64_t c = 0; c < args_.width; ++c) q[c] = static_cast<double>(row[c]) * s_.scale[item];
-      for (std::int64_t v = 0; v < directions_; ++v) {
-        const double* other = s_.directions + v * args_.width;
-        const double part = dot(row, other, args_.width) * s_.scale[item];
-        for (std::int64_t c = 0; c < args_.width; ++c) q[c] -= part * other[c];
-      }
-      inverse = 1.0 / std::sqrt(left);
-    } else {
-      project(item);
-      remove_directions();  // a second time, against what rounding left
-      std::copy(s_.residual, s_.residual + args_.width, q);
-      inverse = 1.0 / std::sqrt(dot(q, q, args_.width));
-    }
+    if (s_.base[item] == -kInfinity || directions_ == s_.capacity) return;
+    if (share(item) < kSpent) return;  // it adds nothing to the span
+    project(item);
+    remove_directions();  // a second time, against what rounding left
+    const std::int64_t size = coordinates();
+    double* q = s_.directions + directions_ * s_.stride;
     float* rounded = s_.directions32 + directions_ * args_.width;
-    for (std::int64_t c = 0; c < args_.width; ++c) {
-      q[c] *= inverse;
-      rounded[c] = static_cast<float>(q[c]);
+    const double inverse = 1.0 / std::sqrt(dot(s_.residual, s_.residual, size) + s_.own[item] * s_.own[item]);
+    for (std::int64_t c = 0; c < size; ++c) q[c] = s_.residual[c] * inverse;
+    if (args_.gamma > 0.0) {
+      // Earlier directions are zero in this coordinate, and later ones read it.
+      std::fill(q + size, q + s_.stride, 0.0);
+      q[size] = s_.own[item] * inverse;
     }
+    for (std::int64_t c = 0; c < args_.width; ++c) rounded[c] = static_cast<float>(q[c]);
     ++directions_;
   }
 
@@ -448,22 +452,23 @@ class User {
 
 }  // namespace
 
-std::int64_t scratch_bytes(std::int64_t items, std::int64_t width, std::int64_t picks,
-                           std::int64_t shown_width) noexcept {
+std::int64_t scratch_bytes(std::int64_t items, std::int64_t width, std::int64_t picks, std::int64_t shown_width,
+                           bool regularised) noexcept {
   Arena arena(nullptr);
-  [[maybe_unused]] const Scratch scratch(arena, items, width, picks, shown_width);
+  [[maybe_unused]] const Scratch scratch(arena, items, width, picks, shown_width, regularised);
   return arena.used();
 }
 
 template <class T>
 Outcome run(const Args<T>& args) noexcept {
   const auto form = kForms.pick();
-  const std::int64_t bytes = scratch_bytes(args.items, args.width, args.picks, args.shown_width);
+  const bool regularised = args.gamma > 0.0;
+  const std::int64_t bytes = scratch_bytes(args.items, args.width, args.picks, args.shown_width, regularised);
   FirstError wrong_feature;
   FirstError wrong_relevance;
   parallel_for_each(args.users, [&](std::int64_t index, int thread) {
     Arena arena(args.scratch + thread * bytes);
-    Scratch scratch(arena, args.items, args.width, args.picks, args.shown_width);
+    Scratch scratch(arena, args.items, args.width, args.picks, args.shown_width, regularised);
     User<T> user(args, index, scratch, form);
     if (user.prepare(wrong_feature, wrong_relevance)) user.solve();
   });

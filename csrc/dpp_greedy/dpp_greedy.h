@@ -3,7 +3,8 @@
 // Kernel       L = Diag(q) S Diag(q), q_i = exp(alpha r_i), S = (1 - gamma) F F^T + gamma I
 // Step         pick argmax_i of 2 alpha r_i + log rho_i, rho_i = det S_{Y+i} / det S_Y, ties by lowest index
 // Method       rho_i = S_ii (1 - sum_t <b_i, q_t>^2): b_i is row i of F scaled so that S_ii = 1, q_t the Gram-Schmidt
-//              direction of pick t. State N + K D; neither an N x N kernel nor N x K Cholesky rows.
+//              direction of pick t. State N + K D (gamma > 0: N + K (D + K), for gamma I gives each pick a coordinate
+//              of its own); neither an N x N kernel nor N x K Cholesky rows.
 // Shapes       features [U, N, D] or [N, D] for all users (user_stride 0), relevance [U, N], results [U, K]
 // Dtypes       features float32 or float64; relevance, weight, gains, log_det float64; indices int64
 // Exactness    float32 gives an upper bound of every score (error bound below), float64 decides among those whose
@@ -55,7 +56,7 @@ struct Args {
   std::int64_t* count = nullptr;
   double* gains = nullptr;
   double* log_det = nullptr;
-  std::byte* scratch = nullptr;  // 64-byte aligned, scratch_bytes(...) a thread
+  std::byte* scratch = nullptr;  // 64-byte aligned, scratch_bytes(..., gamma > 0) a thread
 };
 
 // Where the first value that is not finite stands (flat), or -1. Only candidates are looked at.
@@ -65,7 +66,7 @@ struct Outcome {
 };
 
 [[nodiscard]] std::int64_t scratch_bytes(std::int64_t items, std::int64_t width, std::int64_t picks,
-                                         std::int64_t shown_width) noexcept;
+                                         std::int64_t shown_width, bool regularised) noexcept;
 
 // Threaded over users.
 template <class T>

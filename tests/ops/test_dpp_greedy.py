@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from recfast import ops
+from recfast import _C, ops
 from recfast.ops._library import REGISTRY
 
 POLICIES = ("relevance", "stop", "restart")
@@ -61,7 +61,7 @@ def log_det(features, relevance, weight, gamma, picks):
     width=st.one_of(st.sampled_from([1, 7, 8, 9]), st.integers(1, 24)),
     k=st.integers(0, 30),
     alpha=st.sampled_from([0.0, 0.25, 1.0, 40.0, math.inf]),
-    gamma=st.sampled_from([0.0, 0.0, 0.05, 1.0]),
+    gamma=st.sampled_from([0.0, 0.0, 1e-6, 0.05, 1.0]),
     policy=st.sampled_from(POLICIES),
     window=st.sampled_from([None, None, 1, 2, 5]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -335,3 +335,13 @@ def test_large_problem(alpha):
         ops.dpp_greedy(features, relevance, 40, alpha=alpha),
         ops.dpp_greedy.reference(features, relevance, 40, alpha=alpha),
     )
+
+
+def test_memory_grows_with_neither_items_squared_nor_items_times_picks():
+    items, width = 100_000, 64
+    for gamma in (False, True):
+        few = _C.dpp_greedy_scratch(items, width, 10, 0, gamma)
+        many = _C.dpp_greedy_scratch(items, width, 500, 0, gamma)
+        # The rows in float32 and some sixty bytes an item; the picks' directions.
+        assert few < items * (4 * width + 64)
+        assert many - few < 500 * 12 * (width + 500)

@@ -73,7 +73,7 @@ def _cpu(
     inputs = [relevance.double().contiguous(), weight.contiguous()]
     inputs += [None if value is None else value.contiguous() for value in (lengths, mask, shown)]
     outputs = _empty(users, k, relevance)
-    a_thread = _C.dpp_greedy_scratch(items, width, k, shown_width)
+    a_thread = _C.dpp_greedy_scratch(items, width, k, shown_width, gamma > 0)
     scratch = torch.empty(a_thread * max(1, min(users, _C.max_threads())) + 64, dtype=torch.uint8)
     shape = _C.DppShape(users, items, width, k, shown_width, window, gamma, _POLICIES.index(exhausted), exact)
     wrong_feature, wrong_relevance = _KERNELS[features.dtype](
@@ -381,8 +381,8 @@ def dpp_greedy(
     -----
     Scores that differ by less than 1e-12 + 1e-15 |score| are equal, and the lowest index wins. Accumulation is float32
     in the scan and float64 in the decision. O(N D) work a pick at most (O(N D window) with a window), less where stale
-    bounds settle it; memory N D + K D a thread. Inference only: no gradient flows. Backend: CPU (scalar,
-    AVX2, AVX-512).
+    bounds settle it. Memory a thread: N D + K D numbers, and K^2 more with gamma above 0. Inference only: no gradient
+    flows. Backend: CPU (scalar, AVX2, AVX-512).
 
     References
     ----------
