@@ -234,9 +234,7 @@ def load_ml_100k(
     )
 
 
-def _with_negatives(
-    log: pl.DataFrame, catalogue: np.ndarray, count: int, popular: float, seed: int
-) -> pl.DataFrame:
+def _with_negatives(log: pl.DataFrame, catalogue: np.ndarray, count: int, popular: float, seed: int) -> pl.DataFrame:
     """Add `count` items that its user never rated after each positive row."""
     # Position of the item in the catalogue; user and position make one key.
     order = np.argsort(catalogue)
