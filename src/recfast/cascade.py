@@ -28,6 +28,8 @@ from recfast.train import RunConfig, StageConfig
 DIVERSITIES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
 # Chosen: the most diverse list that keeps this share of the NDCG on the validation rows.
 KEPT_NDCG = 0.98
+# How much the retriever's score may count beside the ranker's.
+BLENDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 LENGTHS = (5, 10, 20, 30, 50, 75, 100, 150, 200)
 
 Say = Callable[[str], None]
@@ -49,7 +51,30 @@ class Stopwatch:
 
 
 # What differs from the defaults of `RunConfig`, by data set. Found on the validation rows.
-PRESETS: dict[str, dict[str, Any]] = {"synthetic": {}, "ml-100k": {}}
+_TWO_TOWER = {
+    "epochs": 20,
+    "batch_size": 512,
+    "lr": 2e-3,
+    "optimizer": "adamw",
+    "weight_decay": 0.05,
+    "patience": 3,
+}
+_RANKER = {"precision": "int8"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "synthetic": {
+        "data": {"options": {"rows": 300_000}},
+        "retriever": {"model": "TwoTower", "train": _TWO_TOWER},
+        "ranker": {"model": "DIN", "options": {**_RANKER, "attention_mode": "softmax"}},
+        "second_ranker": {"model": "DeepFM", "options": _RANKER},
+        "pipeline": {"exclude": "liked"},
+    },
+    "ml-100k": {
+        "data": {"options": {"popular_negatives": 0.5}},
+        "retriever": {"model": "TwoTower", "train": _TWO_TOWER},
+        "ranker": {"model": "DIN", "options": {**_RANKER, "attention_mode": "softmax"}},
+        "second_ranker": {"model": "DeepFM", "options": _RANKER},
+    },
+}
 
 
 def settings(path: Path | None = None, data: str | None = None, overrides: Iterable[str] = ()) -> RunConfig:
@@ -374,6 +399,20 @@ def _list_metrics(pipeline: Pipeline, lists: Tensor, relevant: Jagged, k: int) -
     }
 
 
+def _choose_blend(
+    pipeline: Pipeline, items: Tensor, scores: Tensor, logits: Tensor, relevant: Jagged, k: int, wanted: float | None
+) -> list[dict[str, float]]:
+    """Set the pipeline's blend: the wanted one, else the best of a grid by NDCG. Returns the grid as measured."""
+    grid = []
+    for blend in BLENDS if wanted is None else (wanted,):
+        pipeline.blend = blend
+        order = torch.argsort(pipeline.relevance(scores, logits), dim=1, descending=True, stable=True)
+        lists = items.gather(1, order[:, :k]).numpy()
+        grid.append({"blend": blend, "ndcg": float(np.mean(metrics.ndcg(lists, relevant, k)))})
+    pipeline.blend = max(grid, key=lambda point: point["ndcg"])["blend"]
+    return grid
+
+
 def _measure_reranking(
     pipeline: Pipeline, dataset: Dataset, config: RunConfig
 ) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
@@ -386,13 +425,15 @@ def _measure_reranking(
             scores, items = pipeline.retrieve(users)
         with watch(f"{split} ranking"):
             logits = pipeline.rank(users, items)
-        candidates[split] = (users, relevant, items, scores, logits)
+        if split == "valid":
+            blends = _choose_blend(pipeline, items, scores, logits, relevant, k, config.pipeline.blend)
+        candidates[split] = (users, relevant, items, pipeline.relevance(scores, logits), logits)
 
     def final(split: str, diversity: float, personal: bool) -> Tensor:
-        users, _, items, _, logits = candidates[split]
+        users, _, items, relevance, _ = candidates[split]
         pipeline.catalogue = pipeline.catalogue.upto(dataset, _BEFORE[split])
         dpp = DPP(diversity=diversity, personal=personal)
-        positions = pipeline.rerank(users, items, logits, k, reranker=dpp)
+        positions = pipeline.rerank(users, items, relevance, k, reranker=dpp)
         return items.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -1)
 
     def measured(split: str, diversity: float, personal: bool) -> dict[str, float]:
@@ -404,8 +445,9 @@ def _measure_reranking(
     diversity = config.reranker.diversity
     if config.reranker.choose:
         diversity = DIVERSITIES[max(kept, key=lambda i: grid[i]["ild"])]
-    users, relevant, items, scores, _ = candidates["test"]
+    users, relevant, items, _, logits = candidates["test"]
     before, retrieved = final("test", 0.0, personal), items[:, :k]
+    ranked = items.gather(1, torch.argsort(logits, dim=1, descending=True, stable=True)[:, :k])
     with watch("test re-ranking"):
         after = final("test", diversity, personal)
     result = {
@@ -413,7 +455,10 @@ def _measure_reranking(
         "candidates": config.pipeline.candidates,
         "diversity": diversity,
         "personal": personal,
+        "blend": pipeline.blend,
+        "blends": blends,
         "retriever_order": _list_metrics(pipeline, retrieved, relevant, k),
+        "ranker_alone": _list_metrics(pipeline, ranked, relevant, k),
         "before": _list_metrics(pipeline, before, relevant, k),
         "after": _list_metrics(pipeline, after, relevant, k),
         "curve": {

@@ -54,6 +54,10 @@ class Pipeline:
         A fitted `nn.ProductQuantizer`.
     exclude
         What is not recommended again: what the user has "seen" (any row of the log), has "liked", or "nothing".
+    blend
+        How much the retriever's score counts beside the ranker's, both standardised over a user's candidates. A ranker
+        that was trained on a log of its own knows features and context; the retriever has met every item as a
+        negative. 0 is the ranker alone.
     seed
         Of the quantiser's k-means.
     """
@@ -72,6 +76,7 @@ class Pipeline:
         n_codes: int = 256,
         quantizer: ProductQuantizer | None = None,
         exclude: Exclude = "seen",
+        blend: float = 0.0,
         seed: int = 0,
     ) -> None:
         if exclude not in ("seen", "liked", "nothing"):
@@ -82,7 +87,9 @@ class Pipeline:
         self.retriever = retriever.eval()
         self.ranker = None if ranker is None else ranker.eval()
         self.reranker = reranker
-        self.candidates, self.pool, self.exclude = candidates, pool, exclude
+        if not 0 <= blend < float("inf"):
+            raise InputError(f"Pipeline: blend must be a number from 0 on, got {blend}")
+        self.candidates, self.pool, self.exclude, self.blend = candidates, pool, exclude, blend
         if features == "auto":
             features = "genres" if len(self.catalogue.genre_names) > 1 else "vectors"
         self.features = features
@@ -172,6 +179,15 @@ class Pipeline:
             )
         return logits
 
+    def relevance(self, retrieved: Tensor, logits: Tensor) -> Tensor:
+        """What candidates are ordered by: the ranker's logits, with the retriever's scores blended in.
+
+        Both arguments and the result are float32 [B, C], -inf at padding.
+        """
+        if self.blend == 0:
+            return logits
+        return _standardised(logits) + self.blend * _standardised(retrieved)
+
     def appetite(self, users: Tensor) -> np.ndarray:
         """Each user's appetite for diversity, [B] in [0, 1]: how widely the history spreads over genres.
 
@@ -222,9 +238,9 @@ class Pipeline:
         Returns
         -------
         polars.DataFrame
-            Columns: the schema's user column, "rank" (from 1), its item column, "score" (the ranker's logit, else the
-            retriever's score), and "title" where titles are known. Users in the order given; fewer than k rows
-            where too few items are left.
+            Columns: the schema's user column, "rank" (from 1), its item column, "score" (what the candidates were
+            ordered by before re-ranking, see `relevance`), and "title" where titles are known. Users in the order
+            given; fewer than k rows where too few items are left.
 
         Raises
         ------
@@ -257,7 +273,7 @@ class Pipeline:
     def _recommend_warm(self, users: Tensor, k: int, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
         scores, items = self.retrieve(users, max(k, self.candidates), exclude=exclude)
         if self.ranker is not None:
-            scores = self.rank(users, items)
+            scores = self.relevance(scores, self.rank(users, items))
         chosen = self.rerank(users, items, scores, k)
         place = chosen.clamp(min=0)
         missing = chosen < 0
@@ -333,6 +349,7 @@ class Pipeline:
                 "pool": self.pool,
                 "features": self.features,
                 "exclude": self.exclude,
+                "blend": self.blend,
                 "ranker": self.ranker is not None,
                 "reranker": None if self.reranker is None else self.reranker.config(),
             }
@@ -368,6 +385,7 @@ class Pipeline:
             pool=settings["pool"],
             features=settings["features"],
             exclude=settings["exclude"],
+            blend=settings["blend"],
             quantizer=quantizer,
         )
         index = CodeIndex.load(folder / "index.safetensors")
@@ -394,6 +412,16 @@ def _finite(what: str, vectors: Tensor) -> Tensor:
             "train the model again, or load another checkpoint"
         )
     return vectors
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    """Each row with mean 0 and standard deviation 1 over its finite entries; -inf stays."""
+    valid = torch.isfinite(scores)
+    count = valid.sum(1, keepdim=True).clamp(min=1)
+    filled = scores.masked_fill(~valid, 0.0)
+    centred = (filled - filled.sum(1, keepdim=True) / count).masked_fill(~valid, 0.0)
+    spread = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    return (centred / spread.clamp(min=1e-6)).masked_fill(~valid, -torch.inf)
 
 
 def _widened(vectors: Tensor, width: int) -> Tensor:

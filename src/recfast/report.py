@@ -75,7 +75,7 @@ def _figure(width: float = 5.2, height: float = 3.1, columns: int = 1):
             "axes.edgecolor": "#b9bec7",
             "axes.labelcolor": "#3d4450",
             "axes.titlesize": 10.5,
-            "axes.titleweight": "semibold",
+            "axes.titleweight": "bold",
             "axes.titlelocation": "left",
             "axes.grid": True,
             "grid.color": "#e8eaee",

@@ -110,7 +110,7 @@ class DataConfig(Config):
 class CodesConfig(Config):
     """How item vectors become codes: `codebooks` bytes an item, each one of `n_codes` values."""
 
-    codebooks: int = Field(8, ge=1)
+    codebooks: int = Field(16, ge=1)
     n_codes: int = Field(256, ge=2, le=65536)
 
 
@@ -125,7 +125,7 @@ class StageConfig(Config):
 class RetrieverConfig(StageConfig):
     """The stage that finds candidates; its item vectors are served as codes."""
 
-    model: str = "SimpleX"
+    model: str = "TwoTower"
     codes: CodesConfig = Field(default_factory=CodesConfig)
 
 
@@ -172,11 +172,15 @@ class PipelineConfig(Config):
     exclude
         What is not recommended again: what the user has "seen" (any row of the log), what the user has "liked", or
         "nothing".
+    blend
+        How much the retriever's score counts beside the ranker's; chosen from a grid by NDCG on the validation rows if
+        left out.
     """
 
     candidates: int = Field(100, ge=1)
     k: int = Field(10, ge=1)
     exclude: Literal["seen", "liked", "nothing"] = "seen"
+    blend: float | None = Field(None, ge=0)
 
 
 class RunConfig(Config):
