@@ -69,9 +69,14 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def run(
     data: Annotated[
-        str | None, typer.Option(help="synthetic (the default), ml-100k, ...; see recfast.data.load.")
+        str | None, typer.Option(help="synthetic (the default), ml-100k, frappe, or folder: a log of your own.")
     ] = None,
-    path: Annotated[Path | None, typer.Option(help="The folder with the data set's own files.")] = None,
+    path: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder with the data set's files; of your own: schema.json, train.csv, valid.csv, test.csv."
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in TOML, as config.toml of an earlier run.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write; runs/<data> if left out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,

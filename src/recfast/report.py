@@ -42,8 +42,8 @@ def _percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def _signed(value: float, digits: int = 1) -> str:
-    return f"{100 * value:+.{digits}f} %".replace("-", "−")
+def _signed(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:+.{digits}f} %".replace("-", "−")
 
 
 def _seconds(value: float) -> str:
