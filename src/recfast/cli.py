@@ -122,6 +122,8 @@ def recommend(
     if exclude not in (None, "seen", "liked", "nothing"):
         raise InputError(f"recommend: --exclude must be seen, liked or nothing, got {exclude}")
     wanted = [user.strip() for user in users.split(",") if user.strip()]
+    if not wanted:
+        raise InputError(f"recommend: --users = {users!r} names nobody, expected raw user ids separated by commas")
     frame = Pipeline.load(run_folder / "pipeline").recommend(wanted, k, exclude=exclude, cold=cold)
     if as_json:
         print(frame.write_json())
@@ -141,7 +143,13 @@ def evaluate(
     from recfast.models.storage import read_json
 
     result = read_json(run_folder / "metrics.json")
-    print(json.dumps(result, indent=2) if as_json else cascade.describe(result))
+    try:
+        text = json.dumps(result, indent=2) if as_json else cascade.describe(result)
+    except (KeyError, TypeError):
+        raise InputError(
+            f"evaluate: {run_folder / 'metrics.json'} is not of a finished run, expected the figures of a cascade"
+        ) from None
+    print(text)
 
 
 def _progress(line: str) -> None:

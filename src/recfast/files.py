@@ -76,7 +76,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def disk_error(error: BaseException, what: str, place: str | os.PathLike[str], advice: str = "") -> InputError | None:
+def disk_error(error: BaseException, what: str, place: str | os.PathLike[str], advice: str = "") -> DiskError | None:
     """Return the sentence for a disk that takes no more or a place that may not be written, or None for all else.
 
     Parameters
@@ -100,20 +100,36 @@ def disk_error(error: BaseException, what: str, place: str | os.PathLike[str], a
             code = errno.ENOSPC
     if code in _NO_SPACE:
         why = "the disk is full" if code == errno.ENOSPC else os.strerror(code).lower()
-        end = advice or "what was there before is untouched"
-        return InputError(f"{what}: {place} cannot be written, {why}; {end}")
-    if code in _NO_ACCESS:
-        return InputError(
-            f"{what}: {place} cannot be written, {os.strerror(code).lower()}" + (f"; {advice}" if advice else "")
-        )
-    return None
+        why = f"{why}; {advice or 'what was there before is untouched'}"
+    elif code in _NO_ACCESS:
+        why = os.strerror(code).lower() + (f"; {advice}" if advice else "")
+    else:
+        return None
+    # A file inside a folder that is not whole yet is told by the name it was to have.
+    final = Path(re.sub(r"\.([^/]+)\.[0-9a-f]{8}\.partial", r"\1", os.fspath(place)))
+    sentence = DiskError(f"{what}: {final} cannot be written, {why}")
+    sentence.place = final
+    return sentence
+
+
+class DiskError(InputError):
+    """A disk that takes no more, or a place that may not be written."""
+
+    place: Path
 
 
 @contextlib.contextmanager
 def disk_errors(what: str, place: str | os.PathLike[str], advice: str = "") -> Iterator[None]:
-    """Turn a full disk, or a folder that may not be written, into an `InputError` of one sentence (`disk_error`)."""
+    """Turn a full disk, or a folder that may not be written, into an `InputError` of one sentence (`disk_error`).
+
+    Of several, one inside the other, the outermost whose place holds the others' is the one that speaks.
+    """
     try:
         yield
+    except DiskError as error:
+        if Path(place) in error.place.parents and (sentence := disk_error(error.__cause__, what, place, advice)):
+            raise sentence from error.__cause__
+        raise
     except InputError:
         raise
     except Exception as error:
@@ -138,7 +154,7 @@ def write_checksums(folder: str | os.PathLike[str]) -> None:
         for name in sorted(names):
             path = here / name
             files[path.relative_to(root).as_posix()] = [path.stat().st_size, _crc32(path)]
-    write_json(root / CHECKSUMS, {"files": files, "crc32": _crc32_of(files)})
+    write_text(root / CHECKSUMS, _checksums_text(files))
 
 
 def verify_checksums(folder: str | os.PathLike[str], what: str) -> None:
@@ -152,10 +168,10 @@ def verify_checksums(folder: str | os.PathLike[str], what: str) -> None:
     root = Path(folder)
     path = root / CHECKSUMS
     try:
-        noted = json.loads(path.read_bytes())
-        files = noted["files"]
+        text = path.read_bytes().decode()
+        files = json.loads(text)["files"]
         entries = [(root / name, size, crc) for name, (size, crc) in files.items()]
-        whole = noted["crc32"] == _crc32_of(files)
+        whole = text == _checksums_text(files)
     except FileNotFoundError:
         raise InputError(
             f"{what}: {path} is missing, expected the sizes and checksums of the files beside it"
@@ -187,5 +203,6 @@ def _crc32(path: Path) -> int:
     return crc
 
 
-def _crc32_of(value: Any) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+def _checksums_text(files: dict[str, list[int]]) -> str:
+    crc = zlib.crc32(json.dumps(files, sort_keys=True).encode())
+    return json.dumps({"files": files, "crc32": crc}, indent=1, ensure_ascii=False) + "\n"
