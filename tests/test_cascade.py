@@ -145,7 +145,7 @@ def test_other_settings_are_refused_unless_overwritten(tiny_run, tmp_path, setti
     for wrong, sentence in [
         ("ranker.model='DINN'", "model 'DINN' is unknown"),
         ("ranker.options.dimm=3", "DIN has no option 'dimm'"),
-        ("ranker.model='TwoTower'", r"ranker.model = TwoTower is for retrieval, expected a model for ranking"),
+        ("ranker={model='TwoTower'}", r"ranker.model = TwoTower is for retrieval, expected a model for ranking"),
         ("data.options.rows=3", "rows"),
         ("data.name='nothing'", "there is no data set 'nothing'"),
     ]:
@@ -239,7 +239,8 @@ def test_no_held_out_like_is_one_sentence(tmp_path, data_cache):
     folder.mkdir()
     rows = [(f"u{u}", f"i{(u * 7 + i) % 30}", int(i % 2), i) for u in range(20) for i in range(12)]
     log = pl.DataFrame(rows, schema=["user", "item", "click", "time"], orient="row")
-    schema = data.Schema([data.Categorical("user", role="user"), data.Categorical("item", role="item")], label="click")
+    columns = [data.Categorical("user", role="user"), data.Categorical("item", role="item")]
+    schema = data.Schema([*columns, data.Sequence("history", of="item")], label="click", time="time")
     schema.save(folder / "schema.json")
     log.filter(pl.col("time") < 8).write_csv(folder / "train.csv")
     log.filter(pl.col("time").is_between(8, 9)).write_csv(folder / "valid.csv")
@@ -251,8 +252,8 @@ def test_no_held_out_like_is_one_sentence(tmp_path, data_cache):
             f"out='{tmp_path / 'run'}'",
             "retriever.train.epochs=1",
             "ranker.train.epochs=1",
-        ]
-        + ["ranker.model='DeepFM'", "retriever.model='SimpleX'"],
+            "ranker.model='DeepFM'",
+        ],
     )
     with pytest.raises(InputError, match="no known user likes a new item in the test split"):
         cascade.run(config)

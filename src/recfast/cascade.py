@@ -399,7 +399,7 @@ def _measure_ranking(model: torch.nn.Module, settings: StageConfig, dataset: Dat
         "model": settings.model,
         "precision": settings.options.get("precision", "float32"),
         "table_bytes": model.tables.memory_bytes(),
-        **{key: found[key] for key in ("auc", "gauc", "logloss", "pcoc")},
+        **{key: found.get(key) for key in ("auc", "gauc", "logloss", "pcoc")},
     }
 
 

@@ -262,7 +262,7 @@ class Pipeline:
             raise InputError(f"recommend: k must be at least 1, got {k}")
         if cold not in ("error", "popular"):
             raise InputError(f"recommend: cold must be error or popular, got {cold!r}")
-        ids = torch.from_numpy(self.catalogue.vocabulary["user"].encode(raw)).long() if raw else torch.zeros(0).long()
+        ids = torch.tensor(self.catalogue.vocabulary["user"].encode(raw), dtype=torch.int64)
         lengths = self.catalogue.history.take(ids).lengths() if len(raw) else ids
         is_cold = (ids == 0) | (lengths == 0)
         if cold == "error" and bool(is_cold.any()):

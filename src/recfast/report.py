@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from typing import Any
 
@@ -120,7 +121,7 @@ def _learning(metrics: dict[str, Any]) -> str:
     for axis, (stage, result) in zip(axes, stages, strict=True):
         history = result["history"]
         epochs = [entry["epoch"] for entry in history]
-        axis.plot(epochs, [entry["loss"] for entry in history], color=GREY, marker="o", markersize=3)
+        axis.plot(epochs, [entry.get("loss", math.nan) for entry in history], color=GREY, marker="o", markersize=3)
         axis.set(title=f"{result['model']} ({stage})", xlabel="epoch")
         axis.set_ylabel("training loss", color=GREY)
         other = axis.twinx()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import polars as pl
 import pytest
 import recfast_tiny
 import torch
@@ -61,7 +62,7 @@ def test_ranking_matches_brute_force(tiny_data, batch_size):
     model = Fixed(lambda batch: (batch.numeric[:, 0] * 2).round() / 2 + (batch.column("item") % 2) / 4)
     found = train.evaluate(model, valid, batch_size=batch_size)
     score = np.round(valid.numeric[:, 0] * 2) / 2 + (valid.column("item") % 2) / 4
-    label, user = valid.label, valid.column("user")
+    label, user = valid.label.astype(np.float64), valid.column("user")
     assert found["auc"] == pytest.approx(pairs_auc(label, score), abs=1e-12)
     probability = 1 / (1 + np.exp(-score.astype(np.float64)))
     likely = np.where(label == 1, probability, 1 - probability)
@@ -74,6 +75,24 @@ def test_ranking_matches_brute_force(tiny_data, batch_size):
             total, weight = total + mine.sum() * pairs_auc(label[mine], score[mine]), weight + mine.sum()
     assert weight > 0
     assert found["gauc"] == pytest.approx(total / weight, abs=1e-12)
+
+
+def test_without_a_group_of_both_kinds_there_is_no_gauc(tiny_data, tmp_path):
+    """Users who like everything and users who like nothing."""
+    from recfast import data
+
+    rows = [(f"u{u}", f"i{(u * 3 + i) % 20}", u % 2, i) for u in range(8) for i in range(9)]
+    log = pl.DataFrame(rows, schema=["user", "item", "label", "time"], orient="row")
+    schema = data.Schema([data.Categorical("user", role="user"), data.Categorical("item", role="item")], time="time")
+    dataset = data.prepare(schema, log.filter(pl.col("time") < 6), log.filter(pl.col("time") >= 6), cache=tmp_path)
+    found = train.evaluate(Fixed(lambda batch: (batch.column("item") % 3).float()), dataset.valid)
+    assert found.keys() == {"auc", "logloss", "pcoc"}
+    model = recfast_tiny.TinyRetriever(dataset.schema)
+    model.task = "ranking"
+    model.forward = lambda batch: (model.user(batch.column("user")) * model.item(batch.column("item"))).sum(1)
+    model.loss = lambda output, batch: nn.functional.binary_cross_entropy_with_logits(output, batch.label)
+    with pytest.raises(InputError, match="fit: monitor = 'gauc' cannot be measured: no group of the valid split has"):
+        train.fit(model, dataset, epochs=1, monitor="gauc")
 
 
 def test_a_sure_model_has_a_finite_logloss(tiny_data):

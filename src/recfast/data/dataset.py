@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recfast.data.schema import Schema, nearest
-from recfast.errors import InputError
+from recfast.errors import InputError, OutOfRange
 
 FORMAT = 1
 SPLITS = ("train", "valid", "test")
@@ -339,6 +339,7 @@ class Split:
         self.schema = schema
         self._stored = stored
         self._rows = rows
+        self._tables = dict(schema.fitted or ())
 
     def __len__(self) -> int:
         return len(self._stored.ids) if self._rows is None else len(self._rows)
@@ -409,13 +410,34 @@ class Split:
         label = self.label
         return self if label is None else self.take(label > 0.5)
 
+    def _inside(self, name: str, table: str, ids: np.ndarray) -> None:
+        rows = self._tables.get(table)
+        if rows is None or not ids.size:
+            return
+        # Negative numbers are large ones without their sign.
+        worst = int(ids[ids.view(np.uint64).argmax()])
+        if not 0 <= worst < rows:
+            raise OutOfRange(
+                f"data: the {self.name} split holds the id {worst} in {name!r}, which is outside [0, {rows}); "
+                "the prepared folder is damaged: remove it and prepare the data again"
+            )
+
     def gather(self, index: np.ndarray) -> Batch:
-        """Return the rows `index` (int64 [R]) as a batch; no loop over rows."""
+        """Return the rows `index` (int64 [R]) as a batch; no loop over rows.
+
+        Raises
+        ------
+        OutOfRange
+            An id that its table has no row for: the prepared folder is damaged.
+        """
         if self._rows is not None:
             index = self._rows[index]
         stored = self._stored
         rows = len(index)
         ids = np.take(stored.ids, index, axis=0).astype(np.int64)
+        # What a damaged folder holds must not reach a table: torch would say little of it.
+        for j, column in enumerate(self.schema.categorical):
+            self._inside(column.name, column.name, ids[:, j])
         if stored.numeric is None:
             numeric = np.zeros((rows, 0), dtype=np.float32)
         else:
@@ -433,6 +455,7 @@ class Split:
                     stored.history_end[index],
                     column.max_length,
                 )
+            self._inside(column.name, column.of, gathered[0])
             sequences[column.name] = Jagged(*map(torch.from_numpy, gathered))
         vectors = {}
         for name, (table, position) in stored.vectors.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from recfast.data import Loader
+from recfast import metrics
+from recfast.data import Jagged, Loader
 from recfast.errors import InputError
 
 if TYPE_CHECKING:
-    from recfast.data import Dataset, Jagged
+    from recfast.data import Dataset
     from recfast.data.dataset import Split
 
 _RANKING = ("auc", "gauc", "logloss", "pcoc")
@@ -141,12 +143,14 @@ def _ranking(model: nn.Module, split: Split, batch_size: int) -> dict[str, float
     # From the logit: the logarithm of a rounded probability would be infinite where the model is sure.
     loss = torch.nn.functional.binary_cross_entropy_with_logits(wide, torch.from_numpy(label).double())
     result = {
-        "auc": float(_auc(label, logit)),
+        "auc": metrics.auc(label, logit),
         "logloss": loss.item(),
-        "pcoc": float(probability.mean() / label.mean()),
+        "pcoc": metrics.pcoc(label, probability),
     }
     if column is not None:
-        result["gauc"] = float(_gauc(label, logit, torch.cat(groups).numpy()))
+        # The only thing that can still be wrong: no group has both kinds of labels.
+        with contextlib.suppress(InputError):
+            result["gauc"] = metrics.gauc(label, logit, torch.cat(groups)).value
     return result
 
 
@@ -162,35 +166,16 @@ def _retrieval(
     users, truth = _positives(split, seen, rows)
     if users.size == 0:
         raise InputError(f"evaluate: no known user has a new, known item with label 1 in the {split.name} split")
-    hits_of = dict.fromkeys(k, 0.0)
-    gain_of = dict.fromkeys(k, 0.0)
-    discount = 1.0 / np.log2(np.arange(2, k[-1] + 2))
-    ideal = np.concatenate([[0.0], np.cumsum(discount)])
-    truth_count = np.diff(truth.offsets)
+    measured = {f"{name}@{size}": (getattr(metrics, name), size, []) for size in k for name in _RETRIEVAL}
     for begin, ids in _recommend(model, history, seen, users, k[-1], rows, batch_size):
-        end = begin + len(ids)
-        part = slice(truth.offsets[begin], truth.offsets[end])
-        owner = np.repeat(np.arange(len(ids)), truth_count[begin:end])
-        hit = np.isin(np.arange(len(ids))[:, None] * rows + ids, owner * rows + truth.values[part]) & (ids >= 0)
-        for size in k:
-            hits_of[size] += (hit[:, :size].sum(1) / truth_count[begin:end]).sum()
-            best = ideal[np.minimum(size, truth_count[begin:end])]
-            gain_of[size] += ((hit[:, :size] * discount[:size]).sum(1) / best).sum()
-    result: dict[str, float] = {}
-    for size in k:
-        result[f"recall@{size}"] = float(hits_of[size] / len(users))
-        result[f"ndcg@{size}"] = float(gain_of[size] / len(users))
+        relevant = truth.take(np.arange(begin, begin + len(ids)))
+        for metric, size, values in measured.values():
+            values.append(metric(ids, relevant, size))
+    result = {name: float(np.concatenate(values).mean()) for name, (_, _, values) in measured.items()}
     return {**result, "users": len(users)}
 
 
-class _Lists:
-    """Lists end to end, in numpy."""
-
-    def __init__(self, values: np.ndarray, offsets: np.ndarray) -> None:
-        self.values, self.offsets = values, offsets
-
-
-def _positives(split: Split, seen: Jagged, rows: int) -> tuple[np.ndarray, _Lists]:
+def _positives(split: Split, seen: Jagged, rows: int) -> tuple[np.ndarray, Jagged]:
     """Return the users to be measured, ascending, and the distinct new items each of them liked in the split."""
     chosen = split.positives()
     user = chosen.column(split.schema.user).astype(np.int64)
@@ -200,7 +185,8 @@ def _positives(split: Split, seen: Jagged, rows: int) -> tuple[np.ndarray, _List
     old_user = np.repeat(np.arange(len(seen.offsets) - 1), np.diff(seen.offsets.numpy()))
     pairs = pairs[~np.isin(pairs, old_user * rows + seen.values.numpy())]
     users, counts = np.unique(pairs // rows, return_counts=True)
-    return users, _Lists(pairs % rows, np.concatenate([[0], np.cumsum(counts)]))
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    return users, Jagged(torch.from_numpy(pairs % rows), torch.from_numpy(offsets))
 
 
 def top_items(
@@ -287,30 +273,6 @@ def top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch.nn.functional.pad(best, (0, missing), value=-torch.inf),
         torch.nn.functional.pad(ids, (0, missing), value=-1),
     )
-
-
-def _auc(label: np.ndarray, score: np.ndarray) -> float:
-    return _gauc(label, score, np.zeros(len(label), dtype=np.int64))
-
-
-def _gauc(label: np.ndarray, score: np.ndarray, group: np.ndarray) -> float:
-    """Return the mean AUC of the groups with both labels, weighted by their rows; 0.5 where there is none."""
-    order = np.lexsort((score, group))
-    group, score, positive = group[order], score[order], label[order] > 0.5
-    first = np.r_[True, group[1:] != group[:-1]]
-    which = np.cumsum(first) - 1
-    tie = np.cumsum(first | np.r_[True, score[1:] != score[:-1]]) - 1
-    place = np.arange(len(score)) - np.flatnonzero(first)[which] + 1.0
-    # Rows of one score share the mean of their places.
-    rank = (np.bincount(tie, place) / np.bincount(tie))[tie]
-    total = np.bincount(which).astype(np.float64)
-    positives = np.bincount(which, positive)
-    above = np.bincount(which, rank * positive) - positives * (positives + 1) / 2
-    both = (positives > 0) & (positives < total)
-    if not both.any():
-        return 0.5
-    auc = above[both] / (positives[both] * (total[both] - positives[both]))
-    return float(np.average(auc, weights=total[both]))
 
 
 def _group_column(split: Split) -> str | None:

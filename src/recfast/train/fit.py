@@ -286,6 +286,10 @@ class _Training:
                 self.model, self.data.valid, dataset=self.data, k=k, batch_size=options.eval_batch_size
             )
             entry["valid_seconds"] = round(time.perf_counter() - started, 4)
+            if options.monitor == "gauc" and "gauc" not in entry["valid"]:
+                raise InputError(
+                    "fit: monitor = 'gauc' cannot be measured: no group of the valid split has labels of both kinds"
+                )
         state.history.append(entry)
         bar.line(f"epoch {state.epoch + 1}/{options.epochs}", entry)
         best = self._is_best(entry)
