@@ -25,6 +25,75 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_overrides() -> list[str]:
+    """Settings of a cascade over the built-in data that takes a few seconds."""
+    return [
+        "data.options.rows=3000",
+        "retriever.train.epochs=2",
+        "retriever.options.dim=16",
+        "ranker.train.epochs=1",
+        "second_ranker.train.epochs=1",
+        "compare_seeds=0",
+    ]
+
+
+@pytest.fixture(scope="session")
+def data_cache(tmp_path_factory):
+    """A folder for prepared data, so that no test writes to the user's own."""
+    path = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECFAST_CACHE", str(path))
+        yield path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, tiny_overrides, data_cache) -> Path:
+    """The folder of a finished run on 3,000 generated rows; not to be written to."""
+    from recfast import cascade
+
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    said: list[str] = []
+    config = cascade.settings(overrides=[*tiny_overrides, f"out={str(out)!r}"])
+    assert cascade.run(config, command="recfast run", say=said.append) == out
+    assert said[0] == "preparing the data"
+    assert said[-1] == "writing the folder"
+    return out
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, data_cache):
+    """Run the command line in this process: `command("recommend", ...)` -> (exit code, standard output, error)."""
+    import sys
+
+    from recfast import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["recfast", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        return (0 if code is None else code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """Run the command line and expect wrong input: exit code 2 and one sentence, which is returned."""
+
+    def run(*arguments: object) -> str:
+        code, out, err = command(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("recfast: ")]
+        assert (code, len(lines), out) == (2, 1, ""), (code, out, err)
+        assert err.splitlines()[-1] == lines[0]
+        assert "Traceback" not in err
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def isa_levels():
     """Gives a generator over every instruction set of this machine, set while its turn lasts."""
     from recfast import _C

@@ -18,16 +18,18 @@ from recfast import data as rfdata
 from recfast import doctor, metrics, models, report, train
 from recfast.data import Catalogue, Dataset, Jagged
 from recfast.errors import InputError
-from recfast.files import write_json, write_text
+from recfast.files import disk_errors, write_json, write_text
 from recfast.models import ItemKNN, Popularity
 from recfast.pipeline import Pipeline
 from recfast.rerank import DPP
 from recfast.train import RunConfig, StageConfig
+from recfast.train.config import read_toml
 
 # The grid of trade-offs that is drawn, and from which one is chosen on the validation rows.
 DIVERSITIES = tuple(step / 40 for step in range(40))
 # How much the retriever's score may count beside the ranker's.
 BLENDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+STAGES = ("retriever", "ranker", "second_ranker")
 LENGTHS = (5, 10, 20, 30, 50, 75, 100, 150, 200)
 
 Say = Callable[[str], None]
@@ -111,17 +113,26 @@ def run(config: RunConfig, *, overwrite: bool = False, command: str = "", say: S
     Raises
     ------
     InputError
-        Wrong settings or data; or the folder holds a run with other settings.
+        Wrong settings or data; the folder holds a run with other settings, or cannot be written (a full disk).
     """
-    watch, start = Stopwatch(), time.perf_counter()
     out = Path(config.out or f"runs/{config.data.name}")
-    _claim(out, config, overwrite)
+    with disk_errors("run", out, "what was finished is kept, and the same command goes on from there"):
+        return _run(config, out, overwrite, command, say)
+
+
+def _run(config: RunConfig, out: Path, overwrite: bool, command: str, say: Say) -> Path:
+    watch, start = Stopwatch(), time.perf_counter()
+    _refuse_foreign(out, config, overwrite)
     say("preparing the data")
     with watch("prepare the data"):
         dataset = rfdata.load(config.data.name, config.data.path, **config.data.options)
     for split in ("train", "valid", "test"):
         if getattr(dataset, split) is None:
             raise InputError(f"run: {dataset.name} has no {split} split, expected train, valid and test")
+
+    # What is wrong with any stage shows before the first is trained, and before an earlier run is removed.
+    built = {stage: _build(config, stage, dataset) for stage in STAGES if getattr(config, stage) is not None}
+    _claim(out, config, overwrite)
 
     result: dict[str, Any] = {
         "name": dataset.name,
@@ -133,15 +144,15 @@ def run(config: RunConfig, *, overwrite: bool = False, command: str = "", say: S
     }
     say(f"training {config.retriever.model}")
     with watch(f"train the retriever ({config.retriever.model})"):
-        retriever, result["retriever"] = _train(config, "retriever", dataset, out)
+        retriever, result["retriever"] = _train(config, "retriever", built["retriever"], dataset, out)
     say(f"training {config.ranker.model}")
     with watch(f"train the ranker ({config.ranker.model})"):
-        ranker, result["ranker"] = _train(config, "ranker", dataset, out)
+        ranker, result["ranker"] = _train(config, "ranker", built["ranker"], dataset, out)
     second = None
     if config.second_ranker is not None:
         say(f"training {config.second_ranker.model}")
         with watch(f"train the second ranker ({config.second_ranker.model})"):
-            second, result["second_ranker"] = _train(config, "second_ranker", dataset, out)
+            second, result["second_ranker"] = _train(config, "second_ranker", built["second_ranker"], dataset, out)
 
     say("coding the items")
     reranker = DPP(diversity=config.reranker.diversity, personal=config.reranker.personal)
@@ -189,23 +200,40 @@ def run(config: RunConfig, *, overwrite: bool = False, command: str = "", say: S
         pipeline.save(out / "pipeline")
     result["time"] = watch.seconds
     result["seconds"] = time.perf_counter() - start
+    page = report.render(result)
     write_json(out / "metrics.json", result)
-    report.write(out / "report.html", result)
+    write_text(out / "report.html", page)
     return out
 
 
-def _claim(out: Path, config: RunConfig, overwrite: bool) -> None:
-    """Make the folder ready, or refuse one that another run made."""
-    settings = config.model_copy(update={"out": None}).to_toml()
+def _settings_text(config: RunConfig) -> str:
+    return config.model_copy(update={"out": None}).to_toml()
+
+
+def _refuse_foreign(out: Path, config: RunConfig, overwrite: bool) -> None:
+    """Refuse a folder that is not a run's, or another run's; nothing is changed."""
     path = out / "config.toml"
-    if overwrite and path.exists():
-        shutil.rmtree(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"run: {out} is a file, expected a new or empty folder for --out")
     if path.exists():
-        if path.read_text(encoding="utf-8") != settings:
+        known = read_toml(path).keys() <= RunConfig.model_fields.keys()
+        if not known:
+            raise InputError(f"run: {path} is not of a run of recfast, expected a new or empty folder for --out")
+        if not overwrite and path.read_text(encoding="utf-8") != _settings_text(config):
             raise InputError(f"run: {out} holds a run with other settings; choose another --out, or give --overwrite")
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"run: {out} is not empty and holds no run, expected a new or empty folder for --out")
-    write_text(path, settings)
+
+
+def _claim(out: Path, config: RunConfig, overwrite: bool) -> None:
+    """Make the folder ready; of an earlier run only what recfast wrote is removed."""
+    if overwrite:
+        for name in ("metrics.json", "report.html", "config.toml"):
+            (out / name).unlink(missing_ok=True)
+        for name in ("pipeline", *STAGES):
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+    write_text(out / "config.toml", _settings_text(config))
 
 
 def _data_summary(dataset: Dataset) -> dict[str, Any]:
@@ -231,10 +259,20 @@ def _data_summary(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _train(config: RunConfig, stage: str, dataset: Dataset, out: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
+def _build(config: RunConfig, stage: str, dataset: Dataset) -> torch.nn.Module:
     settings: StageConfig = getattr(config, stage)
     torch.manual_seed(config.seed)
     model = models.build(settings.model, dataset.schema, settings.options)
+    wanted = "retrieval" if stage == "retriever" else "ranking"
+    if model.task != wanted:
+        raise InputError(f"run: {stage}.model = {settings.model} is for {model.task}, expected a model for {wanted}")
+    return model
+
+
+def _train(
+    config: RunConfig, stage: str, model: torch.nn.Module, dataset: Dataset, out: Path
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    settings: StageConfig = getattr(config, stage)
     training = config.training(stage)
     monitor = training.monitor or ("auc" if model.task == "ranking" else "recall@50")
     fitted = train.fit(model, dataset, config=training, out=out / stage, resume="auto")
@@ -459,11 +497,16 @@ def _measure_reranking(
         "ranker_alone": _list_metrics(pipeline, ranked, relevant, k),
         "before": _list_metrics(pipeline, before, relevant, k),
         "after": _list_metrics(pipeline, after, relevant, k),
+        "change": {},
         "curve": {
             name: [{"diversity": d, **measured("test", d, name == "personal")} for d in DIVERSITIES]
             for name in ("global", "personal")
         },
         "validation": [{"diversity": d, **point} for d, point in zip(DIVERSITIES, grid, strict=True)],
+    }
+    # Relative; None where there was nothing to compare with.
+    result["change"] = {
+        key: result["after"][key] / value - 1 if value else None for key, value in result["before"].items()
     }
     serving = {stage: watch.seconds[f"test {stage}"] / len(users) for stage in ("retrieval", "ranking", "re-ranking")}
     return result, serving, {"users": users, "relevant": relevant, "before": before, "after": after}
@@ -506,9 +549,8 @@ def _ten_users(pipeline: Pipeline, dataset: Dataset, lists: dict[str, Any], coun
 
 def describe(result: dict[str, Any]) -> str:
     """The figures of `metrics.json` that matter most, as lines for a terminal."""
-    rerank, change = result["rerank"], {}
-    for key in ("ndcg", "ild"):
-        change[key] = rerank["after"][key] / rerank["before"][key] - 1
+    rerank = result["rerank"]
+    change = {key: "–" if value is None else f"{value:+.1%}" for key, value in rerank["change"].items()}
     lines = [f"data       {result['name']}: {result['data']['users']} users, {result['data']['items']} items"]
     lines += [
         f"retrieval  {row['name']:<28} recall@50 {row['recall@50']:.4f}  NDCG@10 {row['ndcg@10']:.4f}"
@@ -526,8 +568,8 @@ def describe(result: dict[str, Any]) -> str:
             lines.append(f"tables     {name:<28} AUC {scores}  mean {result['tables'][name]['mean']:.4f}")
     lines += [
         f"re-ranking NDCG@{rerank['k']} {rerank['before']['ndcg']:.4f} -> {rerank['after']['ndcg']:.4f} "
-        f"({change['ndcg']:+.1%}), diversity {rerank['before']['ild']:.4f} -> {rerank['after']['ild']:.4f} "
-        f"({change['ild']:+.1%}) at {rerank['diversity']}",
+        f"({change['ndcg']}), diversity {rerank['before']['ild']:.4f} -> {rerank['after']['ild']:.4f} "
+        f"({change['ild']}) at {rerank['diversity']}",
         f"time       {result['seconds']:.0f} s",
     ]
     return "\n".join(lines)

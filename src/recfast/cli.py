@@ -69,9 +69,14 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def run(
     data: Annotated[
-        str | None, typer.Option(help="synthetic (the default), ml-100k, ...; see recfast.data.load.")
+        str | None, typer.Option(help="synthetic (the default), ml-100k, frappe, or folder: a log of your own.")
     ] = None,
-    path: Annotated[Path | None, typer.Option(help="The folder with the data set's own files.")] = None,
+    path: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder with the data set's files; of your own: schema.json, train.csv, valid.csv, test.csv."
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in TOML, as config.toml of an earlier run.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write; runs/<data> if left out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
@@ -117,6 +122,8 @@ def recommend(
     if exclude not in (None, "seen", "liked", "nothing"):
         raise InputError(f"recommend: --exclude must be seen, liked or nothing, got {exclude}")
     wanted = [user.strip() for user in users.split(",") if user.strip()]
+    if not wanted:
+        raise InputError(f"recommend: --users = {users!r} names nobody, expected raw user ids separated by commas")
     frame = Pipeline.load(run_folder / "pipeline").recommend(wanted, k, exclude=exclude, cold=cold)
     if as_json:
         print(frame.write_json())
@@ -136,7 +143,13 @@ def evaluate(
     from recfast.models.storage import read_json
 
     result = read_json(run_folder / "metrics.json")
-    print(json.dumps(result, indent=2) if as_json else cascade.describe(result))
+    try:
+        text = json.dumps(result, indent=2) if as_json else cascade.describe(result)
+    except (KeyError, TypeError):
+        raise InputError(
+            f"evaluate: {run_folder / 'metrics.json'} is not of a finished run, expected the figures of a cascade"
+        ) from None
+    print(text)
 
 
 def _progress(line: str) -> None:

@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one sentence that says what is wrong, where, what was expected and what was found.
     The command line prints it on standard error and ends with exit code 2.
     """
+
+
+class OutOfRange(InputError, IndexError):
+    """An index into a table, a vocabulary or a list that has no such row."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from recfast import rerank
 from recfast.data import Catalogue, Dataset, Jagged
 from recfast.errors import InputError
-from recfast.files import atomic_path, write_json
+from recfast.files import atomic_path, disk_errors, verify_checksums, write_checksums, write_json
 from recfast.index import CodeIndex
 from recfast.models.storage import load_model, read_json, read_tensors, save_model, write_tensors
 from recfast.nn import ProductQuantizer
@@ -64,6 +64,8 @@ class Pipeline:
         negative. 0 is the ranker alone.
     seed
         Of the quantiser's k-means.
+    index
+        The index of the items' codes, in order of id, where it exists already. Needs `quantizer`.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Pipeline:
         exclude: Exclude = "seen",
         blend: float = 0.0,
         seed: int = 0,
+        index: CodeIndex | None = None,
     ) -> None:
         if exclude not in ("seen", "liked", "nothing"):
             raise InputError(f"Pipeline: exclude must be seen, liked or nothing, got {exclude!r}")
@@ -106,9 +109,12 @@ class Pipeline:
         self.quantizer = quantizer
         self.item_vectors = vectors
         ids = torch.arange(1, len(vectors) + 1)
-        codes = quantizer.encode(_widened(vectors, quantizer.dim))
-        self._first_codes = codes[:, 0].long()
-        self.index = CodeIndex(codes, n_codes=quantizer.n_codes, ids=ids)
+        if index is None:
+            codes = quantizer.encode(_widened(vectors, quantizer.dim))
+            index = CodeIndex(codes, n_codes=quantizer.n_codes, ids=ids)
+        elif not torch.equal(index.ids, ids):
+            raise InputError(f"Pipeline: index must hold the items 1 to {len(vectors)} in this order")
+        self.index = index
         self._similarity = self._item_similarity_features()
 
     # -- stages, on internal ids ---------------------------------------------------------------------------------
@@ -116,6 +122,7 @@ class Pipeline:
     @torch.inference_mode()
     def user_vectors(self, users: Tensor) -> Tensor:
         """The retriever's vectors of user ids, from their whole known history; [B, D]."""
+        self.catalogue.check("Pipeline", "users", users, self.catalogue.schema.user)
         vectors = self.retriever.user_vectors(self.catalogue.history.take(users), users)
         return _finite("user_vectors of the retriever", vectors.float().cpu())
 
@@ -147,7 +154,7 @@ class Pipeline:
         """
         k = self.candidates if k is None else k
         scores, items = [], []
-        for block in _blocks(users, max(1, _MASK_CELLS // max(len(self.index), 1))):
+        for _, block in _blocks(users, max(1, _MASK_CELLS // max(len(self.index), 1))):
             found = self.index.search(self.score_table(block), k, mask=self.allowed(block, exclude))
             scores.append(found[0])
             items.append(found[1])
@@ -173,13 +180,14 @@ class Pipeline:
             batch, valid = self.catalogue.candidates(users[part], items[part])
             if len(batch):
                 logits[part][valid] = self.ranker(batch).float()
-        wrong = torch.isnan(logits).nonzero()
+        wrong = ((items >= 0) & ~torch.isfinite(logits)).nonzero()
         if len(wrong):
             row, place = wrong[0].tolist()
             user = self.catalogue.vocabulary["user"].decode([int(users[row])])[0]
             raise InputError(
                 f"Pipeline.rank: the ranker's score of item {self._raw_items([int(items[row, place])])[0]!r} for user "
-                f"{user!r} is NaN, expected a number; train it again, or load another checkpoint"
+                f"{user!r} is {float(logits[row, place])}, expected a number; train it again, or load another "
+                "checkpoint"
             )
         return logits
 
@@ -208,7 +216,7 @@ class Pipeline:
         order = order.masked_fill(items.gather(1, order) < 0, -1)
         if chosen is None:
             return _padded(order, k)
-        pool = order[:, : self.pool] if self.pool else order
+        pool = order[:, : max(self.pool, k)] if self.pool else order
         valid = pool >= 0
         place = pool.clamp(min=0)
         # The place in the order says how much an item matters, by the discount of NDCG: the same for every model, where
@@ -252,9 +260,13 @@ class Pipeline:
         InputError
             An unknown user or an empty history under `cold="error"`; k below 1; a score that is NaN.
         """
+        if isinstance(users, str):
+            raise InputError(f"recommend: users must be a list of user ids, got the text {users!r}")
         raw = list(users)
         if k < 1:
             raise InputError(f"recommend: k must be at least 1, got {k}")
+        if cold not in ("error", "popular"):
+            raise InputError(f"recommend: cold must be error or popular, got {cold!r}")
         ids = torch.from_numpy(self.catalogue.vocabulary["user"].encode(raw)).long() if raw else torch.zeros(0).long()
         lengths = self.catalogue.history.take(ids).lengths() if len(raw) else ids
         is_cold = (ids == 0) | (lengths == 0)
@@ -271,8 +283,8 @@ class Pipeline:
         if len(warm):
             items[warm], scores[warm] = self._recommend_warm(ids[warm], k, exclude)
         if bool(is_cold.any()):
-            popular = self._popular(k)
-            items[is_cold, : len(popular)], scores[is_cold, : len(popular)] = popular, 0.0
+            popular = self._popular(ids[is_cold], k, exclude)
+            items[is_cold], scores[is_cold] = popular, torch.zeros(popular.shape)
         return self._frame(raw, items, scores)
 
     def _recommend_warm(self, users: Tensor, k: int, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
@@ -290,7 +302,7 @@ class Pipeline:
         ids = items[kept]
         frame = pl.DataFrame(
             {
-                schema.user: pl.Series(raw)[rows.numpy()] if raw else [],
+                schema.user: _series(raw)[rows.numpy()],
                 "rank": pl.Series(places.numpy() + 1),
                 schema.item: self.catalogue.vocabulary["item"].decode_series(ids),
                 "score": pl.Series(scores[kept].numpy()),
@@ -302,9 +314,20 @@ class Pipeline:
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _popular(self, k: int) -> Tensor:
+    def _popular(self, users: Tensor, k: int, exclude: Exclude | None) -> Tensor:
+        """The most liked items that each user may get, [B, k], -1 padded; ties by the lowest id."""
         counts = torch.bincount(self.catalogue.history.values, minlength=len(self.index) + 1)[1:]
-        return torch.argsort(counts, descending=True, stable=True)[:k] + 1
+        order = torch.argsort(counts, descending=True, stable=True)
+        items = torch.full((len(users), k), -1, dtype=torch.int64)
+        for first, block in _blocks(users, max(1, _MASK_CELLS // max(len(self.index), 1))):
+            allowed = self.allowed(block, exclude)
+            if allowed is None:
+                allowed = torch.ones(len(block), len(order), dtype=torch.bool)
+            allowed = allowed[:, order]
+            place = allowed.cumsum(1)
+            row, column = (allowed & (place <= k)).nonzero(as_tuple=True)
+            items[first + row, place[row, column] - 1] = order[column] + 1
+        return items
 
     def _raw_items(self, items: list[int]) -> list[Any]:
         return self.catalogue.vocabulary["item"].decode(items)
@@ -317,7 +340,7 @@ class Pipeline:
             return counts.index_add_(0, lists, torch.from_numpy(self.catalogue.genres)[history.values]).numpy()
         # Without genres the first codebook's clusters stand for them. Row 0, the unknown item, is cluster 0.
         cluster = torch.zeros(len(self.item_vectors) + 1, dtype=torch.int64)
-        cluster[1:] = self._first_codes
+        cluster[1:] = self.index.codes[:, 0].long()
         width = self.quantizer.n_codes
         cells = torch.bincount(lists * width + cluster[history.values], minlength=(len(history.offsets) - 1) * width)
         return cells.reshape(-1, width).numpy().astype(np.float32)
@@ -339,8 +362,14 @@ class Pipeline:
     # -- disk ----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything that `recommend` needs to a folder, whole or not at all."""
-        with atomic_path(path, directory=True) as folder:
+        """Write everything that `recommend` needs to a folder with checksums, whole or not at all.
+
+        Raises
+        ------
+        InputError
+            The disk is full, or the place may not be written; what was there before is untouched.
+        """
+        with disk_errors("Pipeline.save", path), atomic_path(path, directory=True) as folder:
             save_model(self.retriever, self.catalogue.schema, folder / "retriever")
             if self.ranker is not None:
                 save_model(self.ranker, self.catalogue.schema, folder / "ranker")
@@ -363,6 +392,7 @@ class Pipeline:
                 "reranker": None if self.reranker is None else self.reranker.config(),
             }
             write_json(folder / "pipeline.json", settings)
+            write_checksums(folder)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Pipeline:
@@ -376,6 +406,7 @@ class Pipeline:
         folder = Path(path)
         if not folder.is_dir():
             raise InputError(f"Pipeline.load: {folder} is not a folder, expected one that Pipeline.save wrote")
+        verify_checksums(folder, "Pipeline.load")
         settings = read_json(folder / "pipeline.json")
         if settings.get("format") != FORMAT:
             raise InputError(
@@ -385,7 +416,7 @@ class Pipeline:
         tensors, shape = read_tensors(folder / "quantizer.safetensors")
         quantizer = ProductQuantizer(shape["dim"], shape["n_codebooks"], shape["n_codes"])
         quantizer.load_state_dict(tensors)
-        pipeline = cls(
+        return cls(
             load_model(folder / "retriever"),
             load_model(folder / "ranker") if settings["ranker"] else None,
             None if settings["reranker"] is None else rerank.DPP(**settings["reranker"]),
@@ -396,20 +427,21 @@ class Pipeline:
             exclude=settings["exclude"],
             blend=settings["blend"],
             quantizer=quantizer,
+            index=CodeIndex.load(folder / "index.safetensors"),
         )
-        index = CodeIndex.load(folder / "index.safetensors")
-        if len(index) != len(pipeline.index):
-            raise InputError(
-                f"Pipeline.load: {folder / 'index.safetensors'} holds {len(index)} items, expected "
-                f"{len(pipeline.index)} as in the catalogue"
-            )
-        pipeline.index = index
-        return pipeline
 
 
-def _blocks(users: Tensor, size: int) -> Iterator[Tensor]:
+def _blocks(users: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
     # One empty block for no users, so that results have their shape all the same.
-    yield from (users[first : first + size] for first in range(0, max(len(users), 1), size))
+    yield from ((first, users[first : first + size]) for first in range(0, max(len(users), 1), size))
+
+
+def _series(raw: list[Any]) -> pl.Series:
+    """Raw ids as they were given; as text where they are of several types."""
+    try:
+        return pl.Series(raw, dtype=None if raw else pl.String)
+    except (TypeError, OverflowError, pl.exceptions.PolarsError):
+        return pl.Series([str(value) for value in raw])
 
 
 def _finite(what: str, vectors: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from recfast.files import write_text
+from recfast.files import disk_errors, write_text
 
 # One colour for one thing on the whole page; distinguishable for the colour-blind (Okabe and Ito).
 OURS, SECOND, THIRD, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8f98"
@@ -17,7 +17,9 @@ OURS, SECOND, THIRD, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8f98"
 
 def write(path: str | os.PathLike[str], metrics: dict[str, Any]) -> None:
     """Draw the page for what `cascade.run` measured (`metrics.json`) and write it, whole or not at all."""
-    write_text(path, render(metrics))
+    page = render(metrics)
+    with disk_errors("report", path):
+        write_text(path, page)
 
 
 def render(metrics: dict[str, Any]) -> str:
@@ -42,8 +44,8 @@ def _percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def _signed(value: float, digits: int = 1) -> str:
-    return f"{100 * value:+.{digits}f} %".replace("-", "−")
+def _signed(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:+.{digits}f} %".replace("-", "−")
 
 
 def _seconds(value: float) -> str:

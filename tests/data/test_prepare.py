@@ -600,7 +600,7 @@ def test_full_disk(tmp_path, after) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, array)
 
-    with mock.patch.object(writer, "write", failing), pytest.raises(InputError, match="no space is left on the disk"):
+    with mock.patch.object(writer, "write", failing), pytest.raises(InputError, match="the disk is full"):
         data.prepare(SCHEMA, LOG, LATER, cache=tmp_path)
     assert os.listdir(tmp_path) == []
 
@@ -609,7 +609,7 @@ def test_full_disk_while_writing_parquet(tmp_path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     with (
         mock.patch.object(pl.DataFrame, "write_parquet", side_effect=full),
-        pytest.raises(InputError, match="no space"),
+        pytest.raises(InputError, match="the disk is full"),
     ):
         data.prepare(SCHEMA, LOG, cache=tmp_path)
     assert os.listdir(tmp_path) == []

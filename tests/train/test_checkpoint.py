@@ -252,12 +252,6 @@ def test_a_full_disk_leaves_the_previous_checkpoint(fail_at, folder, tiny_data, 
     assert resume(folder, tiny_data).epochs == 3
 
 
-def test_the_writers_own_words_for_a_full_disk_are_understood():
-    error = storage.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28) at x")
-    assert "the disk is full" in str(storage.disk_error(error, Path("runs/x")))
-    assert storage.disk_error(storage.SafetensorError("InvalidHeader"), Path("x")) is None
-
-
 def test_a_real_writer_that_fails_is_a_sentence(tmp_path, tiny_data):
     (tmp_path / "run").write_text("a file where the folder should be")
     with pytest.raises(InputError, match="cannot be written, file exists"):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from recfast.data.dataset import Batch, Dataset, Jagged, Vocabulary, file_name, load_array, read_frame
 from recfast.data.schema import Schema
-from recfast.errors import InputError
-from recfast.files import atomic_path
+from recfast.errors import InputError, OutOfRange
+from recfast.files import atomic_path, disk_errors, verify_checksums, write_checksums
 
 _ROLES = ("user", "item")
 
@@ -36,7 +36,8 @@ class Catalogue:
     history, seen
         By user id: liked items in time order, and every item met. `Jagged` with rows(user) lists.
     sequences
-        name -> `Jagged` by user: the last known list of a sequence that the raw data gave.
+        name -> `Jagged` by user: the last known list of a sequence that the raw data gave, or the history of another
+        column than the item. A sequence that is not here is the item history.
     genres
         float32 [rows(item), G], 0 or 1; `genre_names` names the columns.
     items
@@ -78,7 +79,7 @@ class Catalogue:
             features=features,
             history=dataset.history(upto),
             seen=dataset.seen(upto),
-            sequences={name: _emptied(batch.sequences[name], last < 0) for name in given},
+            sequences={name: _emptied(batch.sequences[name], last < 0) for name in given} | _derived(dataset, upto),
             genres=dataset.item_features(),
             genre_names=dataset.genre_names,
             items=dataset.items,
@@ -86,7 +87,12 @@ class Catalogue:
 
     def upto(self, dataset: Dataset, upto: str) -> Catalogue:
         """The same with the histories of `dataset` up to and including another split."""
-        return replace(self, history=dataset.history(upto), seen=dataset.seen(upto))
+        return replace(
+            self,
+            history=dataset.history(upto),
+            seen=dataset.seen(upto),
+            sequences=self.sequences | _derived(dataset, upto),
+        )
 
     def title(self, item: int) -> str:
         """The title of an item id, or its raw id where there is none."""
@@ -113,8 +119,15 @@ class Catalogue:
             `Batch` of R rows, one a candidate, with `candidate_offsets`.
         valid
             bool [B, C]: row r of the batch is the r-th true entry.
+
+        Raises
+        ------
+        OutOfRange
+            A user or an item that the tables have no row for.
         """
         schema = self.schema
+        self.check("candidates", "users", users, schema.user)
+        self.check("candidates", "items", items, schema.item, padded=True)
         valid = items >= 0
         counts = valid.sum(dim=1)
         user = users.repeat_interleave(counts)
@@ -126,7 +139,7 @@ class Catalogue:
             for side, rows in index.items():
                 places = [j for j, column in enumerate(columns) if column.side == side]
                 if places:
-                    out[:, places] = torch.as_tensor(self.features[side][key])[rows].to(dtype)
+                    out[:, places] = torch.from_numpy(self.features[side][key][rows.numpy()]).to(dtype)
             return out
 
         ids = assemble(schema.categorical, "ids", torch.int64)
@@ -135,15 +148,8 @@ class Catalogue:
         ids[:, schema.position(schema.item)] = item
         sequences = {}
         for column in schema.sequences:
-            if column.name in self.sequences:
-                sequences[column.name] = self.sequences[column.name].take(users, last=column.max_length)
-                continue
-            history = self.history.take(users, last=column.max_length)
-            if column.of != schema.item:
-                names = [c.name for c in schema.categorical if c.side == "item"]
-                table = torch.as_tensor(self.features["item"]["ids"])[:, names.index(column.of)]
-                history = Jagged(table[history.values], history.offsets)
-            sequences[column.name] = history
+            lists = self.sequences.get(column.name, self.history)
+            sequences[column.name] = lists.take(users, last=column.max_length)
         offsets = torch.zeros(len(users) + 1, dtype=torch.int64)
         torch.cumsum(counts, 0, out=offsets[1:])
         batch = Batch(
@@ -151,7 +157,9 @@ class Catalogue:
             numeric=assemble(schema.numeric, "numeric", torch.float32),
             sequences=sequences,
             vectors={
-                column.name: torch.as_tensor(self.features[column.side]["vectors"][column.name])[index[column.side]]
+                column.name: torch.from_numpy(
+                    self.features[column.side]["vectors"][column.name][index[column.side].numpy()]
+                )
                 for column in schema.vectors
             },
             candidate_offsets=offsets,
@@ -159,9 +167,26 @@ class Catalogue:
         )
         return batch, valid
 
+    def check(self, place: str, name: str, ids: Tensor, column: str, *, padded: bool = False) -> None:
+        """Refuse ids that the tables of `column` have no row for; -1 is allowed where `padded`."""
+        rows = self.schema.rows(column)
+        wrong = (ids < (-1 if padded else 0)) | (ids >= rows)
+        if bool(wrong.any()):
+            at = wrong.nonzero()[0].tolist()
+            raise OutOfRange(
+                f"{place}: {name}[{', '.join(map(str, at))}] = {int(ids[tuple(at)])} is outside [0, {rows}), "
+                f"the rows of {column!r}"
+            )
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder of JSON, Parquet and .npy files, whole or not at all."""
-        with atomic_path(path, directory=True) as folder:
+        """Write a folder of JSON, Parquet and .npy files with their checksums, whole or not at all.
+
+        Raises
+        ------
+        InputError
+            The disk is full, or the place may not be written.
+        """
+        with disk_errors("Catalogue.save", path), atomic_path(path, directory=True) as folder:
             self.schema.save(folder / "schema.json")
             for role in _ROLES:
                 self.vocabulary[role].save(folder / f"{role}.vocabulary.parquet")
@@ -171,6 +196,7 @@ class Catalogue:
             )
             for name, array in self._arrays().items():
                 np.save(folder / f"{name}.npy", array, allow_pickle=False)
+            write_checksums(folder)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {"genres": self.genres}
@@ -187,10 +213,11 @@ class Catalogue:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Catalogue:
-        """Read what `save` wrote; arrays are mapped, not read. A missing or damaged file is an `InputError`."""
+        """Read what `save` wrote. A missing, truncated or damaged file is an `InputError`."""
         folder = Path(path)
         if not folder.is_dir():
-            raise InputError(f"Catalogue: {folder} is missing; it is written by Pipeline.save")
+            raise InputError(f"Catalogue.load: {folder} is not a folder, expected one that Catalogue.save wrote")
+        verify_checksums(folder, "Catalogue.load")
         schema = Schema.load(folder / "schema.json")
 
         def array(name: str) -> np.ndarray:
@@ -232,6 +259,12 @@ class Catalogue:
             genre_names=read_frame(folder / "genres.parquet")["genre"].to_list(),
             items=read_frame(folder / "items.parquet"),
         )
+
+
+def _derived(dataset: Dataset, upto: str) -> dict[str, Jagged]:
+    """By user, the histories of the derived sequences that list another column than the item."""
+    columns = [c for c in dataset.schema.sequences if c.name in dataset.meta["derived"]]
+    return {c.name: dataset.history(upto, of=c.of) for c in columns if c.of != dataset.schema.item}
 
 
 def _last_rows(dataset: Dataset) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from recfast.data.dataset import Dataset
+from recfast.data.folder import load_folder
 from recfast.data.prepare import prepare, prepare_libfm
 from recfast.data.schema import Categorical, Schema, Sequence, nearest
 from recfast.data.sources import byte_chunks, first_line
@@ -44,7 +45,8 @@ def load(
     Parameters
     ----------
     name
-        "ml-100k" (`load_ml_100k`), "frappe" (`load_frappe`) or "synthetic" (`recfast.data.synthetic.load`).
+        "ml-100k" (`load_ml_100k`), "frappe" (`load_frappe`), "synthetic" (`recfast.data.synthetic.load`), or "folder"
+        for a log of one's own (`load_folder`).
     path
         The folder of its files; only "synthetic" needs none.
     cache
@@ -67,6 +69,7 @@ def load(
     loaders: dict[str, tuple[Callable[..., Dataset], tuple[str, ...]]] = {
         "ml-100k": (load_ml_100k, ("negatives", "popular_negatives", "seed", "max_length")),
         "frappe": (load_frappe, ()),
+        "folder": (load_folder, ("name", "sampled")),
     }
     if name not in loaders:
         raise InputError(f"data.load: there is no data set {name!r}; " + nearest(name, [*loaders, "synthetic"]))

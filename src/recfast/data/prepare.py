@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -30,12 +29,15 @@ from recfast.data.sources import (
     read_all,
 )
 from recfast.errors import InputError
-from recfast.files import atomic_path, write_json
+from recfast.files import atomic_path, disk_errors, write_json
 
 # Rows of the log whose events are sorted in memory at a time.
 _SORT_ROWS = 4 << 20
 _CHUNK_ROWS = 1 << 20
 _NUMBERS = {"integer", "float", "boolean", "null"}
+
+
+_ADVICE = "nothing half-written was kept; free some space, or name another folder in cache= or RECFAST_CACHE"
 
 
 def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
@@ -116,7 +118,7 @@ def prepare(
         spill.mkdir(parents=True, exist_ok=True)
         return spill / f"{secrets.token_hex(4)}.parquet"
 
-    with _plain_disk_errors(root):
+    with disk_errors("prepare", root, _ADVICE):
         try:
             text = [c.name for c in (*schema.sequences, *schema.vectors)]
             splits = {
@@ -201,28 +203,6 @@ def prepare_libfm(
         name=name,
         about=about,
     )
-
-
-@contextlib.contextmanager
-def _plain_disk_errors(root: Path) -> Iterator[None]:
-    """Say in one sentence that the disk is full or that the folder is not writable."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, pl.exceptions.PolarsError) as error:
-        code = getattr(error, "errno", None)
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise InputError(
-                f"prepare: no space is left on the disk of {root}; nothing half-written was kept: free some "
-                "space, or name another folder in cache= or RECFAST_CACHE"
-            ) from error
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise InputError(
-                f"prepare: {root} cannot be written ({first_line(error)}); name another folder in cache= "
-                "or RECFAST_CACHE"
-            ) from error
-        raise
 
 
 def _key(

@@ -372,7 +372,7 @@ def paths_of(where: Any) -> list[Path]:
         return [path for part in where for path in paths_of(part)]
     path = Path(where)
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.is_file() and _format(p) is not None)
+        found = table_files(path)
         if not found:
             raise InputError(f"prepare: the folder {path} holds no CSV or Parquet file")
         return found
@@ -384,6 +384,11 @@ def paths_of(where: Any) -> list[Path]:
             raise InputError(f"prepare: no file matches {str(where)!r}")
         return found
     raise InputError(f"prepare: the file {path} does not exist")
+
+
+def table_files(folder: Path) -> list[Path]:
+    """Return the CSV, TSV and Parquet files of a folder, sorted."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and _format(p) is not None)
 
 
 def _format(path: Path) -> str | None:

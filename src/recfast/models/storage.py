@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import nn
 
 from recfast import models
 from recfast.errors import InputError
-from recfast.files import atomic_path, write_json
+from recfast.files import atomic_path, disk_errors, write_json
 
 if TYPE_CHECKING:
     from recfast.data import Schema
@@ -142,16 +140,12 @@ def save_model(model: nn.Module, schema: Schema, folder: str | os.PathLike[str])
     place = Path(folder)
     config = json.loads(json.dumps(model.config(), allow_nan=False))
     tensors, extra = split_state(model)
-    try:
+    with disk_errors("checkpoint", place):
         place.mkdir(parents=True, exist_ok=True)
         schema.save(place / "schema.json")
         with atomic_path(place / "model.safetensors") as temporary:
             write_tensors(temporary, tensors, {"extra": extra})
         write_json(place / "state.json", {"format": FORMAT, "model": {"name": type(model).__name__, "config": config}})
-    except (OSError, SafetensorError) as error:
-        if sentence := disk_error(error, place):
-            raise sentence from error
-        raise
 
 
 def load_model(run: str | os.PathLike[str]) -> nn.Module:
@@ -173,19 +167,3 @@ def load_model(run: str | os.PathLike[str]) -> nn.Module:
     tensors, metadata = read_tensors(path)
     restore_state(model, tensors, metadata.get("extra", {}), path)
     return model.eval()
-
-
-def disk_error(error: OSError | SafetensorError, place: Path) -> InputError | None:
-    """Return the sentence for a disk that takes no more or a place that may not be written, or None for all else."""
-    if isinstance(error, SafetensorError):
-        # The writer puts the file system's number in words: "... (os error 28) at path ...".
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else 0
-    else:
-        code = error.errno or 0
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        why = "the disk is full" if code == errno.ENOSPC else os.strerror(code).lower()
-        return InputError(f"checkpoint: {place} cannot be written, {why}; what was there before is untouched")
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return InputError(f"checkpoint: {place} cannot be written, {os.strerror(code).lower()}")
-    return None

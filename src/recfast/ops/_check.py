@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from recfast.errors import OutOfRange
+
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -64,9 +66,9 @@ def at_least(op: str, name: str, value: float, least: float) -> Any:
     return value
 
 
-def outside(op: str, name: str, position: int | str, value: int, rows: int) -> IndexError:
+def outside(op: str, name: str, position: int | str, value: int, rows: int) -> OutOfRange:
     """The error for `name[position] = value` where [0, rows) was expected."""
-    return IndexError(f"{op}: {name}[{position}] = {value} is outside [0, {rows})")
+    return OutOfRange(f"{op}: {name}[{position}] = {value} is outside [0, {rows})")
 
 
 def indices(op: str, name: str, value: torch.Tensor, rows: int) -> None:

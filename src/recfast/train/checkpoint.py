@@ -23,7 +23,7 @@ import json
 import random
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,11 @@ import numpy as np
 import polars as pl
 import tomli_w
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from recfast.data.dataset import file_name
 from recfast.errors import InputError
-from recfast.files import atomic_path, write_json, write_text
+from recfast.files import atomic_path, disk_errors, write_json, write_text
 from recfast.models import storage
 from recfast.train.config import TrainConfig
 
@@ -76,20 +75,9 @@ class State:
     seconds: float = 0.0
 
 
-@contextlib.contextmanager
-def _one_sentence(folder: Path) -> Iterator[None]:
-    """Tell a full disk, or a folder that may not be written, in a sentence."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if sentence := storage.disk_error(error, folder):
-            raise sentence from error
-        raise
-
-
 def begin(folder: Path, model: nn.Module, data: Any, settings: TrainConfig) -> None:
     """Write what stays the same over a run: its configuration, the schema and the vocabularies."""
-    with _one_sentence(folder):
+    with disk_errors("checkpoint", folder):
         folder.mkdir(parents=True, exist_ok=True)
         described = {"name": type(model).__name__, "options": _without_none(_config_of(model))}
         text = tomli_w.dumps({"model": described, "train": settings.model_dump(mode="json", exclude_none=True)})
@@ -110,7 +98,7 @@ def adopt(source: Path, folder: Path) -> None:
     """Bring the best weights of another run here, for a training that goes on from it."""
     clear(folder)
     if (source / WEIGHTS).exists():
-        with _one_sentence(folder), atomic_path(folder / WEIGHTS) as temporary:
+        with disk_errors("checkpoint", folder), atomic_path(folder / WEIGHTS) as temporary:
             shutil.copyfile(source / WEIGHTS, temporary)
 
 
@@ -156,7 +144,7 @@ def save(
         "loader": dict(loader),
         **asdict(state),
     }
-    with _one_sentence(folder), contextlib.ExitStack() as files:
+    with disk_errors("checkpoint", folder), contextlib.ExitStack() as files:
         # Renamed in the reverse of this order, once all are written.
         for name, text in (
             ("metrics.json", json.dumps(summary(state, settings), indent=2, allow_nan=False) + "\n"),
