@@ -26,9 +26,7 @@ from recfast.train import RunConfig, StageConfig
 from recfast.train.config import read_toml
 
 # The grid of trade-offs that is drawn, and from which one is chosen on the validation rows.
-DIVERSITIES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
-# Chosen: the most diverse list that keeps this share of the NDCG on the validation rows.
-KEPT_NDCG = 0.98
+DIVERSITIES = tuple(step / 40 for step in range(40))
 # How much the retriever's score may count beside the ranker's.
 BLENDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 STAGES = ("retriever", "ranker", "second_ranker")
@@ -479,10 +477,10 @@ def _measure_reranking(
 
     personal = config.reranker.personal
     grid = [measured("valid", diversity, personal) for diversity in DIVERSITIES]
-    kept = [i for i, point in enumerate(grid) if point["ndcg"] >= KEPT_NDCG * grid[0]["ndcg"]]
     diversity = config.reranker.diversity
-    if config.reranker.choose:
-        diversity = DIVERSITIES[max(kept, key=lambda i: grid[i]["ild"])]
+    if config.reranker.gain:
+        wanted = (1 + config.reranker.gain) * grid[0]["ild"]
+        diversity = next((d for d, point in zip(DIVERSITIES, grid, strict=True) if point["ild"] >= wanted), 1.0)
     users, relevant, items, _, logits = candidates["test"]
     before, retrieved = final("test", 0.0, personal), items[:, :k]
     ranked = items.gather(1, torch.argsort(logits, dim=1, descending=True, stable=True)[:, :k])

@@ -24,6 +24,8 @@ FORMAT = 1
 # A mask of this many cells, and a batch of this many candidate rows, are held at once; users are cut to fit.
 _MASK_CELLS = 1 << 24
 _CANDIDATE_ROWS = 1 << 15
+# Of the similarity of two items, what their genres have to say where the vectors speak too.
+_GENRE_SHARE = 0.8
 
 Cold = Literal["error", "popular"]
 Exclude = Literal["seen", "liked", "nothing"]
@@ -47,7 +49,9 @@ class Pipeline:
     pool
         How many of the best ranked are re-ranked; all candidates if None.
     features
-        What makes two items alike: "genres", "vectors" (of the retriever), "both", or "auto": genres where known.
+        What makes two items alike: "genres", "vectors" (of the retriever), or "both": the cosine of the genres, which a
+        person sees, with four times the weight of the cosine of the vectors, which tells items of equal genres apart.
+        "auto" is both where genres are known.
     codebooks, n_codes
         Bytes of an item's code, and values of each. Ignored where `quantizer` is given.
     quantizer
@@ -94,7 +98,7 @@ class Pipeline:
             raise InputError(f"Pipeline: blend must be a number from 0 on, got {blend}")
         self.candidates, self.pool, self.exclude, self.blend = candidates, pool, exclude, blend
         if features == "auto":
-            features = "genres" if len(self.catalogue.genre_names) > 1 else "vectors"
+            features = "both" if len(self.catalogue.genre_names) > 1 else "vectors"
         self.features = features
         with torch.inference_mode():
             # Row 0 stands for unknown items and is never recommended.
@@ -215,13 +219,14 @@ class Pipeline:
         pool = order[:, : max(self.pool, k)] if self.pool else order
         valid = pool >= 0
         place = pool.clamp(min=0)
-        scores = relevance.gather(1, place).masked_fill(~valid, 0.0)
+        # The place in the order says how much an item matters, by the discount of NDCG: the same for every model, where
+        # the size of its scores is not.
+        worth = (1.0 / np.log2(np.arange(pool.shape[1]) + 2.0)).astype(np.float32)
+        scores = np.where(valid.numpy(), worth, np.float32(0.0))
         features = self._similarity[items.gather(1, place).clamp(min=0).numpy()]
         propensity = self.appetite(users) if chosen.personal else None
         picked = torch.as_tensor(
-            chosen.rank(
-                features, scores.numpy(), min(k, pool.shape[1]), lengths=valid.sum(1).numpy(), propensity=propensity
-            )
+            chosen.rank(features, scores, min(k, pool.shape[1]), lengths=valid.sum(1).numpy(), propensity=propensity)
         )
         return _padded(place.gather(1, picked.clamp(min=0)).masked_fill(picked < 0, -1), k)
 
@@ -342,13 +347,17 @@ class Pipeline:
 
     def _item_similarity_features(self) -> np.ndarray:
         """Unit vectors by item id, float32 [rows(item), D]; two items are as alike as their dot product says."""
-        vectors = np.zeros((len(self.item_vectors) + 1, self.item_vectors.shape[1]), dtype=np.float32)
-        vectors[1:] = self.item_vectors.numpy()
-        parts = {"genres": [self.catalogue.genres], "vectors": [vectors], "both": [self.catalogue.genres, vectors]}
-        if self.features not in parts:
+        if self.features not in ("genres", "vectors", "both"):
             raise InputError(f"Pipeline: features must be one of auto, genres, vectors, both, got {self.features!r}")
-        unit = [_unit(part) for part in parts[self.features]]
-        return np.ascontiguousarray(np.concatenate(unit, axis=1) / np.sqrt(len(unit)), dtype=np.float32)
+        with torch.inference_mode():
+            vectors = _unit(self.retriever.similarity_vectors().float().cpu().numpy())
+        genres = _unit(self.catalogue.genres)
+        parts = {
+            "genres": [genres],
+            "vectors": [vectors],
+            "both": [np.sqrt(_GENRE_SHARE) * genres, np.sqrt(1 - _GENRE_SHARE) * vectors],
+        }
+        return np.ascontiguousarray(np.concatenate(parts[self.features], axis=1), dtype=np.float32)
 
     # -- disk ----------------------------------------------------------------------------------------------------
 

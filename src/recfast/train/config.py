@@ -142,19 +142,19 @@ class RerankerConfig(Config):
     ----------
     diversity
         0 keeps the ranker's order, 1 looks at diversity alone.
-    choose
-        Measure a grid of trade-offs on the validation rows and take the most diverse one that costs little NDCG,
-        instead of `diversity`.
+    gain
+        By what share intra-list diversity shall rise: the smallest trade-off that does it on the validation rows is
+        taken. With 0, `diversity` is taken as it is.
     personal
         Scale the trade-off by each user's own appetite for diversity, read from the history.
     features
-        What makes two items alike: "genres", "vectors" (of the retriever), "both", or "auto" (genres where known).
+        What makes two items alike: "genres", "vectors" (of the retriever), "both", or "auto" (both where genres are known).
     pool
         How many of the best ranked candidates are re-ranked; all of them if left out.
     """
 
     diversity: float = Field(0.3, ge=0, le=1)
-    choose: bool = True
+    gain: float = Field(0.21, ge=0)
     personal: bool = True
     features: Literal["auto", "genres", "vectors", "both"] = "auto"
     pool: int | None = Field(None, ge=1)

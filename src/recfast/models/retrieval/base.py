@@ -78,6 +78,10 @@ class Retriever(nn.Module):
         """Return the vector of each item id, float32 [rows(item), D]; row 0 ("unknown") is never to be recommended."""
         raise NotImplementedError
 
+    def similarity_vectors(self) -> Tensor:
+        """Return vectors whose cosine says how alike two items are, float32 [rows(item), D]; without a bias."""
+        return self.item_vectors()
+
     def scores(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
         """Return the scores of all items, float32 [B, rows(item)]; minus infinity for item 0."""
         scores = self.user_vectors(histories, users) @ self.item_vectors().T

@@ -149,6 +149,9 @@ class TwoTower(Retriever):
     def item_vectors(self) -> Tensor:
         return self._item_vectors(slice(None))
 
+    def similarity_vectors(self) -> Tensor:
+        return self.items.detach()
+
     def _item_vectors(self, ids: Tensor | slice) -> Tensor:
         items = self.items[ids]
         if self.temperature is not None:
