@@ -24,6 +24,7 @@ from recfast.pipeline import Pipeline
 from recfast.rerank import DPP
 from recfast.train import RunConfig, StageConfig
 from recfast.train.config import read_toml
+from recfast.train.evaluate import held_out
 
 # The grid of trade-offs that is drawn, and from which one is chosen on the validation rows.
 DIVERSITIES = tuple(step / 40 for step in range(40))
@@ -301,21 +302,11 @@ def _stand_before(pipeline: Pipeline, dataset: Dataset, split: str) -> tuple[Ten
     recommend again, and without users who have nothing left or no history.
     """
     pipeline.catalogue = pipeline.catalogue.upto(dataset, _BEFORE[split])
-    positives = getattr(dataset, split).positives()
-    rows = dataset.schema.rows(dataset.schema.item)
-    user = positives.column(dataset.schema.user).astype(np.int64)
-    item = positives.column(dataset.schema.item).astype(np.int64)
-    known = (user > 0) & (item > 0) & (pipeline.catalogue.history.lengths().numpy()[user] > 0)
-    pairs = np.unique(user[known] * rows + item[known])
-    excluded = pipeline.excluded()
-    if excluded is not None:
-        owner = np.repeat(np.arange(len(excluded.offsets) - 1), excluded.lengths().numpy())
-        pairs = pairs[~np.isin(pairs, owner * rows + excluded.values.numpy())]
-    users, counts = np.unique(pairs // rows, return_counts=True)
-    if not len(users):
+    users, relevant = held_out(getattr(dataset, split), pipeline.excluded())
+    warm = np.flatnonzero(pipeline.catalogue.history.lengths().numpy()[users] > 0)
+    if not len(warm):
         raise InputError(f"run: no known user likes a new item in the {split} split, so nothing can be measured")
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    return torch.from_numpy(users), Jagged(torch.from_numpy(pairs % rows), torch.from_numpy(offsets))
+    return torch.from_numpy(users[warm]), relevant.take(warm)
 
 
 def _measure_retrieval(pipeline: Pipeline, dataset: Dataset, name: str) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_override_leaves_its_argument_alone():
             "the key second_ranker.train.epoch is unknown, did you mean second_r",
         ),
         (["rankr.model=DIN"], "the key rankr is unknown, did you mean ranker?"),
-        (["pipeline.zzz=1"], "the key pipeline.zzz is unknown, expected one of candidates, "),
+        (["pipeline.zzz=1"], "the key pipeline.zzz is unknown, expected one of blend, candidates, "),
         (["ranker.train.lr=fast"], "ranker.train.lr = 'fast': input should be a valid number"),
         (["ranker.train.lr=nan"], "ranker.train.lr = nan: input should be a finite number"),
         (["pipeline.k=0"], "pipeline.k = 0: input should be greater than or equal to 1"),

@@ -163,7 +163,7 @@ def _retrieval(
     schema = dataset.schema
     history, seen = dataset.history(before), dataset.seen(before)
     rows = schema.rows(schema.item)
-    users, truth = _positives(split, seen, rows)
+    users, truth = held_out(split, seen)
     if users.size == 0:
         raise InputError(f"evaluate: no known user has a new, known item with label 1 in the {split.name} split")
     measured = {f"{name}@{size}": (getattr(metrics, name), size, []) for size in k for name in _RETRIEVAL}
@@ -175,15 +175,28 @@ def _retrieval(
     return {**result, "users": len(users)}
 
 
-def _positives(split: Split, seen: Jagged, rows: int) -> tuple[np.ndarray, Jagged]:
-    """Return the users to be measured, ascending, and the distinct new items each of them liked in the split."""
-    chosen = split.positives()
+def held_out(split: Split, excluded: Jagged | None) -> tuple[np.ndarray, Jagged]:
+    """Return what there is to be found in a split.
+
+    Parameters
+    ----------
+    split
+        Rows after those that the model knows.
+    excluded
+        By user id, items that do not count, such as those the user has seen before.
+
+    Returns
+    -------
+    (users int64 [U], ascending; the distinct items that each of them likes in the split), unknown ones left out.
+    """
+    chosen, rows = split.positives(), split.schema.rows(split.schema.item)
     user = chosen.column(split.schema.user).astype(np.int64)
     item = chosen.column(split.schema.item).astype(np.int64)
     known = (user > 0) & (item > 0)
     pairs = np.unique(user[known] * rows + item[known])
-    old_user = np.repeat(np.arange(len(seen.offsets) - 1), np.diff(seen.offsets.numpy()))
-    pairs = pairs[~np.isin(pairs, old_user * rows + seen.values.numpy())]
+    if excluded is not None:
+        owner = np.repeat(np.arange(len(excluded.offsets) - 1), np.diff(excluded.offsets.numpy()))
+        pairs = pairs[~np.isin(pairs, owner * rows + excluded.values.numpy())]
     users, counts = np.unique(pairs // rows, return_counts=True)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     return users, Jagged(torch.from_numpy(pairs % rows), torch.from_numpy(offsets))
