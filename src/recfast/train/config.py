@@ -148,7 +148,8 @@ class RerankerConfig(Config):
     personal
         Scale the trade-off by each user's own appetite for diversity, read from the history.
     features
-        What makes two items alike: "genres", "vectors" (of the retriever), "both", or "auto" (both where genres are known).
+        What makes two items alike: "genres", "vectors" (of the retriever), "both", or "auto": both, where genres are
+        known.
     pool
         How many of the best ranked candidates are re-ranked; all of them if left out.
     """
