@@ -351,6 +351,7 @@ class Pipeline:
             raise InputError(f"Pipeline: features must be one of auto, genres, vectors, both, got {self.features!r}")
         with torch.inference_mode():
             vectors = _unit(self.retriever.similarity_vectors().float().cpu().numpy())
+        vectors[0] = 0.0  # the unknown item is like none
         genres = _unit(self.catalogue.genres)
         parts = {
             "genres": [genres],
