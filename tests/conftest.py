@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("recfast", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("recfast")
 
+# As the command line does: spinning threads and a busy neighbour make tests many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

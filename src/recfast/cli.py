@@ -16,6 +16,10 @@ import typer
 import recfast
 from recfast.errors import InputError
 
+# Threads that wait by spinning halve each other's speed as soon as another program wants a core. Must be set before
+# torch loads its OpenMP runtime; who sets it in the environment decides.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 app = typer.Typer(
     help="Train, measure and use recommenders.",
     no_args_is_help=True,
