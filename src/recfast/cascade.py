@@ -70,6 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pipeline": {"exclude": "liked"},
     },
     "ml-100k": {
+        "compare_seeds": 3,
         "data": {"options": {"popular_negatives": 0.5}},
         "retriever": {"model": "TwoTower", "train": _TWO_TOWER},
         "ranker": {"model": "DIN", "options": {**_RANKER, "attention_mode": "softmax"}},
@@ -156,7 +157,7 @@ def _run(config: RunConfig, out: Path, overwrite: bool, command: str, say: Say) 
             second, result["second_ranker"] = _train(config, "second_ranker", built["second_ranker"], dataset, out)
 
     say("coding the items")
-    reranker = DPP(diversity=config.reranker.diversity, personal=config.reranker.personal)
+    reranker = _dpp(config, config.reranker.diversity, config.reranker.personal)
     with watch("code and index the items"):
         serving = Catalogue.from_dataset(dataset)
         pipeline = Pipeline(
@@ -187,11 +188,11 @@ def _run(config: RunConfig, out: Path, overwrite: bool, command: str, say: Say) 
     if config.compare_seeds:
         say(f"comparing 8-bit and float tables, {config.compare_seeds} seeds each")
         with watch("compare 8-bit and float tables"):
-            result["tables"] = _compare_tables(config, dataset)
+            result["tables"] = _compare_tables(config, dataset, ranker)
     say("measuring re-ranking")
     with watch("measure re-ranking"):
         result["rerank"], result["serving"], lists = _measure_reranking(pipeline, dataset, config)
-    pipeline.reranker = DPP(diversity=result["rerank"]["diversity"], personal=config.reranker.personal)
+    pipeline.reranker = _dpp(config, result["rerank"]["diversity"], config.reranker.personal)
     result["users"] = _ten_users(pipeline, dataset, lists)
 
     say("writing the folder")
@@ -260,10 +261,20 @@ def _data_summary(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _build(config: RunConfig, stage: str, dataset: Dataset) -> torch.nn.Module:
+def _build(
+    config: RunConfig, stage: str, dataset: Dataset, *, seed: int | None = None, **changed: Any
+) -> torch.nn.Module:
+    """The untrained model of a stage; `seed` (the run's, if left out) goes wherever the model draws something."""
     settings: StageConfig = getattr(config, stage)
-    torch.manual_seed(config.seed)
-    model = models.build(settings.model, dataset.schema, settings.options)
+    seed = config.seed if seed is None else seed
+    options = {**settings.options, **changed}
+    known = models.options(settings.model)
+    if "seed" in known:
+        options.setdefault("seed", seed)
+    if "tables" in known:
+        options["tables"] = {"seed": seed, **(options.get("tables") or {})}
+    torch.manual_seed(seed)
+    model = models.build(settings.model, dataset.schema, options)
     wanted = "retrieval" if stage == "retriever" else "ranking"
     if model.task != wanted:
         raise InputError(f"run: {stage}.model = {settings.model} is for {model.task}, expected a model for {wanted}")
@@ -392,18 +403,21 @@ def _measure_ranking(model: torch.nn.Module, settings: StageConfig, dataset: Dat
     }
 
 
-def _compare_tables(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """The ranker with 8-bit and with float tables, everything else equal, on several seeds."""
+def _compare_tables(config: RunConfig, dataset: Dataset, trained: torch.nn.Module) -> dict[str, Any]:
+    """The ranker with 8-bit and with float tables, everything else equal, on several seeds.
+
+    `trained` is the run's own ranker, which is one of them already.
+    """
     seeds = [config.seed + i for i in range(config.compare_seeds)]
     result: dict[str, Any] = {"seeds": seeds}
     for precision in ("int8", "float32"):
         scores, size = [], 0
         for seed in seeds:
-            torch.manual_seed(seed)
-            options = {**config.ranker.options, "precision": precision}
-            model = models.build(config.ranker.model, dataset.schema, options)
-            settings = config.training("ranker").model_copy(update={"seed": seed})
-            model = train.fit(model, dataset, config=settings).model
+            model = trained
+            if seed != config.seed or config.ranker.options.get("precision", "float32") != precision:
+                model = _build(config, "ranker", dataset, seed=seed, precision=precision)
+                settings = config.training("ranker").model_copy(update={"seed": seed})
+                model = train.fit(model, dataset, config=settings).model
             scores.append(train.evaluate(model, dataset.test, dataset=dataset)["auc"])
             size = model.tables.memory_bytes()
         result[precision] = {"auc": scores, "mean": float(np.mean(scores)), "table_bytes": size}
@@ -426,6 +440,10 @@ def _list_metrics(pipeline: Pipeline, lists: Tensor, relevant: Jagged, k: int) -
     }
 
 
+def _dpp(config: RunConfig, diversity: float, personal: float) -> DPP:
+    return DPP(diversity=diversity, gamma=config.reranker.gamma, personal=personal)
+
+
 def _choose_blend(
     pipeline: Pipeline, items: Tensor, scores: Tensor, logits: Tensor, relevant: Jagged, k: int, wanted: float | None
 ) -> list[dict[str, float]]:
@@ -445,7 +463,7 @@ def _measure_reranking(
 ) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
     k = config.pipeline.k
     watch = Stopwatch()
-    candidates = {}
+    candidates, appetite = {}, {}
     for split in ("valid", "test"):
         users, relevant = _stand_before(pipeline, dataset, split)
         with watch(f"{split} retrieval"):
@@ -455,15 +473,15 @@ def _measure_reranking(
         if split == "valid":
             blends = _choose_blend(pipeline, items, scores, logits, relevant, k, config.pipeline.blend)
         candidates[split] = (users, relevant, items, pipeline.relevance(scores, logits), logits)
+        appetite[split] = pipeline.appetite(users)
 
-    def final(split: str, diversity: float, personal: bool) -> Tensor:
+    def final(split: str, diversity: float, personal: float) -> Tensor:
         users, _, items, relevance, _ = candidates[split]
-        pipeline.catalogue = pipeline.catalogue.upto(dataset, _BEFORE[split])
-        dpp = DPP(diversity=diversity, personal=personal)
-        positions = pipeline.rerank(users, items, relevance, k, reranker=dpp)
+        dpp = _dpp(config, diversity, personal)
+        positions = pipeline.rerank(users, items, relevance, k, reranker=dpp, appetite=appetite[split])
         return items.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -1)
 
-    def measured(split: str, diversity: float, personal: bool) -> dict[str, float]:
+    def measured(split: str, diversity: float, personal: float) -> dict[str, float]:
         return _list_metrics(pipeline, final(split, diversity, personal), candidates[split][1], k)
 
     personal = config.reranker.personal
@@ -490,8 +508,8 @@ def _measure_reranking(
         "after": _list_metrics(pipeline, after, relevant, k),
         "change": {},
         "curve": {
-            name: [{"diversity": d, **measured("test", d, name == "personal")} for d in DIVERSITIES]
-            for name in ("global", "personal")
+            name: [{"diversity": d, **measured("test", d, share)} for d in DIVERSITIES]
+            for name, share in (("global", 0.0), ("personal", personal))
         },
         "validation": [{"diversity": d, **point} for d, point in zip(DIVERSITIES, grid, strict=True)],
     }

@@ -208,8 +208,20 @@ class Pipeline:
         history = self.catalogue.history.take(users)
         return rerank.entropy_propensity(self._genre_counts(history))
 
-    def rerank(self, users: Tensor, items: Tensor, relevance: Tensor, k: int, *, reranker: Any | None = None) -> Tensor:
-        """Positions [B, k] into the candidates, -1 padded, in the re-ranker's order."""
+    def rerank(
+        self,
+        users: Tensor,
+        items: Tensor,
+        relevance: Tensor,
+        k: int,
+        *,
+        reranker: Any | None = None,
+        appetite: np.ndarray | None = None,
+    ) -> Tensor:
+        """Positions [B, k] into the candidates, -1 padded, in the re-ranker's order.
+
+        `reranker` stands in for the pipeline's own; `appetite` is `self.appetite(users)` where the caller has it.
+        """
         chosen = self.reranker if reranker is None else reranker
         relevance = relevance.masked_fill(items < 0, -torch.inf)
         order = torch.argsort(relevance, dim=1, descending=True, stable=True)
@@ -224,7 +236,9 @@ class Pipeline:
         worth = (1.0 / np.log2(np.arange(pool.shape[1]) + 2.0)).astype(np.float32)
         scores = np.where(valid.numpy(), worth, np.float32(0.0))
         features = self._similarity[items.gather(1, place).clamp(min=0).numpy()]
-        propensity = self.appetite(users) if chosen.personal else None
+        propensity = None
+        if chosen.personal:
+            propensity = self.appetite(users) if appetite is None else appetite
         picked = torch.as_tensor(
             chosen.rank(features, scores, min(k, pool.shape[1]), lengths=valid.sum(1).numpy(), propensity=propensity)
         )

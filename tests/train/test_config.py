@@ -33,7 +33,7 @@ model = "DeepFM"
 
 [reranker]
 diversity = 0.5
-personal = false
+personal = 0.0
 
 [pipeline]
 candidates = 50
@@ -55,7 +55,7 @@ def test_a_full_file_is_read_and_comes_back_the_same(path, tmp_path):
     assert (config.retriever.codes.codebooks, config.retriever.train.epochs) == (4, 7)
     assert (config.ranker.model, config.ranker.train.lr, config.ranker.train.epochs) == ("DIN", 5e-4, 10)
     assert config.second_ranker.model == "DeepFM"
-    assert (config.reranker.diversity, config.reranker.personal) == (0.5, False)
+    assert (config.reranker.diversity, config.reranker.personal) == (0.5, 0.0)
     config.save(tmp_path / "again.toml")
     assert RunConfig.load(tmp_path / "again.toml") == config
 
@@ -80,7 +80,7 @@ def test_overrides(path):
             "ranker.options.hidden = [80, 40]",
             "data.name=frappe",
             'data.path="a b"',
-            "reranker.personal=true",
+            "reranker.personal=1",
             "second_ranker.train.epochs=1",
             "retriever.train.monitor=recall@10",
         ],
@@ -88,7 +88,7 @@ def test_overrides(path):
     assert config.ranker.train.lr == 1e-2
     assert config.ranker.options == {"bits": 8, "hidden": [80, 40]}
     assert (config.data.name, config.data.path) == ("frappe", "a b")
-    assert config.reranker.personal is True
+    assert config.reranker.personal == 1.0
     assert config.second_ranker.train.epochs == 1
     assert config.retriever.train.monitor == "recall@10"
 

@@ -28,7 +28,7 @@ _PLACES = {
     "TwoTower": "recfast.models.retrieval.two_tower",
 }
 
-__all__ = ["DIN", "DeepFM", "ItemKNN", "Popularity", "SimpleX", "TwoTower", "build", "load", "names"]
+__all__ = ["DIN", "DeepFM", "ItemKNN", "Popularity", "SimpleX", "TwoTower", "build", "load", "names", "options"]
 
 
 def __getattr__(name: str) -> Any:
@@ -72,18 +72,20 @@ def build(name: str, schema: Schema, config: Mapping[str, Any] | None = None) ->
     InputError
         The model or one of its options is unknown; the sentence names the nearest known one.
     """
+    known = options(name)
+    chosen = dict(config or {})
+    for key in chosen:
+        if key not in known:
+            raise InputError(f"models.build: {name} has no option {key!r}, {_nearest(key, known)}")
+    return __getattr__(name)(schema, **chosen)
+
+
+def options(name: str) -> list[str]:
+    """Return the names of the keyword options of the model called `name`, which `build` takes."""
     if name not in _PLACES:
         raise InputError(f"models.build: model {name!r} is unknown, {_nearest(name, names())}")
-    cls = __getattr__(name)
-    options = dict(config or {})
-    parameters = list(inspect.signature(cls).parameters.values())
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        known = [k for k in known if k != "schema"]
-        for key in options:
-            if key not in known:
-                raise InputError(f"models.build: {name} has no option {key!r}, {_nearest(key, known)}")
-    return cls(schema, **options)
+    parameters = inspect.signature(__getattr__(name)).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "schema"]
 
 
 def load(run: str | os.PathLike[str]) -> nn.Module:

@@ -146,19 +146,23 @@ class RerankerConfig(Config):
         By what share intra-list diversity shall rise: the smallest trade-off that does it on the validation rows is
         taken. With 0, `diversity` is taken as it is.
     personal
-        Scale the trade-off by each user's own appetite for diversity, read from the history.
+        How much of the trade-off is the user's own, in [0, 1]: with 0 it is the same for all, with 1 it is `diversity`
+        times the user's appetite for diversity, read from the history.
+    gamma
+        Of the kernel, (1 - gamma) F F' + gamma I: 0 forbids two items that are alike in all, more forgives them.
     features
         What makes two items alike: "genres", "vectors" (of the retriever), "both", or "auto": both, where genres are
         known.
     pool
-        How many of the best ranked candidates are re-ranked; all of them if left out.
+        How many of the best ranked candidates are re-ranked.
     """
 
     diversity: float = Field(0.3, ge=0, le=1)
     gain: float = Field(0.21, ge=0)
-    personal: bool = True
+    personal: float = Field(0.5, ge=0, le=1)
+    gamma: float = Field(0.2, ge=0, lt=1)
     features: Literal["auto", "genres", "vectors", "both"] = "auto"
-    pool: int | None = Field(None, ge=1)
+    pool: int | None = Field(50, ge=1)
 
 
 class PipelineConfig(Config):
