@@ -52,7 +52,9 @@ def _signed(value: float | None, digits: int = 1) -> str:
 def _seconds(value: float) -> str:
     if value >= 60:
         return f"{int(value // 60)} min {value % 60:.0f} s"
-    return f"{value:.1f} s" if value >= 1 else f"{1e3 * value:.0f} ms"
+    if value >= 1:
+        return f"{value:.1f} s"
+    return f"{1e3 * value:.0f} ms" if value >= 1e-3 else f"{1e6 * value:.0f} µs"
 
 
 def _bytes(value: float) -> str:
@@ -81,6 +83,7 @@ def _figure(width: float = 5.2, height: float = 3.1, columns: int = 1):
             "axes.titleweight": "bold",
             "axes.titlelocation": "left",
             "axes.grid": True,
+            "axes.axisbelow": True,
             "grid.color": "#e8eaee",
             "xtick.color": "#5b6270",
             "ytick.color": "#5b6270",
@@ -120,14 +123,14 @@ def _learning(metrics: dict[str, Any]) -> str:
     figure, axes = _figure(width=3.6, columns=len(stages))
     for axis, (stage, result) in zip(axes, stages, strict=True):
         history = result["history"]
-        epochs = [entry["epoch"] for entry in history]
+        epochs = [entry["epoch"] + 1 for entry in history]
         axis.plot(epochs, [entry.get("loss", math.nan) for entry in history], color=GREY, marker="o", markersize=3)
         axis.set(title=f"{result['model']} ({stage})", xlabel="epoch")
         axis.set_ylabel("training loss", color=GREY)
         other = axis.twinx()
         monitor = result["monitor"]
         other.plot(epochs, [entry[monitor] for entry in history], color=OURS, marker="o", markersize=3)
-        other.axvline(result["best_epoch"], color=OURS, linewidth=0.8, linestyle=":")
+        other.axvline(result["best_epoch"] + 1, color=OURS, linewidth=0.8, linestyle=":")
         other.set_ylabel(f"validation {monitor}", color=OURS)
         other.grid(visible=False)
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -134,4 +134,6 @@ def load(
         users=folder / "users.parquet",
         cache=cache,
         name="synthetic",
+        about="An invented bookshop, made by the built-in generator: what was shown to whom, and what was clicked. The "
+        "causes of every click are known. Split by time.",
     )
