@@ -1,6 +1,7 @@
 # Each target sets up what it needs in .venv; nothing else of the machine is touched.
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTHON_FILES := src tests benchmarks
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt tools/setup.sh $(shell find csrc -type f)
 
@@ -22,10 +23,10 @@ test-all: $(READY) ## the slow tests too
 	$(BIN)/python -m pytest
 
 lint: $(READY) ## style and mistakes
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check $(PYTHON_FILES) && $(BIN)/ruff format --check $(PYTHON_FILES)
 
 format: $(READY) ## rewrite the Python files in house style
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/ruff check --fix $(PYTHON_FILES) && $(BIN)/ruff format $(PYTHON_FILES)
 
 bench: $(READY) ## the benchmarks of every op, one thread and all
 	$(BIN)/python -m pytest benchmarks

@@ -166,7 +166,8 @@ def test_write_is_whole_or_not_at_all(metrics, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(0.0004, "0 ms"), (0.25, "250 ms"), (1.5, "1.5 s"), (59.96, "60.0 s"), (125.0, "2 min 5 s")]
+    ("value", "expected"),
+    [(0.0004, "400 µs"), (0.25, "250 ms"), (1.5, "1.5 s"), (59.96, "60.0 s"), (125.0, "2 min 5 s")],
 )
 def test_seconds(value, expected):
     assert report._seconds(value) == expected
