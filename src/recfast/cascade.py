@@ -489,7 +489,9 @@ def _measure_reranking(
     diversity = config.reranker.diversity
     if config.reranker.gain:
         wanted = (1 + config.reranker.gain) * grid[0]["ild"]
-        diversity = next((d for d, point in zip(DIVERSITIES, grid, strict=True) if point["ild"] >= wanted), 1.0)
+        # Where no trade-off gets so far, the configured one is as good as any and keeps an eye on relevance.
+        reached = (d for d, point in zip(DIVERSITIES, grid, strict=True) if point["ild"] >= wanted)
+        diversity = next(reached, config.reranker.diversity)
     users, relevant, items, _, logits = candidates["test"]
     before, retrieved = final("test", 0.0, personal), items[:, :k]
     ranked = items.gather(1, torch.argsort(logits, dim=1, descending=True, stable=True)[:, :k])

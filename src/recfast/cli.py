@@ -73,7 +73,7 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def run(
     data: Annotated[
-        str | None, typer.Option(help="synthetic (the default), ml-100k, frappe, or folder: a log of your own.")
+        str | None, typer.Option(help="synthetic (the default), ml-100k, or folder: a log of your own.")
     ] = None,
     path: Annotated[
         Path | None,
@@ -149,7 +149,7 @@ def evaluate(
     result = read_json(run_folder / "metrics.json")
     try:
         text = json.dumps(result, indent=2) if as_json else cascade.describe(result)
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(
             f"evaluate: {run_folder / 'metrics.json'} is not of a finished run, expected the figures of a cascade"
         ) from None

@@ -27,6 +27,8 @@ _CANDIDATE_ROWS = 1 << 15
 # Of the similarity of two items, what their genres have to say where the vectors speak too.
 _GENRE_SHARE = 0.8
 
+_RERANKERS = {"DPP": rerank.DPP, "MMR": rerank.MMR}
+
 Cold = Literal["error", "popular"]
 Exclude = Literal["seen", "liked", "nothing"]
 
@@ -235,13 +237,24 @@ class Pipeline:
         # the size of its scores is not.
         worth = (1.0 / np.log2(np.arange(pool.shape[1]) + 2.0)).astype(np.float32)
         scores = np.where(valid.numpy(), worth, np.float32(0.0))
-        features = self._similarity[items.gather(1, place).clamp(min=0).numpy()]
+        candidates = items.gather(1, place).clamp(min=0).numpy()
         propensity = None
         if chosen.personal:
             propensity = self.appetite(users) if appetite is None else appetite
-        picked = torch.as_tensor(
-            chosen.rank(features, scores, min(k, pool.shape[1]), lengths=valid.sum(1).numpy(), propensity=propensity)
-        )
+        counts, size = valid.sum(1).numpy(), min(k, pool.shape[1])
+        step = max(1, _CANDIDATE_ROWS // max(pool.shape[1], 1))
+        picks = [torch.zeros(0, size, dtype=torch.int64)]
+        for first in range(0, len(users), step):
+            part = slice(first, first + step)
+            chosen_part = chosen.rank(
+                self._similarity[candidates[part]],
+                scores[part],
+                size,
+                lengths=counts[part],
+                propensity=None if propensity is None else propensity[part],
+            )
+            picks.append(torch.as_tensor(chosen_part))
+        picked = torch.cat(picks)
         return _padded(place.gather(1, picked.clamp(min=0)).masked_fill(picked < 0, -1), k)
 
     # -- raw ids -------------------------------------------------------------------------------------------------
@@ -364,7 +377,8 @@ class Pipeline:
         if self.features not in ("genres", "vectors", "both"):
             raise InputError(f"Pipeline: features must be one of auto, genres, vectors, both, got {self.features!r}")
         with torch.inference_mode():
-            vectors = _unit(self.retriever.similarity_vectors().float().cpu().numpy())
+            alike = getattr(self.retriever, "similarity_vectors", self.retriever.item_vectors)
+            vectors = _unit(alike().float().cpu().numpy())
         vectors[0] = 0.0  # the unknown item is like none
         genres = _unit(self.catalogue.genres)
         parts = {
@@ -384,6 +398,12 @@ class Pipeline:
         InputError
             The disk is full, or the place may not be written; what was there before is untouched.
         """
+        reranker = None
+        if self.reranker is not None:
+            kind = type(self.reranker).__name__
+            if _RERANKERS.get(kind) is not type(self.reranker):
+                raise InputError(f"Pipeline.save: a re-ranker of the class {kind} cannot be saved, expected DPP or MMR")
+            reranker = {"kind": kind, "options": self.reranker.config()}
         with disk_errors("Pipeline.save", path), atomic_path(path, directory=True) as folder:
             save_model(self.retriever, self.catalogue.schema, folder / "retriever")
             if self.ranker is not None:
@@ -404,7 +424,7 @@ class Pipeline:
                 "exclude": self.exclude,
                 "blend": self.blend,
                 "ranker": self.ranker is not None,
-                "reranker": None if self.reranker is None else self.reranker.config(),
+                "reranker": reranker,
             }
             write_json(folder / "pipeline.json", settings)
             write_checksums(folder)
@@ -431,10 +451,13 @@ class Pipeline:
         tensors, shape = read_tensors(folder / "quantizer.safetensors")
         quantizer = ProductQuantizer(shape["dim"], shape["n_codebooks"], shape["n_codes"])
         quantizer.load_state_dict(tensors)
+        reranker = settings["reranker"]
+        if reranker is not None:
+            reranker = _RERANKERS[reranker["kind"]](**reranker["options"])
         return cls(
             load_model(folder / "retriever"),
             load_model(folder / "ranker") if settings["ranker"] else None,
-            None if settings["reranker"] is None else rerank.DPP(**settings["reranker"]),
+            reranker,
             Catalogue.load(folder / "catalogue"),
             candidates=settings["candidates"],
             pool=settings["pool"],

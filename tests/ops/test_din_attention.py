@@ -370,3 +370,18 @@ def test_rejects_bad_input(change, error, sentence):
     weights = DINWeights(*(named.pop(name) for name in DINWeights._fields))
     with pytest.raises(error, match=sentence):
         ops.din_attention(named.pop("query"), named.pop("keys"), named.pop("offsets"), weights, **named)
+
+
+def test_one_row_expanded_over_the_history():
+    """Padded keys whose rows all are one row in memory."""
+    generator = torch.Generator().manual_seed(4)
+    row = torch.randn(3, 8, generator=generator)
+    query = torch.randn(3, 8, generator=generator)
+    weights = ops.DINWeights(
+        torch.randn(32, 5, generator=generator), torch.zeros(5), None, None, torch.randn(5, 1, generator=generator),
+        torch.zeros(1),
+    )  # fmt: skip
+    keys, lengths = row[:, None, :].expand(3, 4, 8), torch.tensor([4, 0, 3])
+    assert torch.equal(
+        ops.din_attention(query, keys, lengths, weights), ops.din_attention(query, keys.contiguous(), lengths, weights)
+    )

@@ -345,3 +345,20 @@ def test_memory_grows_with_neither_items_squared_nor_items_times_picks():
         # The rows in float32 and some sixty bytes an item; the picks' directions.
         assert few < items * (4 * width + 64)
         assert many - few < 500 * 12 * (width + 500)
+
+
+def test_fewer_users_than_threads():
+    """A team may number its threads beyond the users; the scratch memory must reach that far."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.nn.functional.normalize(torch.randn(2, 2000, 32, generator=generator), dim=2)
+    relevance = torch.randn(2, 2000, generator=generator)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        wanted = ops.dpp_greedy(features, relevance, 40, diversity=0.5)
+        torch.set_num_threads(8)
+        for _ in range(20):
+            found = ops.dpp_greedy(features, relevance, 40, diversity=0.5)
+            assert torch.equal(found.indices, wanted.indices)
+    finally:
+        torch.set_num_threads(threads)

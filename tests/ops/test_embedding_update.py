@@ -253,3 +253,16 @@ def test_rejects_bad_input(change, error, sentence):
         ops.embedding_update_(table, **arguments)
     assert torch.equal(table.codes, codes)
     assert torch.equal(table.step, step)
+
+
+@pytest.mark.parametrize("option", [{"eps": 0.0}, {"grad_scale": float("nan")}, {"step_scale": float("inf")}])
+def test_rejects_options_that_would_write_nan(option):
+    table = ops.quantize(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    codes = table.codes.clone()
+    state = ops.UpdateState.zeros(table, optimizer="rowwise_adagrad")
+    name = next(iter(option))
+    with pytest.raises(ValueError, match=f"embedding_update_: {name} must be"):
+        ops.embedding_update_(
+            table, torch.tensor([0]), None, torch.zeros(1, 2), state, optimizer="rowwise_adagrad", lr=0.1, **option
+        )
+    assert torch.equal(table.codes, codes)

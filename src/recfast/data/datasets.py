@@ -173,6 +173,13 @@ def load_ml_100k(
         {"user": pl.Int64, "age": pl.Int64, "gender": pl.String, "occupation": pl.String, "zip": pl.String},
     )
 
+    for column, frame, path in (("item", films, item_path), ("user", people, user_path)):
+        missing = ratings[column].filter(~ratings[column].is_in(frame[column].implode()))
+        if missing.len():
+            raise InputError(
+                f"data.load: {data_path} names {column} {missing[0]}, which {path} does not hold; expected all of them"
+            )
+
     genres = pl.concat_list(
         [pl.when(pl.col(f"genre{i}") == 1).then(pl.lit(genre)) for i, genre in enumerate(ML_GENRES)]
     ).list.drop_nulls()

@@ -81,6 +81,8 @@ def _histories(keys: torch.Tensor, values: torch.Tensor | None, offsets: torch.T
     _check.indices("din_attention", "lengths", offsets, length + 1)
 
     def step_of(x: torch.Tensor) -> int | None:
+        if x.stride(1) == 0:  # one row stands for the whole history: there is no step from row to row
+            return None
         step, rest = divmod(x.stride(0), max(x.stride(1), 1))
         return step if rest == 0 and step >= length else None
 

@@ -15,6 +15,7 @@ from recfast.ops._library import define, kernel
 
 _DTYPES = (torch.float32, torch.float64)
 _POLICIES = ("relevance", "stop", "restart")
+_threads = kernel("max_threads")
 _KERNELS = {torch.float32: kernel("dpp_greedy_float32"), torch.float64: kernel("dpp_greedy_float64")}
 # Equal to kSpent, kTie and kTieRelative of csrc/dpp_greedy/dpp_greedy.h.
 _SPENT = 1e-10
@@ -74,7 +75,8 @@ def _cpu(
     inputs += [None if value is None else value.contiguous() for value in (lengths, mask, shown)]
     outputs = _empty(users, k, relevance)
     a_thread = _C.dpp_greedy_scratch(items, width, k, shown_width, gamma > 0)
-    scratch = torch.empty(a_thread * max(1, min(users, _C.max_threads())) + 64, dtype=torch.uint8)
+    # A loop over two users may still number its threads up to the team's size.
+    scratch = torch.empty(a_thread * max(1, _threads()) + 64, dtype=torch.uint8)
     shape = _C.DppShape(users, items, width, k, shown_width, window, gamma, _POLICIES.index(exhausted), exact)
     wrong_feature, wrong_relevance = _KERNELS[features.dtype](
         shape,
