@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A shared machine is slow at times; a deadline would only measure the neighbours.
-settings.register_profile("recfast", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+# A shared machine is slow at times; a deadline would only measure the neighbours. In CI the examples are always the
+# same ones, so that a change is judged by what it changed; on a desk they are new each time.
+settings.register_profile(
+    "recfast",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("recfast")
 
 # As the command line does: spinning threads and a busy neighbour make tests many times slower.

@@ -386,9 +386,7 @@ def embedding_update_(
     if stored.requires_grad:
         raise ValueError(f"{op}: table is updated in place and must not require a gradient")
     if optimizer != "sgd" and not eps > 0:
-        raise ValueError(
-            f"{op}: eps must be positive, got {eps}: a row without gradients would be divided by it"
-        )
+        raise ValueError(f"{op}: eps must be positive, got {eps}: a row without gradients would be divided by it")
     for name, value in (("grad_scale", grad_scale), ("step_scale", 0.0 if step_scale is None else step_scale)):
         if not math.isfinite(value):
             raise ValueError(f"{op}: {name} must be finite, got {value}")
