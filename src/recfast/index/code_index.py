@@ -35,7 +35,7 @@ class CodeIndex:
     ids : array or Tensor [N] of distinct integers, at least 0, optional
         What an item is called outside; its slot where left out. Ties go to the lowest.
     order : "auto" or "none"
-        The order in which items are laid out. It never changes an answer; both keep the order given for now.
+        The order in which items are laid out. It never changes an answer; both keep the order given.
 
     Raises
     ------
