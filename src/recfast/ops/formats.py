@@ -119,9 +119,7 @@ class QuantizedTable:
         dim = self.dim or max(0, size - HEADER_BYTES) * 8 // FORMATS[name].bits
         object.__setattr__(self, "dim", dim)
         if self.header == "step" and size != row_bytes(name, dim):
-            raise ValueError(
-                f"{op}: rows of {dim} columns in {name} take {row_bytes(name, dim)} bytes, got {size}"
-            )
+            raise ValueError(f"{op}: rows of {dim} columns in {name} take {row_bytes(name, dim)} bytes, got {size}")
         if self.header == "affine" and size < HEADER_BYTES + code_bytes(name, dim):
             raise ValueError(
                 f"{op}: rows of {dim} columns in {name} take at least {HEADER_BYTES + code_bytes(name, dim)} bytes, "
@@ -189,7 +187,9 @@ class QuantizedTable:
             return packed if self.header == "affine" else packed.view(torch.int8)
         return unpack(packed, self.bits, self.dim, signed=self.header == "step")
 
-    def reference_values(self, rows: torch.Tensor | slice = slice(None), dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def reference_values(
+        self, rows: torch.Tensor | slice = slice(None), dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
         """The values of some rows in plain torch: Tensor [R, D], `dtype`."""
         part = QuantizedTable(self.rows[rows], self.bits, self.dim, self.header)
         values = part.step.to(dtype)[:, None] * part.codes.to(torch.float32).to(dtype)
