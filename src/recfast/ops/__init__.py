@@ -5,13 +5,22 @@ from recfast.ops.code_search import Codes, code_search
 from recfast.ops.din_attention import DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
 from recfast.ops.embedding_bag import QuantizedTable, embedding_bag, quantize
-from recfast.ops.embedding_update import UpdateState, embedding_update_
+from recfast.ops.embedding_update import (
+    Pending,
+    UpdateState,
+    embedding_step_gradient,
+    embedding_update_,
+    embedding_update_first_,
+    embedding_update_second_,
+    requantize_,
+)
 from recfast.ops.example_axpy import example_axpy
 
 __all__ = [
     "Codes",
     "DINWeights",
     "DPPResult",
+    "Pending",
     "QuantizedTable",
     "RowsIndex",
     "UpdateState",
@@ -20,7 +29,11 @@ __all__ = [
     "din_attention",
     "dpp_greedy",
     "embedding_bag",
+    "embedding_step_gradient",
     "embedding_update_",
+    "embedding_update_first_",
+    "embedding_update_second_",
     "example_axpy",
     "quantize",
+    "requantize_",
 ]
