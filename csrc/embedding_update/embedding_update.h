@@ -21,8 +21,8 @@
 //          with `grow` also at least max |w'| / hi
 //   code'= clip(round(w' / step'), lo, hi)
 // bfloat16, float16: round(clip(w')) to the grid of the format, float8 likewise of w' / step'; float32: w'.
-// round is floor(x + u) on the grid, u the draw of the column (common/random.h) at counter (step_count, table_id, row),
-// or the nearest, ties to even. The 8-bit first moment is rounded with draws at table_id ^ 2^31, step max |m| / 127.
+// round is floor(x), plus 1 where u < x - floor(x), on the grid, u the draw of the column (common/random.h) at counter
+// (step_count, table_id, row); bfloat16 rounds the magnitude, floor(|x| + u). Or it is the nearest, ties to even. The 8-bit first moment is rounded with draws at table_id ^ 2^31, step max |m| / 127.
 //
 // Phases       whole: all of the above. first: up to w', which goes to `floats` [runs, D]; the row gets its nearest
 //              codes with the old step, so that an ordinary forward pass gives Q_D(w', step). second: from w' in

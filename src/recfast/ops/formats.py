@@ -71,7 +71,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     per_byte = 8 // bits
     rows, dim = codes.shape
     short = codes.to(torch.int32) & ((1 << bits) - 1)
-    padded = torch.nn.functional.pad(short, (0, -dim % per_byte)).reshape(rows, -1, per_byte)
+    padded = torch.nn.functional.pad(short, (0, -dim % per_byte)).reshape(rows, -(-dim // per_byte), per_byte)
     shifts = torch.arange(per_byte, device=codes.device, dtype=torch.int32) * bits
     return (padded << shifts).sum(2).to(torch.uint8)
 
@@ -81,7 +81,7 @@ def unpack(packed: torch.Tensor, bits: int, dim: int, *, signed: bool = True) ->
     per_byte = 8 // bits
     shifts = torch.arange(per_byte, device=packed.device, dtype=torch.int32) * bits
     codes = (packed.to(torch.int32)[..., None] >> shifts) & ((1 << bits) - 1)
-    codes = codes.reshape(len(packed), -1)[:, :dim]
+    codes = codes.flatten(1)[:, :dim]
     if not signed:
         return codes.to(torch.uint8)
     return torch.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes).to(torch.int8)
