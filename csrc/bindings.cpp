@@ -549,6 +549,7 @@ void bind_embedding_update(py::module_& m) {
   m.def("embedding_step_gradient", &embedding_step_gradient);
   m.def("requantize", &requantize);
   m.def("embedding_update_scratch", &recfast::embedding_update::scratch_bytes);
+  m.def("embedding_update_buffer", &recfast::embedding_update::buffer_floats);
 }
 
 }  // namespace

@@ -93,9 +93,9 @@ inline M lanes_equal(const std::int32_t* p, std::int64_t n, std::int32_t x) noex
   return out;
 }
 
-inline std::int64_t count_outside(const F& x, const F& low, const F& high) noexcept {
+inline std::int64_t count_changed(const F& x, const F& y) noexcept {
   std::int64_t count = 0;
-  for (int i = 0; i < kLanes; ++i) count += x.lane[i] < low.lane[i] || x.lane[i] > high.lane[i];
+  for (int i = 0; i < kLanes; ++i) count += x.lane[i] < y.lane[i] || x.lane[i] > y.lane[i];
   return count;
 }
 
@@ -283,7 +283,7 @@ Memory lay_out(std::uint8_t* memory, std::int64_t total, std::int64_t bags, std:
   out.counts = scratch.take<std::int64_t>(pieces + 1);
   if (coefficients) out.coefficient = scratch.take<float>(std::max(total, bags));
   if (offsets) out.bag_of = scratch.take<std::int32_t>(total);
-  out.buffers = scratch.take<float>(3 * padded(width) * threads);
+  out.buffers = scratch.take<float>(buffer_floats(width) * threads);
   if (threads > 1) {
     out.long_runs = scratch.take<LongRun>(total / kPart + 1);
     out.part_sums = scratch.take<float>((total / kPart + 1) * padded(width));
@@ -312,7 +312,7 @@ std::int64_t sum_long_runs(const Functions& form, const Args& args, LongRun* lon
                                                   }) - 1;
     const std::int64_t first = groups.starts[owner->run] + (part - owner->first_part + 1) * kPart;
     const std::int64_t last = std::min<std::int64_t>(groups.starts[owner->run + 1], first + kPart);
-    form.part(args, first, last, args.buffers + 3 * full * thread, part_sums + part * full);
+    form.part(args, first, last, args.buffers + buffer_floats(args.table.width) * thread, part_sums + part * full);
   });
   return found;
 }
@@ -416,7 +416,7 @@ Result run(const Table& table, const State& state, const Rule& rule, const Call&
   }
   std::atomic<std::int64_t> clipped{0};
   const std::int64_t runs = args.groups.runs;
-  const std::int64_t stride = 3 * padded(table.width);
+  const std::int64_t stride = buffer_floats(table.width);
   if (max_threads() == 1) {
     clipped = form.rows(args, 0, runs, args.buffers);
   } else {
@@ -436,7 +436,7 @@ Result table_step_gradient(const Table& table, const Rule& rule, const Call& cal
   // One sum a chunk, in order, and the chunks' sums in order.
   const std::int64_t runs = args.groups.runs;
   const std::int64_t chunks = (runs + kChunk - 1) / kChunk;
-  const std::int64_t stride = 3 * padded(table.width);
+  const std::int64_t stride = buffer_floats(table.width);
   parallel_for_each(chunks, [&](std::int64_t chunk, int thread) {
     float slopes_of[kChunk];
     const std::int64_t first = chunk * kChunk;
@@ -461,7 +461,7 @@ std::int64_t requantize(const Table& table, const Rule& rule, float step, const 
     args.floats = call.floats;
   }
   std::atomic<std::int64_t> clipped{0};
-  const std::int64_t stride = 3 * padded(table.width);
+  const std::int64_t stride = buffer_floats(table.width);
   parallel_for_each((table.rows + kChunk - 1) / kChunk, [&](std::int64_t chunk, int thread) {
     clipped += form.requantize(args, chunk * kChunk, std::min(table.rows, (chunk + 1) * kChunk), step,
                                args.buffers + stride * thread);

@@ -38,6 +38,7 @@
 //              al., arXiv:2104.05158. Adam: Kingma and Ba, ICLR 2015; 8-bit moments: Dettmers et al., ICLR 2022.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/group_ids.h"
@@ -126,7 +127,7 @@ struct Args {
   SlotGradient gradient{};
   Grouped groups{};
   float* floats = nullptr;              // [runs, D]: w' of the phases first and second
-  float* buffers = nullptr;             // [max_threads(), 3 * padded(D)], 64-byte aligned
+  float* buffers = nullptr;             // [max_threads(), buffer_floats(D)], 64-byte aligned
   const LongRun* long_runs = nullptr;   // ascending; only where part_sums is not null
   std::int64_t long_run_count = 0;
   const float* part_sums = nullptr;     // [parts, padded(D)]; null: rows are summed where they are updated
@@ -135,7 +136,16 @@ struct Args {
 // Row buffers are padded to full registers.
 [[nodiscard]] constexpr std::int64_t padded(std::int64_t width) noexcept { return (width + 15) / 16 * 16; }
 
-// Runs [first, last), one thread, with buffers of 3 * padded(D). Returns how many values were clipped.
+// Rows that a thread has in hand at once, and the floats of working memory that they take.
+inline constexpr std::int64_t kBlockRows = 16;
+[[nodiscard]] constexpr std::int64_t block_rows(std::int64_t width) noexcept {
+  return width <= 128 ? kBlockRows : std::max<std::int64_t>(1, kBlockRows * 128 / width);
+}
+[[nodiscard]] constexpr std::int64_t buffer_floats(std::int64_t width) noexcept {
+  return (3 * block_rows(width) + 1) * padded(width);
+}
+
+// Runs [first, last), one thread, with buffer_floats(D) of working memory. Returns how many values were clipped.
 using RowsFunction = std::int64_t(const Args& args, std::int64_t first, std::int64_t last, float* buffers) noexcept;
 // out[0, padded(D)) = sum over keys [first, last), at most kPart of them.
 using PartFunction = void(const Args& args, std::int64_t first, std::int64_t last, float* buffers,

@@ -77,13 +77,11 @@ inline M lanes_equal(const std::int32_t* p, std::int64_t n, std::int32_t x) noex
                               _mm256_castsi256_ps(_mm256_cmpeq_epi32(high, wanted))});
 }
 
-inline std::int64_t count_outside(F x, F low, F high) noexcept {
-  const M below = less(x, low);
-  const M above = less(high, x);
-  const int first = _mm256_movemask_ps(_mm256_or_ps(below.low, above.low));
-  const int second = _mm256_movemask_ps(_mm256_or_ps(below.high, above.high));
-  const int outside = first | second << 8;
-  return outside == 0 ? 0 : __builtin_popcount(static_cast<unsigned>(outside));
+inline std::int64_t count_changed(F x, F y) noexcept {
+  const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.low, y.low, _CMP_NEQ_OQ));
+  const int high = _mm256_movemask_ps(_mm256_cmp_ps(x.high, y.high, _CMP_NEQ_OQ));
+  const int changed = low | high << 8;
+  return changed == 0 ? 0 : __builtin_popcount(static_cast<unsigned>(changed));
 }
 
 inline F exponent_of(F x) noexcept { return intersection(x, of_bits(0x7F800000)); }

@@ -12,7 +12,7 @@
 #include "common/random.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c,popcnt,prefer-vector-width=512")
 
 namespace recfast::embedding_update {
 namespace {
@@ -43,9 +43,8 @@ inline M lanes_equal(const std::int32_t* p, std::int64_t n, std::int32_t x) noex
   return _mm512_cmpeq_epi32_mask(_mm512_maskz_loadu_epi32(lanes_below(n), p), _mm512_set1_epi32(x)) & lanes_below(n);
 }
 
-inline std::int64_t count_outside(F x, F low, F high) noexcept {
-  const M outside = static_cast<M>(less(x, low) | less(high, x));
-  return outside == 0 ? 0 : __builtin_popcount(outside);
+inline std::int64_t count_changed(F x, F y) noexcept {
+  return __builtin_popcount(_mm512_cmp_ps_mask(x, y, _CMP_NEQ_OQ));
 }
 
 inline F exponent_of(F x) noexcept { return _mm512_and_ps(x, _mm512_castsi512_ps(_mm512_set1_epi32(0x7F800000))); }
@@ -141,13 +140,30 @@ class Draws {
   }
 
   void make(std::int64_t row, std::int64_t unit, F* u) const noexcept {
+    fill(_mm512_set1_epi32(static_cast<int>(row)), _mm512_add_epi64(_mm512_set1_epi64(8 * unit), blocks()), u);
+  }
+
+  // The draws of several short rows of kVectors registers; reads 4 / kVectors places of `rows`.
+  template <int kVectors>
+  void make_rows(const std::int64_t* rows, F* u) const noexcept {
+    constexpr int kShift = kVectors == 1 ? 1 : 2;  // blocks of a row: 2 or 4
+    const __m512i places = _mm512_srli_epi64(blocks(), kShift);
+    const __m512i found = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows)));
+    fill(_mm512_permutexvar_epi64(places, found),
+         _mm512_and_si512(blocks(), _mm512_set1_epi64((1 << kShift) - 1)), u);
+  }
+
+ private:
+  static __m512i blocks() noexcept { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
+
+  void fill(__m512i row, __m512i block, F* u) const noexcept {
     constexpr int kXor = 0x96;
     const __m512i multiplier0 = _mm512_set1_epi64(0xD2511F53);
     const __m512i multiplier1 = _mm512_set1_epi64(0xCD9E8D57);
     __m512i c0 = _mm512_set1_epi32(static_cast<int>(step_count_));
     __m512i c1 = _mm512_set1_epi32(static_cast<int>(table_id_));
-    __m512i c2 = _mm512_set1_epi32(static_cast<int>(row));
-    __m512i c3 = _mm512_add_epi64(_mm512_set1_epi64(8 * unit), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+    __m512i c2 = row;
+    __m512i c3 = block;
 #pragma GCC unroll 7
     for (int round = 0; round < Philox::kRounds; ++round) {
       const __m512i p0 = _mm512_mul_epu32(multiplier0, c0);
@@ -169,7 +185,6 @@ class Draws {
     u[3] = uniform(_mm512_permutex2var_epi64(high01, second, high23));
   }
 
- private:
   // Words in the low halves of 64-bit lanes: an even column takes its word, the odd one after it the halves exchanged.
   static F uniform(__m512i words) noexcept {
     const __m512i twice = _mm512_castps_si512(_mm512_moveldup_ps(_mm512_castsi512_ps(words)));

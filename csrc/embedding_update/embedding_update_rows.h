@@ -5,21 +5,9 @@
 //
 // A primitive's name is its contract, but for these: larger(a, b) is a > b ? a : b, so b where one is NaN; smaller
 // likewise; exponent_of(x) is the power of two at or below |x|, reciprocal_of_power its inverse; fold sums lanes 8, 4,
-// 2, 1 apart.
+// 2, 1 apart; count_changed(x, y) counts lanes where the two differ, NaN aside.
 
 #define RECFAST_INLINE __attribute__((always_inline))
-
-// The state of 16 * kVectors columns in registers; kVectors 0: any width, in memory.
-template <int kVectors>
-struct Buffer {
-  F value[kVectors];
-  RECFAST_INLINE explicit Buffer(float*) noexcept {}
-};
-template <>
-struct Buffer<0> {
-  F* value;
-  RECFAST_INLINE explicit Buffer(float* memory) noexcept : value(reinterpret_cast<F*>(memory)) {}
-};
 
 template <class Body, std::size_t... kIndex>
 RECFAST_INLINE inline void unrolled(const Body& body, std::index_sequence<kIndex...>) noexcept {
@@ -30,6 +18,9 @@ RECFAST_INLINE inline F bounded(F x, F low, F high) noexcept {  // NaN becomes `
   return smaller(larger(x, low), high);
 }
 RECFAST_INLINE inline F bounded_or_nan(F x, F low, F high) noexcept { return smaller(high, larger(low, x)); }
+
+// std::sqrt without the call that sets errno.
+RECFAST_INLINE inline float root_of(float x) noexcept { return __builtin_sqrtf(x); }
 
 template <Format kFormat>
 constexpr float kLowest = kFormat == Format::kFloat8 ? -kFloat8Max : static_cast<float>(lowest_code(kFormat));
@@ -54,50 +45,69 @@ RECFAST_INLINE inline F to_grid(F x, F u, bool stochastic) noexcept {
   return mul(mul(to_whole(scaled, u, stochastic), power), set(1.0f / kSteps));
 }
 
-template <Format kFormat, int kVectors>
-class Row {
+// Rows are taken in blocks, and a block in passes, so that no row waits for the long chains of another: sums over D,
+// roots and quotients of one row run beside those of the next. What lies between passes stays in the first cache.
+template <Format kFormat, int kVectors>  // kVectors 0: any width
+class Block {
   static constexpr bool kStep = has_step(kFormat);
-  static constexpr std::int64_t kBytes = 2 * bits_of(kFormat);  // of 16 columns
   static constexpr std::int64_t kHeader = kStep ? kHeaderBytes : 0;
-  static constexpr std::int64_t kAhead = 16;
-  static constexpr std::int64_t kGradientAhead = 12;
-  using Values = Buffer<kVectors>;
+  static constexpr std::int64_t kAhead = 24;
+  static constexpr std::int64_t kGradientAhead = 16;
 
  public:
-  RECFAST_INLINE Row(const Args& args, float* buffers) noexcept
+  RECFAST_INLINE Block(const Args& args, float* buffers) noexcept
       : args_(args),
         rule_(args.rule),
         width_(kVectors > 0 ? 16 * kVectors : args.table.width),
         whole_(width_ / 16),
         tail_(width_ % 16),
-        g_(buffers),
-        w_(buffers + padded(width_)),
-        x_(buffers + 2 * padded(width_)),
+        vectors_(padded(width_) / 16),
+        size_(block_rows(width_)),
+        g_(reinterpret_cast<F*>(buffers)),
+        w_(g_ + size_ * vectors_),
+        u_(w_ + size_ * vectors_),
+        x_(u_ + size_ * vectors_),
         draws_(args.rule.seed, args.rule.step_count, args.rule.table_id),
         moment_draws_(args.rule.seed, args.rule.step_count, args.rule.table_id ^ kMomentDomain) {}
 
   RECFAST_INLINE std::int64_t update(std::int64_t first, std::int64_t last) noexcept {
+    const bool rowwise =
+        rule_.optimizer == Optimizer::kRowwiseAdagrad || rule_.optimizer == Optimizer::kRowwiseAdam;
     std::int64_t clipped = 0;
-    for (std::int64_t run = first; run < last; ++run) {
-      prefetch(std::min(run + kAhead, args_.groups.runs - 1));
-      const std::int64_t row = group_row(args_.groups.keys[args_.groups.starts[run]]);
-      std::uint8_t* const stored = args_.table.data + row * args_.table.stride;
-      sum_run(run);
-      float step = 1.0f;
-      if constexpr (kStep) step = read_step(stored);
-      if (args_.phase == Phase::kSecond) {
-        each([&](std::int64_t k) RECFAST_INLINE { w_.value[k] = part(args_.floats + run * width_, k); });
-      } else {
-        each([&](std::int64_t k) RECFAST_INLINE { w_.value[k] = read(stored, step, k); });
-        optimise(row);
+    for (std::int64_t begin = first; begin < last; begin += size_) {
+      const std::int64_t count = std::min(size_, last - begin);
+      for (std::int64_t r = 0; r < count; ++r) {
+        prefetch(std::min(begin + r + kAhead, args_.groups.runs - 1));
+        rows_[r] = row_of(begin + r);
+        F* const g = g_ + r * vectors_;
+        F* const w = w_ + r * vectors_;
+        sum_run(begin + r, g);
+        if constexpr (kStep) steps_[r] = read_step(stored(r));
+        if (args_.phase == Phase::kSecond) {
+          each([&](std::int64_t k) RECFAST_INLINE { w[k] = part(args_.floats + (begin + r) * width_, k); });
+          continue;
+        }
+        read(stored(r), steps_[r], w);
+        if (rule_.keep != 1.0f) {
+          each([&](std::int64_t k) RECFAST_INLINE { w[k] = mul(w[k], set(rule_.keep)); });
+        }
+        if (rowwise) rates_[r] = mean_square(g, w);
+      }
+      if (args_.phase != Phase::kSecond) {
+        if (rowwise) find_rates(count);
+        for (std::int64_t r = 0; r < count; ++r) optimise(r);
       }
       if (args_.phase == Phase::kFirst) {
-        each([&](std::int64_t k) RECFAST_INLINE { put(args_.floats + run * width_, k, w_.value[k]); });
-        write(stored, step, row, false);
+        for (std::int64_t r = 0; r < count; ++r) {
+          const F* const w = w_ + r * vectors_;
+          each([&](std::int64_t k) RECFAST_INLINE { put(args_.floats + (begin + r) * width_, k, w[k]); });
+          write(r, false);
+        }
         continue;
       }
-      if constexpr (kStep) step = learn(step, row);
-      clipped += write(stored, step, row, rule_.stochastic);
+      if constexpr (kStep) learn(count);
+      if (rule_.stochastic && kFormat != Format::kFloat32) draw(draws_, count);
+      for (std::int64_t r = 0; r < count; ++r) clipped += write(r, rule_.stochastic);
     }
     return clipped;
   }
@@ -105,21 +115,20 @@ class Row {
   // One part of a long run.
   RECFAST_INLINE void sum_part(std::int64_t first, std::int64_t last, float* out) noexcept {
     sum(first, last, x_);
-    each([&](std::int64_t k) RECFAST_INLINE { store(out + 16 * k, x_.value[k]); });
+    each([&](std::int64_t k) RECFAST_INLINE { store(out + 16 * k, x_[k]); });
   }
 
   RECFAST_INLINE void slopes(std::int64_t first, std::int64_t last, float* out) noexcept {
     for (std::int64_t run = first; run < last; ++run) {
-      const std::int64_t row = group_row(args_.groups.keys[args_.groups.starts[run]]);
-      sum_run(run);
-      each([&](std::int64_t k) RECFAST_INLINE { w_.value[k] = part(args_.floats + run * width_, k); });
-      out[run - first] = slope(read_step(args_.table.data + row * args_.table.stride));
+      rows_[0] = row_of(run);
+      sum_run(run, g_);
+      each([&](std::int64_t k) RECFAST_INLINE { w_[k] = part(args_.floats + run * width_, k); });
+      out[run - first] = slope(g_, w_, read_step(stored(0)));
     }
   }
 
   RECFAST_INLINE std::int64_t requantize(std::int64_t first, std::int64_t last, float step) noexcept {
     const Grouped& groups = args_.groups;
-    const auto row_of = [&](std::int64_t run) { return group_row(groups.keys[groups.starts[run]]); };
     std::int64_t run = 0;
     for (std::int64_t end = groups.runs; run < end;) {  // the first run at or after `first`
       const std::int64_t middle = (run + end) / 2;
@@ -130,16 +139,21 @@ class Row {
       }
     }
     std::int64_t clipped = 0;
-    for (std::int64_t row = first; row < last; ++row) {
-      std::uint8_t* const stored = args_.table.data + row * args_.table.stride;
-      if (run < groups.runs && row_of(run) == row) {
-        each([&](std::int64_t k) RECFAST_INLINE { w_.value[k] = part(args_.floats + run * width_, k); });
-        ++run;
-      } else {
-        const float old = read_step(stored);
-        each([&](std::int64_t k) RECFAST_INLINE { w_.value[k] = read(stored, old, k); });
+    for (std::int64_t begin = first; begin < last; begin += size_) {
+      const std::int64_t count = std::min(size_, last - begin);
+      for (std::int64_t r = 0; r < count; ++r) {
+        rows_[r] = begin + r;
+        F* const w = w_ + r * vectors_;
+        if (run < groups.runs && row_of(run) == rows_[r]) {
+          each([&](std::int64_t k) RECFAST_INLINE { w[k] = part(args_.floats + run * width_, k); });
+          ++run;
+        } else {
+          read(stored(r), read_step(stored(r)), w);
+        }
+        steps_[r] = step;
       }
-      clipped += write(stored, step, row, rule_.stochastic);
+      if (rule_.stochastic) draw(draws_, count);
+      for (std::int64_t r = 0; r < count; ++r) clipped += write(r, rule_.stochastic);
     }
     return clipped;
   }
@@ -150,8 +164,7 @@ class Row {
     if constexpr (kVectors > 0) {
       unrolled(body, std::make_index_sequence<kVectors>{});
     } else {
-      const std::int64_t vectors = whole_ + (tail_ > 0);
-      for (std::int64_t k = 0; k < vectors; ++k) body(k);
+      for (std::int64_t k = 0; k < vectors_; ++k) body(k);
     }
   }
 
@@ -202,10 +215,20 @@ class Row {
     return step < kSmallestStep ? kStepFloor : step;
   }
 
-  RECFAST_INLINE F read(const std::uint8_t* stored, float step, std::int64_t k) const noexcept {
-    const F values = codes<kFormat>(stored + kHeader, k);
-    if constexpr (kStep) return mul(set(step), values);
-    return values;
+  RECFAST_INLINE void read(const std::uint8_t* from, float step, F* w) const noexcept {
+    each([&](std::int64_t k) RECFAST_INLINE {
+      w[k] = codes<kFormat>(from + kHeader, k);
+      if constexpr (kStep) w[k] = mul(set(step), w[k]);
+    });
+  }
+
+  RECFAST_INLINE std::int64_t row_of(std::int64_t run) const noexcept {
+    return group_row(args_.groups.keys[args_.groups.starts[run]]);
+  }
+
+  // The row in place r of the block, as it is stored.
+  RECFAST_INLINE std::uint8_t* stored(std::int64_t r) const noexcept {
+    return args_.table.data + rows_[r] * args_.table.stride;
   }
 
   RECFAST_INLINE static void prefetch_bytes(const void* address, std::int64_t bytes) noexcept {
@@ -215,7 +238,7 @@ class Row {
   }
 
   RECFAST_INLINE void prefetch(std::int64_t run) const noexcept {
-    const std::int64_t row = group_row(args_.groups.keys[args_.groups.starts[run]]);
+    const std::int64_t row = row_of(run);
     const State& state = args_.state;
     prefetch_bytes(args_.table.data + row * args_.table.stride, kHeader + code_bytes(kFormat, width_));
     if (state.row != nullptr) __builtin_prefetch(state.row + row * state.row_stride, 0, 2);
@@ -227,12 +250,14 @@ class Row {
     if (state.second != nullptr) prefetch_bytes(state.second + row * width_, 4 * width_);
   }
 
-  RECFAST_INLINE void sum(std::int64_t first, std::int64_t last, Values& out) const noexcept {
+  RECFAST_INLINE void sum(std::int64_t first, std::int64_t last, F* to) const noexcept {
     const SlotGradient& gradient = args_.gradient;
     const std::uint64_t* const keys = args_.groups.keys;
     const std::int64_t end = args_.groups.kept - 1;
     const bool plain = gradient.coefficient == nullptr && gradient.argmax == nullptr;
-    each([&](std::int64_t k) RECFAST_INLINE { out.value[k] = zero(); });
+    F out[kVectors > 0 ? kVectors : 1];  // in registers where the width is known
+    F* const sums = kVectors > 0 ? out : to;
+    each([&](std::int64_t k) RECFAST_INLINE { sums[k] = zero(); });
     for (std::int64_t i = first; i < last; ++i) {
       const std::int64_t later = gradient.bag(group_position(keys[std::min(i + kGradientAhead, end)]));
       for (std::int64_t d = 0; d < width_; d += 16) {
@@ -242,7 +267,7 @@ class Row {
       const std::int64_t bag = gradient.bag(slot);
       const float* const grad = gradient.grad + bag * width_;
       if (plain) {
-        each([&](std::int64_t k) RECFAST_INLINE { out.value[k] = add(out.value[k], part(grad, k)); });
+        each([&](std::int64_t k) RECFAST_INLINE { sums[k] = add(sums[k], part(grad, k)); });
         continue;
       }
       const F factor = set(gradient.coefficient == nullptr ? 1.0f : gradient.coefficient[slot]);
@@ -253,24 +278,27 @@ class Row {
           const std::int64_t lanes = std::min<std::int64_t>(16, width_ - 16 * k);
           x = select(lanes_equal(chosen + 16 * k, lanes, static_cast<std::int32_t>(slot)), x, zero());
         }
-        out.value[k] = add(out.value[k], x);
+        sums[k] = add(sums[k], x);
       });
+    }
+    if constexpr (kVectors > 0) {
+      each([&](std::int64_t k) RECFAST_INLINE { to[k] = out[k]; });
     }
   }
 
   // g = grad_scale * the sum of the run.
-  RECFAST_INLINE void sum_run(std::int64_t run) noexcept {
+  RECFAST_INLINE void sum_run(std::int64_t run, F* g) noexcept {
     const std::int64_t first = args_.groups.starts[run];
     const std::int64_t last = args_.groups.starts[run + 1];
-    sum(first, std::min(last, first + kPart), g_);
-    if (last - first > kPart) [[unlikely]] add_parts(run, first, last);
+    sum(first, std::min(last, first + kPart), g);
+    if (last - first > kPart) [[unlikely]] add_parts(run, first, last, g);
     if (rule_.grad_scale != 1.0f) {
       const F scale = set(rule_.grad_scale);
-      each([&](std::int64_t k) RECFAST_INLINE { g_.value[k] = mul(g_.value[k], scale); });
+      each([&](std::int64_t k) RECFAST_INLINE { g[k] = mul(g[k], scale); });
     }
   }
 
-  RECFAST_INLINE void add_parts(std::int64_t run, std::int64_t first, std::int64_t last) noexcept {
+  RECFAST_INLINE void add_parts(std::int64_t run, std::int64_t first, std::int64_t last, F* g) noexcept {
     const float* sums = nullptr;
     if (args_.part_sums != nullptr) {
       const LongRun* const found =
@@ -281,85 +309,84 @@ class Row {
     for (std::int64_t from = first + kPart; from < last; from += kPart) {
       if (sums == nullptr) {
         sum(from, std::min(last, from + kPart), x_);
-        each([&](std::int64_t k) RECFAST_INLINE { g_.value[k] = add(g_.value[k], x_.value[k]); });
+        each([&](std::int64_t k) RECFAST_INLINE { g[k] = add(g[k], x_[k]); });
       } else {
-        each([&](std::int64_t k) RECFAST_INLINE { g_.value[k] = add(g_.value[k], load(sums + 16 * k)); });
+        each([&](std::int64_t k) RECFAST_INLINE { g[k] = add(g[k], load(sums + 16 * k)); });
         sums += padded(width_);
       }
     }
   }
 
-  RECFAST_INLINE F pull(std::int64_t k) const noexcept {  // h
-    return rule_.decay == 0.0f ? g_.value[k] : add(g_.value[k], mul(set(rule_.decay), w_.value[k]));
+  RECFAST_INLINE F pull(F g, F w) const noexcept {  // h
+    return rule_.decay == 0.0f ? g : add(g, mul(set(rule_.decay), w));
   }
 
-  RECFAST_INLINE float mean_square() const noexcept {
+  RECFAST_INLINE float mean_square(const F* g, const F* w) const noexcept {
     F squares = zero();
     each([&](std::int64_t k) RECFAST_INLINE {
-      const F h = pull(k);
+      const F h = pull(g[k], w[k]);
       squares = add(squares, mul(h, h));
     });
     return fold(squares) / static_cast<float>(width_);
   }
 
-  RECFAST_INLINE void descend(float rate) noexcept {
-    const F factor = set(rate);
-    each([&](std::int64_t k) RECFAST_INLINE { w_.value[k] = sub(w_.value[k], mul(factor, pull(k))); });
+  // From the mean squares of the block's rows: their second moments, and the rates these give.
+  RECFAST_INLINE void find_rates(std::int64_t count) noexcept {
+    const State& state = args_.state;
+    const bool adam = rule_.optimizer == Optimizer::kRowwiseAdam;
+    for (std::int64_t r = 0; r < count; ++r) {
+      float& second = state.row[rows_[r] * state.row_stride + state.second_column];
+      second = adam ? rule_.beta2 * second + rule_.one_less_beta2 * rates_[r] : second + rates_[r];
+      rates_[r] = (adam ? rule_.adam_rate : rule_.lr) / (root_of(second) + rule_.eps);
+    }
   }
 
-  RECFAST_INLINE void optimise(std::int64_t row) noexcept {
+  RECFAST_INLINE void optimise(std::int64_t r) noexcept {
     const State& state = args_.state;
-    if (rule_.keep != 1.0f) {
-      each([&](std::int64_t k) RECFAST_INLINE { w_.value[k] = mul(w_.value[k], set(rule_.keep)); });
-    }
+    const F* const g = g_ + r * vectors_;
+    F* const w = w_ + r * vectors_;
+    float* const second = state.second + rows_[r] * width_;
+    auto* const moment = static_cast<std::uint8_t*>(state.moment) + rows_[r] * state.moment_stride;
+    auto* const first = reinterpret_cast<float*>(moment);
     switch (rule_.optimizer) {
-      case Optimizer::kSgd: return descend(rule_.lr);
+      case Optimizer::kSgd:
       case Optimizer::kRowwiseAdagrad: {
-        float& second = state.row[row * state.row_stride + state.second_column];
-        second += mean_square();
-        return descend(rule_.lr / (std::sqrt(second) + rule_.eps));
-      }
-      case Optimizer::kAdagrad: {
-        float* const second = state.second + row * width_;
-        each([&](std::int64_t k) RECFAST_INLINE {
-          const F h = pull(k);
-          const F v = add(part(second, k), mul(h, h));
-          put(second, k, v);
-          w_.value[k] = sub(w_.value[k], div(mul(set(rule_.lr), h), add(root(v), set(rule_.eps))));
-        });
+        const F rate = set(rule_.optimizer == Optimizer::kSgd ? rule_.lr : rates_[r]);
+        each([&](std::int64_t k) RECFAST_INLINE { w[k] = sub(w[k], mul(rate, pull(g[k], w[k]))); });
         return;
       }
-      case Optimizer::kAdam: {
-        float* const first = static_cast<float*>(state.moment) + row * width_;
-        float* const second = state.second + row * width_;
+      case Optimizer::kAdagrad:
         each([&](std::int64_t k) RECFAST_INLINE {
-          const F h = pull(k);
+          const F h = pull(g[k], w[k]);
+          const F v = add(part(second, k), mul(h, h));
+          put(second, k, v);
+          w[k] = sub(w[k], div(mul(set(rule_.lr), h), add(root(v), set(rule_.eps))));
+        });
+        return;
+      case Optimizer::kAdam:
+        each([&](std::int64_t k) RECFAST_INLINE {
+          const F h = pull(g[k], w[k]);
           const F m = first_moment(part(first, k), h);
           const F v = add(mul(set(rule_.beta2), part(second, k)), mul(set(rule_.one_less_beta2), mul(h, h)));
           put(first, k, m);
           put(second, k, v);
-          w_.value[k] = sub(w_.value[k], div(mul(set(rule_.adam_rate), m), add(root(v), set(rule_.eps))));
+          w[k] = sub(w[k], div(mul(set(rule_.adam_rate), m), add(root(v), set(rule_.eps))));
         });
         return;
-      }
       case Optimizer::kRowwiseAdam: {
-        float& second = state.row[row * state.row_stride + state.second_column];
-        second = rule_.beta2 * second + rule_.one_less_beta2 * mean_square();
-        const F rate = set(rule_.adam_rate / (std::sqrt(second) + rule_.eps));
-        auto* const first = static_cast<std::uint8_t*>(state.moment) + row * state.moment_stride;
-        if (state.moment_short) {
-          const F step = set(read_at<float>(first));
-          each([&](std::int64_t k) RECFAST_INLINE {
-            x_.value[k] = first_moment(mul(step, codes<Format::kInt8>(first + kHeaderBytes, k)), pull(k));
-          });
-        } else {
-          each([&](std::int64_t k) RECFAST_INLINE {
-            x_.value[k] = first_moment(part(reinterpret_cast<const float*>(first), k), pull(k));
-            put(reinterpret_cast<float*>(first), k, x_.value[k]);
-          });
-        }
-        each([&](std::int64_t k) RECFAST_INLINE { w_.value[k] = sub(w_.value[k], mul(rate, x_.value[k])); });
-        if (state.moment_short) write_moment(first, row);
+        const F rate = set(rates_[r]);
+        const F step = set(state.moment_short ? read_at<float>(moment) : 0.0f);
+        each([&](std::int64_t k) RECFAST_INLINE {
+          const F old = state.moment_short ? mul(step, codes<Format::kInt8>(moment + kHeaderBytes, k)) : part(first, k);
+          const F m = first_moment(old, pull(g[k], w[k]));
+          if (state.moment_short) {
+            x_[k] = m;
+          } else {
+            put(first, k, m);
+          }
+          w[k] = sub(w[k], mul(rate, m));
+        });
+        if (state.moment_short) write_moment(moment, rows_[r]);
         return;
       }
     }
@@ -370,128 +397,134 @@ class Row {
   }
 
   // The 8-bit first moment, from x.
-  RECFAST_INLINE void write_moment(std::uint8_t* stored, std::int64_t row) noexcept {
-    const float largest = largest_of(x_);
-    const float step = largest * (1.000001f / 127.0f);
+  RECFAST_INLINE void write_moment(std::uint8_t* moment, std::int64_t row) noexcept {
+    const float step = largest_of(x_) * (1.000001f / 127.0f);
     const bool usable = step >= kSmallestStep && step <= std::numeric_limits<float>::max();
     const float written = usable ? step : 0.0f;
     const F inverse = set(usable ? 1.0f / step : 0.0f);
-    std::memcpy(stored, &written, sizeof written);
-    draws_for(moment_draws_, row, [&](std::int64_t k, F u) RECFAST_INLINE {
-      const F x = bounded(mul(x_.value[k], inverse), set(-127.0f), set(127.0f));
-      put_codes<Format::kInt8>(stored + kHeaderBytes, k, to_whole(x, u, rule_.stochastic));
+    std::memcpy(moment, &written, sizeof written);
+    F u[kDrawn];
+    each([&](std::int64_t k) RECFAST_INLINE {
+      if (rule_.stochastic && k % kDrawn == 0) moment_draws_.make(row, k / kDrawn, u);
+      const F x = bounded(mul(x_[k], inverse), set(-127.0f), set(127.0f));
+      put_codes<Format::kInt8>(moment + kHeaderBytes, k, to_whole(x, u[k % kDrawn], rule_.stochastic));
     });
   }
 
-  RECFAST_INLINE float largest_of(const Values& values) const noexcept {
+  RECFAST_INLINE float largest_of(const F* values) const noexcept {
     F largest = zero();
-    each([&](std::int64_t k) RECFAST_INLINE { largest = larger(magnitude(values.value[k]), largest); });
+    each([&](std::int64_t k) RECFAST_INLINE { largest = larger(magnitude(values[k]), largest); });
     return fold_largest(largest);
   }
 
   // sum_d g_d * c(w'_d / step)
-  RECFAST_INLINE float slope(float step) const noexcept {
+  RECFAST_INLINE float slope(const F* g, const F* w, float step) const noexcept {
     const F inverse = set(1.0f / step);
     const F low = set(kLowest<kFormat>);
     const F high = set(kHighest<kFormat>);
     F sums = zero();
     each([&](std::int64_t k) RECFAST_INLINE {
-      const F x = bounded(mul(w_.value[k], inverse), low, high);
+      const F x = bounded(mul(w[k], inverse), low, high);
       F factor = sub(rounded(x), x);
       factor = select(less(low, x), factor, low);
       factor = select(less(x, high), factor, high);
-      sums = add(sums, mul(g_.value[k], factor));
+      sums = add(sums, mul(g[k], factor));
     });
     return fold(sums);
   }
 
-  RECFAST_INLINE float learn(float step, std::int64_t row) noexcept {
+  // The new step sizes of the block's rows.
+  RECFAST_INLINE void learn(std::int64_t count) noexcept {
     if (rule_.step_rule != StepRule::kFixed) {
-      float* const state = args_.state.row == nullptr ? nullptr : args_.state.row + row * args_.state.row_stride;
-      const float t = rule_.step_scale * slope(step);
-      float move = t;
-      if (rule_.step_rule == StepRule::kAdagrad) {
-        float& v = state[args_.state.step_second_column];
-        v += t * t;
-        move = t / (std::sqrt(v) + kStepEps);
-      } else if (rule_.step_rule == StepRule::kAdam) {
-        float& v = state[args_.state.step_second_column];
-        float& m = state[args_.state.step_first_column];
-        m = rule_.beta1 * m + rule_.one_less_beta1 * t;
-        v = rule_.beta2 * v + rule_.one_less_beta2 * (t * t);
-        move = m * rule_.step_correction1 / (std::sqrt(v * rule_.step_correction2) + kStepEps);
+      for (std::int64_t r = 0; r < count; ++r) {
+        rates_[r] = rule_.step_scale * slope(g_ + r * vectors_, w_ + r * vectors_, steps_[r]);
       }
-      const float moved = step - rule_.step_lr * move;
-      switch (rule_.step_floor) {
-        case StepFloor::kClamp: step = moved < kStepFloor ? kStepFloor : moved; break;
-        case StepFloor::kAbs: step = std::fabs(moved) + kStepShift; break;
-        case StepFloor::kNone: step = moved <= kSmallestStep ? step : moved; break;
-      }
+      for (std::int64_t r = 0; r < count; ++r) steps_[r] = moved_step(steps_[r], rates_[r], rows_[r]);
     }
-    if (rule_.grow) {
+    if (!rule_.grow) return;
+    for (std::int64_t r = 0; r < count; ++r) {
       // A little more than needed, so that no rounding lifts the largest weight over the last code.
-      const float needed = largest_of(w_) * (1.000001f / kHighest<kFormat>);
-      if (needed > step && needed <= std::numeric_limits<float>::max()) step = needed;
+      const float needed = largest_of(w_ + r * vectors_) * (1.000001f / kHighest<kFormat>);
+      if (needed > steps_[r] && needed <= std::numeric_limits<float>::max()) steps_[r] = needed;
+    }
+  }
+
+  RECFAST_INLINE float moved_step(float step, float t, std::int64_t row) const noexcept {
+    float* const state = args_.state.row + row * args_.state.row_stride;
+    float move = t;
+    if (rule_.step_rule == StepRule::kAdagrad) {
+      float& v = state[args_.state.step_second_column];
+      v += t * t;
+      move = t / (root_of(v) + kStepEps);
+    } else if (rule_.step_rule == StepRule::kAdam) {
+      float& v = state[args_.state.step_second_column];
+      float& m = state[args_.state.step_first_column];
+      m = rule_.beta1 * m + rule_.one_less_beta1 * t;
+      v = rule_.beta2 * v + rule_.one_less_beta2 * (t * t);
+      move = m * rule_.step_correction1 / (root_of(v * rule_.step_correction2) + kStepEps);
+    }
+    const float moved = step - rule_.step_lr * move;
+    switch (rule_.step_floor) {
+      case StepFloor::kClamp: return moved < kStepFloor ? kStepFloor : moved;
+      case StepFloor::kAbs: return std::fabs(moved) + kStepShift;
+      case StepFloor::kNone: return moved <= kSmallestStep ? step : moved;
     }
     return step;
   }
 
-  // body(k, draws of columns 16k .. 16k + 15)
-  template <class Body>
-  RECFAST_INLINE void draws_for(const Draws& draws, std::int64_t row, const Body& body) const noexcept {
-    if (!rule_.stochastic) {
-      each([&](std::int64_t k) RECFAST_INLINE { body(k, zero()); });
-      return;
-    }
-    if constexpr (kVectors > 0) {
-      F u[(kVectors + kDrawn - 1) / kDrawn * kDrawn];
-      constexpr int kUnits = (kVectors + kDrawn - 1) / kDrawn;
-      unrolled([&](std::int64_t unit) RECFAST_INLINE { draws.make(row, unit, u + unit * kDrawn); },
-               std::make_index_sequence<kUnits>{});
-      each([&](std::int64_t k) RECFAST_INLINE { body(k, u[k]); });
+  // The draws of the block's rows, into u.
+  template <class Generator>  // a parameter, since only some sets have make_rows
+  RECFAST_INLINE void draw(const Generator& draws, std::int64_t count) noexcept {
+    if constexpr (kVectors > 0 && kVectors < kDrawn) {
+      constexpr std::int64_t kTogether = kDrawn / kVectors;
+      for (std::int64_t r = 0; r < count; r += kTogether) {
+        draws.template make_rows<kVectors>(rows_ + r, u_ + r * kVectors);
+      }
     } else {
-      F u[kDrawn];
-      const std::int64_t vectors = whole_ + (tail_ > 0);
-      for (std::int64_t k = 0; k < vectors; ++k) {
-        if (k % kDrawn == 0) draws.make(row, k / kDrawn, u);
-        body(k, u[k % kDrawn]);
+      F rest[kDrawn];
+      for (std::int64_t r = 0; r < count; ++r) {
+        F* const u = u_ + r * vectors_;
+        std::int64_t k = 0;
+        for (; k + kDrawn <= vectors_; k += kDrawn) draws.make(rows_[r], k / kDrawn, u + k);
+        if (kVectors == 0 && k < vectors_) {
+          draws.make(rows_[r], k / kDrawn, rest);
+          for (; k < vectors_; ++k) u[k] = rest[k % kDrawn];
+        }
       }
     }
   }
 
   // Returns how many values lay outside the range.
-  RECFAST_INLINE std::int64_t write(std::uint8_t* stored, float step, std::int64_t row, bool stochastic) noexcept {
+  RECFAST_INLINE std::int64_t write(std::int64_t r, bool stochastic) noexcept {
+    std::uint8_t* const to = stored(r);
+    const F* const w = w_ + r * vectors_;
     if constexpr (kFormat == Format::kFloat32) {
-      each([&](std::int64_t k) RECFAST_INLINE { put(reinterpret_cast<float*>(stored), k, w_.value[k]); });
+      each([&](std::int64_t k) RECFAST_INLINE { put(reinterpret_cast<float*>(to), k, w[k]); });
       return 0;
     } else {
-      if constexpr (kStep) std::memcpy(stored, &step, sizeof step);
-      const F inverse = set(1.0f / step);
+      const F* const u = u_ + r * vectors_;
+      if constexpr (kStep) std::memcpy(to, &steps_[r], sizeof(float));
+      const F inverse = set(1.0f / steps_[r]);
       std::int64_t clipped = 0;
-      const auto one = [&](std::int64_t k, F u) RECFAST_INLINE {
-        F x = w_.value[k];
+      each([&](std::int64_t k) RECFAST_INLINE {
+        F x = w[k];
         if constexpr (kStep) x = mul(x, inverse);
         constexpr float limit = kFormat == Format::kFloat16 ? kFloat16Max : kBFloat16Max;
         const F low = set(kStep ? kLowest<kFormat> : -limit);
         const F high = set(kStep ? kHighest<kFormat> : limit);
-        clipped += count_outside(x, low, high);
-        x = kStep ? bounded(x, low, high) : bounded_or_nan(x, low, high);
+        const F inside = kStep ? bounded(x, low, high) : bounded_or_nan(x, low, high);
+        clipped += count_changed(x, inside);
         if constexpr (is_integer(kFormat)) {
-          x = to_whole(x, u, stochastic);
+          x = to_whole(inside, u[k], stochastic);
         } else if constexpr (kFormat == Format::kFloat8) {
-          x = to_grid<3, -6>(x, u, stochastic);
+          x = to_grid<3, -6>(inside, u[k], stochastic);
         } else if constexpr (kFormat == Format::kFloat16) {
-          x = to_grid<10, -14>(x, u, stochastic);
+          x = to_grid<10, -14>(inside, u[k], stochastic);
         } else {
-          x = stochastic ? bfloat16_drawn(x, u) : bfloat16_nearest(x);
+          x = stochastic ? bfloat16_drawn(inside, u[k]) : bfloat16_nearest(inside);
         }
-        put_codes<kFormat>(stored + kHeader, k, x);
-      };
-      if (stochastic) {
-        draws_for(draws_, row, one);
-      } else {
-        each([&](std::int64_t k) RECFAST_INLINE { one(k, zero()); });
-      }
+        put_codes<kFormat>(to + kHeader, k, x);
+      });
       return clipped;
     }
   }
@@ -501,30 +534,36 @@ class Row {
   std::int64_t width_;
   std::int64_t whole_;
   std::int64_t tail_;
-  Values g_;
-  Values w_;
-  Values x_;
+  std::int64_t vectors_;
+  std::int64_t size_;
+  F* g_;  // [size, vectors]
+  F* w_;  // likewise
+  F* u_;  // likewise
+  F* x_;  // [vectors]
+  std::int64_t rows_[kBlockRows + 4] = {};  // make_rows reads beyond the last
+  float steps_[kBlockRows];
+  float rates_[kBlockRows];
   Draws draws_;
   Draws moment_draws_;
 };
 
 template <Format kFormat, int kVectors>
 std::int64_t rows(const Args& args, std::int64_t first, std::int64_t last, float* buffers) noexcept {
-  return Row<kFormat, kVectors>(args, buffers).update(first, last);
+  return Block<kFormat, kVectors>(args, buffers).update(first, last);
 }
 
 inline void part(const Args& args, std::int64_t first, std::int64_t last, float* buffers, float* out) noexcept {
-  Row<Format::kFloat32, 0>(args, buffers).sum_part(first, last, out);
+  Block<Format::kFloat32, 0>(args, buffers).sum_part(first, last, out);
 }
 
 template <Format kFormat>
 void slopes(const Args& args, std::int64_t first, std::int64_t last, float* buffers, float* out) noexcept {
-  if constexpr (has_step(kFormat)) Row<kFormat, 0>(args, buffers).slopes(first, last, out);
+  if constexpr (has_step(kFormat)) Block<kFormat, 0>(args, buffers).slopes(first, last, out);
 }
 
 template <Format kFormat>
 std::int64_t requantize(const Args& args, std::int64_t first, std::int64_t last, float step, float* buffers) noexcept {
-  if constexpr (has_step(kFormat)) return Row<kFormat, 0>(args, buffers).requantize(first, last, step);
+  if constexpr (has_step(kFormat)) return Block<kFormat, 0>(args, buffers).requantize(first, last, step);
   return 0;
 }
 

@@ -339,7 +339,7 @@ def _requantize_cpu(
     table_id: int,
 ) -> torch.Tensor:
     threads = max(_C.max_threads(), torch.get_num_threads())
-    scratch = torch.empty(threads * 3 * -(-width // 16) * 16)
+    scratch = torch.empty(threads * _C.embedding_update_buffer(width))
     clipped = _requantize(
         (table.data_ptr(), table.shape[0], width, table.stride(0) * table.element_size(), FORMATS[form].code),
         (0, True, total, 0, 0, table.shape[0], 0, 0, 0, 0, False),
