@@ -55,7 +55,7 @@ class Block {
   static constexpr std::int64_t kGradientAhead = 16;
 
  public:
-  RECFAST_INLINE Block(const Args& args, float* buffers) noexcept
+  RECFAST_INLINE Block(const Args& args, const Draws& draws, const Draws& moment_draws, float* buffers) noexcept
       : args_(args),
         rule_(args.rule),
         width_(kVectors > 0 ? 16 * kVectors : args.table.width),
@@ -67,8 +67,8 @@ class Block {
         w_(g_ + size_ * vectors_),
         u_(w_ + size_ * vectors_),
         x_(u_ + size_ * vectors_),
-        draws_(args.rule.seed, args.rule.step_count, args.rule.table_id),
-        moment_draws_(args.rule.seed, args.rule.step_count, args.rule.table_id ^ kMomentDomain) {}
+        draws_(draws),
+        moment_draws_(moment_draws) {}
 
   RECFAST_INLINE std::int64_t update(std::int64_t first, std::int64_t last) noexcept {
     const bool rowwise =
@@ -529,8 +529,9 @@ class Block {
     }
   }
 
-  const Args& args_;
-  const Rule& rule_;
+  // Copies, since a vector that is stored may alias anything but what never left this function.
+  const Args args_;
+  const Rule rule_;
   std::int64_t width_;
   std::int64_t whole_;
   std::int64_t tail_;
@@ -543,27 +544,38 @@ class Block {
   std::int64_t rows_[kBlockRows + 4] = {};  // make_rows reads beyond the last
   float steps_[kBlockRows];
   float rates_[kBlockRows];
-  Draws draws_;
-  Draws moment_draws_;
+  const Draws& draws_;
+  const Draws& moment_draws_;
 };
+
+inline Draws draws_of(const Rule& rule, std::uint32_t domain) noexcept {
+  return {rule.seed, rule.step_count, rule.table_id ^ domain};
+}
 
 template <Format kFormat, int kVectors>
 std::int64_t rows(const Args& args, std::int64_t first, std::int64_t last, float* buffers) noexcept {
-  return Block<kFormat, kVectors>(args, buffers).update(first, last);
+  const Draws draws = draws_of(args.rule, 0);
+  const Draws moment_draws = draws_of(args.rule, kMomentDomain);
+  return Block<kFormat, kVectors>(args, draws, moment_draws, buffers).update(first, last);
 }
 
 inline void part(const Args& args, std::int64_t first, std::int64_t last, float* buffers, float* out) noexcept {
-  Block<Format::kFloat32, 0>(args, buffers).sum_part(first, last, out);
+  const Draws draws = draws_of(args.rule, 0);
+  Block<Format::kFloat32, 0>(args, draws, draws, buffers).sum_part(first, last, out);
 }
 
 template <Format kFormat>
 void slopes(const Args& args, std::int64_t first, std::int64_t last, float* buffers, float* out) noexcept {
-  if constexpr (has_step(kFormat)) Block<kFormat, 0>(args, buffers).slopes(first, last, out);
+  const Draws draws = draws_of(args.rule, 0);
+  if constexpr (has_step(kFormat)) Block<kFormat, 0>(args, draws, draws, buffers).slopes(first, last, out);
 }
 
 template <Format kFormat>
 std::int64_t requantize(const Args& args, std::int64_t first, std::int64_t last, float step, float* buffers) noexcept {
-  if constexpr (has_step(kFormat)) return Block<kFormat, 0>(args, buffers).requantize(first, last, step);
+  const Draws draws = draws_of(args.rule, 0);
+  if constexpr (has_step(kFormat)) {
+    return Block<kFormat, 0>(args, draws, draws, buffers).requantize(first, last, step);
+  }
   return 0;
 }
 
