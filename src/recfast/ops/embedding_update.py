@@ -7,6 +7,7 @@ step size for a whole table.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ _update, _step_gradient, _requantize = (
 )
 _DONE, _BAD_INDEX, _BAD_OFFSET, _BAD_GRADIENT, _BAD_WEIGHT, _BAD_FEATURE, _BAD_SPLIT = range(7)
 _OP = "embedding_update_"
+_FLOAT32 = (torch.float32,)
 
 
 def _step_columns(step_optimizer: str | None) -> int:
@@ -797,34 +799,45 @@ def _step_scale(op, step_scale, name, bags, width, rows, features) -> float:
     raise ValueError(f"{op}: step_scale must be one of {', '.join(STEP_SCALES)} or a number, got {step_scale!r}")
 
 
+def _check_tensor(op, name, tensor, dtypes, shape, device) -> None:
+    """As `_check.tensor`, quick where nothing is wrong; `shape` None stands for any vector."""
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or tensor.dtype not in dtypes
+        or (tensor.dim() != 1 if shape is None else tensor.shape != shape)
+        or tensor.device != device
+    ):
+        _check.tensor(op, name, tensor, dtypes=dtypes, shape=["n"] if shape is None else shape, device=device)
+
+
 def _check_lookups(op, indices, offsets, grad, weights, mode, features, argmax, width, device) -> None:
     if mode not in MODES:
         _check.choice(op, "mode", mode, MODES)
-    _check.tensor(op, "indices", indices, dtypes=_check.INDEX_DTYPES, shape=["n"], device=device)
+    _check_tensor(op, "indices", indices, _check.INDEX_DTYPES, None, device)
     bags = indices.shape[0]
     if offsets is not None:
-        _check.tensor(op, "offsets", offsets, dtypes=_check.INDEX_DTYPES, shape=["B + 1"], device=device)
+        _check_tensor(op, "offsets", offsets, _check.INDEX_DTYPES, None, device)
         if mode == "none":
             raise ValueError(f"{op}: mode none gives a row for each index and takes no offsets")
         bags = offsets.shape[0] - 1
         if bags < 0:
             raise ValueError(f"{op}: offsets must have one entry more than there are bags, got none")
-    _check.tensor(op, "grad", grad, dtypes=(torch.float32,), shape=[bags, width], device=device)
+    _check_tensor(op, "grad", grad, _FLOAT32, (bags, width), device)
     if weights is not None:
         if mode == "max":
             raise ValueError(f"{op}: per_sample_weights do not go with mode max")
-        _check.tensor(op, "per_sample_weights", weights, dtypes=(torch.float32,), shape=indices.shape, device=device)
+        _check_tensor(op, "per_sample_weights", weights, _FLOAT32, indices.shape, device)
     if (mode == "max") != (argmax is not None):
         raise ValueError(f"{op}: argmax goes with mode max, got mode {mode} and argmax {type(argmax).__name__}")
     if argmax is not None:
-        _check.tensor(op, "argmax", argmax, dtypes=(torch.int32,), shape=[bags, width], device=device)
+        _check_tensor(op, "argmax", argmax, (torch.int32,), (bags, width), device)
     if features is not None:
         first, sizes, splits = features
-        _check.tensor(op, "features.first", first, dtypes=(torch.int64,), shape=["F"], device=device)
+        _check_tensor(op, "features.first", first, (torch.int64,), None, device)
         count = first.shape[0]
-        _check.tensor(op, "features.rows", sizes, dtypes=(torch.int64,), shape=[count], device=device)
+        _check_tensor(op, "features.rows", sizes, (torch.int64,), (count,), device)
         if splits is not None:
-            _check.tensor(op, "features.splits", splits, dtypes=(torch.int64,), shape=[count + 1], device=device)
+            _check_tensor(op, "features.splits", splits, (torch.int64,), (count + 1,), device)
         elif count == 0 or bags % count != 0:
             raise ValueError(f"{op}: {bags} bags cannot be dealt out to {count} features")
         if count == 0:
@@ -870,8 +883,8 @@ def _check_key(op, seed, step_count, table_id) -> None:
 
 def _check_state_tensor(op, name, tensor, shape, dtype, device) -> None:
     if tensor is None:
-        raise ValueError(f"{op}: state.{name} must be a tensor of shape {shape} here, got None")
-    _check.tensor(op, f"state.{name}", tensor, dtypes=(dtype,), shape=shape, device=device)
+        raise ValueError(f"{op}: state.{name} must be a tensor of shape {list(shape)} here, got None")
+    _check_tensor(op, f"state.{name}", tensor, (dtype,), shape, device)
     if not tensor.is_contiguous():
         raise ValueError(f"{op}: state.{name} must be contiguous, since it is written in place")
 
@@ -885,19 +898,20 @@ def _checked_state(op, state, optimizer, step_rule, rows, width, device):
         if row is None or row.dim() != 2 or row.shape[1] < columns:
             found = "None" if row is None else list(row.shape)
             raise ValueError(f"{op}: state.row must be a tensor of shape {[rows, columns]} here, got {found}")
-        _check_state_tensor(op, "row", row, [rows, "R"], torch.float32, device)
+        _check_state_tensor(op, "row", row, (rows, row.shape[1]), torch.float32, device)
     if optimizer == "adam" or optimizer == "rowwise_adam":
         moment = state.moment
         if moment is not None and moment.dtype == torch.uint8 and optimizer == "rowwise_adam":
-            _check_state_tensor(op, "moment", moment, [rows, row_bytes("int8", width)], torch.uint8, device)
+            _check_state_tensor(op, "moment", moment, (rows, row_bytes("int8", width)), torch.uint8, device)
         else:
-            _check_state_tensor(op, "moment", moment, [rows, width], torch.float32, device)
+            _check_state_tensor(op, "moment", moment, (rows, width), torch.float32, device)
     if optimizer == "adam" or optimizer == "adagrad":
         second = state.second
-        _check_state_tensor(op, "second", second, [rows, width], torch.float32, device)
+        _check_state_tensor(op, "second", second, (rows, width), torch.float32, device)
     return row, moment, second
 
 
+@functools.lru_cache(maxsize=256)  # the same words come in every call
 def _check_options(op, optimizer, decay, step_optimizer, step_floor, step_range, rounding) -> None:
     for name, value, allowed in (
         ("optimizer", optimizer, OPTIMIZERS),
