@@ -302,7 +302,7 @@ def test_rejects_bad_input(call, error, sentence):
 
 
 def test_refuses_wrong_options_and_gradients():
-    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, .*, got 'int3'"):
+    with pytest.raises(ValueError, match=r"precision must be one of float32, bfloat16, .*, got 'int3'"):
         make("int3")
     with pytest.raises(ValueError, match="the name 'a' stands twice"):
         EmbeddingTables([("a", 2), ("a", 3)], 4)

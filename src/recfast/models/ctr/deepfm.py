@@ -38,7 +38,8 @@ class DeepFM(nn.Module):
     activation : {"relu", "prelu", "dice"}
         Of the MLP.
     precision : str or {column: str}
-        How the tables are stored and trained, see `nn.EmbeddingTables`. The weights of the linear part, one number an id, stay float32.
+        How the tables are stored and trained, see `nn.EmbeddingTables`. The weights of the linear part, one number an
+        id, stay float32.
     tables : dict, optional
         Further options of `nn.EmbeddingTables`.
     dropout : float
