@@ -479,3 +479,31 @@ def test_second_pass_leaves_other_tables_alone():
         (two(ids) + one(ids)).sum().backward()
     assert equal(state(one), before)
     assert two.updates == 2
+
+
+@pytest.mark.parametrize("precision", ["float32", "int4", MIXED])
+def test_saved_and_loaded_training_goes_on_exactly(precision, tmp_path):
+    whole = make(precision, optimizer="rowwise_adam", moment_bits=8)
+    train(whole, 3)
+    whole.save(tmp_path / "tables.safetensors")
+    read = EmbeddingTables.load(tmp_path / "tables.safetensors")
+    assert read.options() == whole.options()
+    for tables in (whole, read):
+        train(tables, 2, first=3)
+    assert equal(state(read), state(whole))
+    with pytest.raises(InputError, match=r"holds EmbeddingTables, expected FrozenTables"):
+        FrozenTables.load(tmp_path / "tables.safetensors")
+
+
+def test_a_list_of_embeddings():
+    tables = make("float32", optimizer="sgd", lr=1.0)
+    assert len(tables) == 3
+    assert [(view.name, view.num_embeddings) for view in tables] == SPECS
+    ids = torch.tensor([[0, 2], [2, 1]])
+    out = tables["city"](ids)
+    assert torch.equal(out, tables[2].weight[ids])
+    before = tables[2].weight
+    out.sum().backward()
+    assert torch.equal(before - tables["city"].weight, torch.tensor([1.0, 1.0, 2.0])[:, None].expand(3, 6))
+    with pytest.raises(KeyError, match="there is no table 'shop'"):
+        tables["shop"](ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +78,32 @@ class Lookups:
         return ids, offsets, weights, torch.tensor(splits)
 
 
+class TableView:
+    """One table in the face of `torch.nn.Embedding`: call it with ids of any shape.
+
+    Attributes
+    ----------
+    name, num_embeddings, embedding_dim
+    weight : Tensor [T, D], float32
+        The rows as floats, a copy.
+    """
+
+    def __init__(self, tables: TableLookups, name: str) -> None:
+        self.tables, self.name = tables, name
+        self.num_embeddings, self.embedding_dim = tables.rows(name), tables.dim
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.tables.dequantize(self.name)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.tables.lookup([(self.name, ids)])[0]
+
+    def __repr__(self) -> str:
+        kind = self.tables.precision(self.name)
+        return f"TableView({self.name!r}, {self.num_embeddings}, {self.embedding_dim}, {kind})"
+
+
 class TableLookups(nn.Module):
     """Tables by name, in groups of one precision, and every way to look something up in them."""
 
@@ -115,6 +141,16 @@ class TableLookups(nn.Module):
         return Names(self.specs, self.aliases)
 
     # ------------------------------------------------------------------ what is there
+
+    def __getitem__(self, which: str | int) -> TableView:
+        """Table `which`, by name or by place, to be called as an `nn.Embedding` is."""
+        return TableView(self, self.specs[which][0] if isinstance(which, int) else which)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __iter__(self) -> Iterator[TableView]:
+        return (TableView(self, name) for name, _ in self.specs)
 
     def rows(self, name: str) -> int:
         """The number of rows of table `name`."""

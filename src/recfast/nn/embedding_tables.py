@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from recfast import ops
 from recfast.errors import InputError
-from recfast.nn._table_group import TableGroup
+from recfast.nn import _table_files
+from recfast.nn._table_group import Names, TableGroup
 from recfast.nn._table_lookups import Lookups, TableLookups
 from recfast.nn.frozen_tables import FrozenTables
 from recfast.ops import _check, embedding_tables, formats
@@ -425,6 +427,47 @@ class EmbeddingTables(TableLookups):
             group, _ = frozen._group(name)
             group.copy_rows(name, self._group(name)[0])
         return frozen
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tables, optimiser state and options to one safetensors file, whole or not at all.
+
+        Raises
+        ------
+        InputError
+            The disk is full or the folder may not be written.
+        """
+        tensors = {name: value for name, value in self.state_dict().items() if isinstance(value, torch.Tensor)}
+        facts = {
+            "layout": self._layout(),
+            "options": self.options(),
+            "tables": [[name, rows] for name, rows in self.specs],
+            "aliases": self.aliases,
+        }
+        _table_files.write(self.place, path, tensors, facts)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EmbeddingTables:
+        """Read what `save` wrote; training goes on exactly where it was.
+
+        Raises
+        ------
+        InputError
+            The file is missing, truncated, damaged or of another kind.
+        """
+        tensors, facts = _table_files.read(cls.place, path, mmap=True)
+        layout, options = facts["layout"], facts["options"]
+        tables = cls(
+            Names(facts["tables"], facts["aliases"]),
+            layout["dim"],
+            {name: table["precision"] for name, table in layout["tables"].items()},
+            **{**options, "betas": tuple(options["betas"]), "init_std": 0.0},  # the rows come from the file
+        )
+        tables.init_std = options["init_std"]
+        try:
+            tables.load_state_dict({**tensors, "_extra_state": layout})
+        except RuntimeError as error:
+            raise InputError(f"{cls.place}: {path} is damaged, its header does not fit its tensors ({error})") from None
+        return tables
 
     def options(self) -> dict[str, Any]:
         """The constructor's options."""

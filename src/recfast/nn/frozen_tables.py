@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from recfast.errors import InputError
-from recfast.files import atomic_path, disk_errors
+from recfast.nn import _table_files
 from recfast.nn._table_group import Names
 from recfast.nn._table_lookups import TableLookups
-
-_FORMAT = 1
 
 
 class FrozenTables(TableLookups):
@@ -36,17 +29,14 @@ class FrozenTables(TableLookups):
         InputError
             The disk is full or the folder may not be written.
         """
-        layout = {
-            "format": _FORMAT,
+        facts = {
             "dim": self.dim,
             "skip_missing": self.skip_missing,
             "tables": [[name, rows, self.precisions[name]] for name, rows in self.specs],
             "aliases": self.aliases,
         }
         # One tensor a precision: its tables lie in it in order, and a reader can map it as it is.
-        tensors = {group.precision: group.rows for group in self.groups}
-        with disk_errors("FrozenTables", Path(path)), atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"recfast.tables": json.dumps(layout)})
+        _table_files.write(self.place, path, {group.precision: group.rows for group in self.groups}, facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = True) -> FrozenTables:
@@ -63,33 +53,15 @@ class FrozenTables(TableLookups):
         InputError
             The file is missing, truncated, damaged or of another kind.
         """
-        place = Path(path)
-        if not place.is_file():
-            raise InputError(f"FrozenTables: {place} is missing")
+        tensors, facts = _table_files.read(cls.place, path, mmap=mmap)
         try:
-            with safe_open(place, framework="pt") as handle:
-                text = (handle.metadata() or {}).get("recfast.tables")
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a mapping)
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"FrozenTables: {place} is truncated or damaged, expected a whole safetensors file ({error})"
-            ) from None
-        try:
-            layout = json.loads(text or "{}")
-            if layout.get("format") != _FORMAT:
-                raise InputError(f"FrozenTables: {place} has the format {layout.get('format')}, expected {_FORMAT}")
-            specs = [(str(name), int(rows)) for name, rows, _ in layout["tables"]]
             tables = cls(
-                Names(specs, layout["aliases"]),
-                layout["dim"],
-                {name: kind for name, _, kind in layout["tables"]},
-                skip_missing=layout["skip_missing"],
-                storage=tensors if mmap else {name: tensor.clone() for name, tensor in tensors.items()},
+                Names([(name, rows) for name, rows, _ in facts["tables"]], facts["aliases"]),
+                facts["dim"],
+                {name: kind for name, _, kind in facts["tables"]},
+                skip_missing=facts["skip_missing"],
+                storage=tensors,
             )
-        except InputError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"FrozenTables: {place} is damaged, its header does not fit its tensors ({error})"
-            ) from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{cls.place}: {path} is damaged, its header does not fit its tensors ({error})") from None
         return tables.eval()
