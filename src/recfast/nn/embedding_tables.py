@@ -460,9 +460,10 @@ class EmbeddingTables(TableLookups):
             Names(facts["tables"], facts["aliases"]),
             layout["dim"],
             {name: table["precision"] for name, table in layout["tables"].items()},
-            **{**options, "betas": tuple(options["betas"]), "init_std": 0.0},  # the rows come from the file
+            # The rows come from the file: none need to be drawn.
+            **{**options, "betas": tuple(options["betas"]), "init_std": 0.0, "init_step": 1.0},
         )
-        tables.init_std = options["init_std"]
+        tables.init_std, tables.init_step = options["init_std"], options["init_step"]
         try:
             tables.load_state_dict({**tensors, "_extra_state": layout})
         except RuntimeError as error:
