@@ -6,7 +6,8 @@
 //              bfloat16, float16: x = w
 // Rounding     nearest: ties to even. Stochastic: up with the probability of the fraction, on the grid of the format:
 //              integers, or the multiples of 2^(max(e, e_min) - m) of a value with exponent e (float8: e_min = -6,
-//              m = 3; float16: -14, 10); bfloat16 adds 16 random bits below its own and cuts
+//              m = 3; float16: -14, 10); bfloat16 adds 16 random bits below its own and cuts. Floats keep the sign
+//              of a value that becomes zero
 // Draws        Philox (common/random.h) at counter (0xFFFFFFFF, 0, row, block): a function of seed and place alone
 // Saturated    values that rounding puts outside the range: they become the nearest code or the largest finite float
 //              (float8: 448). Counted

@@ -122,24 +122,24 @@ inline std::int64_t encode_piece(const float* w, float step, std::int64_t count,
     for (std::int64_t d = 0; d < count; ++d) {
       const float rounded = round_to_grid<kStochastic, -14, 10>(w[d], kStochastic ? draws[d] : 0);
       saturated += rounded > kFloat16Max || rounded < -kFloat16Max ? 1 : 0;
-      const auto bits = std::bit_cast<std::uint32_t>(clamp(rounded, -kFloat16Max, kFloat16Max));
-      const std::uint32_t magnitude = bits & kMagnitude;
+      const std::uint32_t magnitude =
+          std::bit_cast<std::uint32_t>(clamp(rounded, -kFloat16Max, kFloat16Max)) & kMagnitude;
       const auto small = static_cast<std::uint32_t>(
           static_cast<std::int32_t>(std::bit_cast<float>(magnitude < 0x38800000u ? magnitude : 0u) * 0x1p24f));
       const std::uint32_t code = magnitude < 0x38800000u ? small : (magnitude >> 13) - (112u << 10);
-      out[d] = static_cast<std::uint16_t>((bits >> 16 & 0x8000u) | code);
+      out[d] = static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(w[d]) >> 16 & 0x8000u) | code);
     }
   } else if constexpr (F == Format::kFloat8) {
     for (std::int64_t d = 0; d < count; ++d) {
       const float x = step == 0.0f ? 0.0f : clamp(w[d] / step, -1024.0f, 1024.0f);
       const float rounded = round_to_grid<kStochastic, -6, 3>(x, kStochastic ? draws[d] : 0);
       saturated += rounded > kFloat8Max || rounded < -kFloat8Max ? 1 : 0;
-      const auto bits = std::bit_cast<std::uint32_t>(clamp(rounded, -kFloat8Max, kFloat8Max));
-      const std::uint32_t magnitude = bits & kMagnitude;
+      const std::uint32_t magnitude =
+          std::bit_cast<std::uint32_t>(clamp(rounded, -kFloat8Max, kFloat8Max)) & kMagnitude;
       const auto small = static_cast<std::uint32_t>(
           static_cast<std::int32_t>(std::bit_cast<float>(magnitude < 0x3C800000u ? magnitude : 0u) * 0x1p9f));
       const std::uint32_t code = magnitude < 0x3C800000u ? small : (magnitude >> 20) - (120u << 3);
-      target[d] = static_cast<std::uint8_t>((bits >> 24 & 0x80u) | code);
+      target[d] = static_cast<std::uint8_t>((std::bit_cast<std::uint32_t>(x) >> 24 & 0x80u) | code);
     }
   } else {
     constexpr float kLow = lowest_value<F>();

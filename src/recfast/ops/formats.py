@@ -119,7 +119,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     per_byte = 8 // bits
     rows, dim = codes.shape
     short = codes.to(torch.int32) & ((1 << bits) - 1)
-    padded = torch.nn.functional.pad(short, (0, -dim % per_byte)).reshape(rows, -1, per_byte)
+    padded = torch.nn.functional.pad(short, (0, -dim % per_byte)).reshape(rows, -(-dim // per_byte), per_byte)
     shifts = torch.arange(per_byte, device=codes.device, dtype=torch.int32) * bits
     return (padded << shifts).sum(2).to(torch.uint8)
 
@@ -129,7 +129,7 @@ def unpack(packed: torch.Tensor, bits: int, dim: int, *, signed: bool = True) ->
     per_byte = 8 // bits
     shifts = torch.arange(per_byte, device=packed.device, dtype=torch.int32) * bits
     codes = (packed.to(torch.int32)[..., None] >> shifts) & ((1 << bits) - 1)
-    codes = codes.reshape(len(packed), -1)[:, :dim]
+    codes = codes.flatten(1)[:, :dim]
     if not signed:
         return codes.to(torch.uint8)
     return torch.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes).to(torch.int8)
@@ -488,7 +488,8 @@ def _integers(x: torch.Tensor, words: torch.Tensor | None) -> torch.Tensor:
 
 def _on_grid(x: torch.Tensor, least: int, mantissa: int, words: torch.Tensor | None) -> torch.Tensor:
     spacing = torch.exp2((torch.frexp(x).exponent - 1).clamp(min=least).double() - mantissa)
-    return (_integers((x.double() / spacing).float(), words).double() * spacing).float()
+    rounded = (_integers((x.double() / spacing).float(), words).double() * spacing).float()
+    return torch.copysign(rounded.abs(), x)
 
 
 def quantize_reference(
