@@ -5,14 +5,16 @@ from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
 from recfast.ops.din_attention import DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
-from recfast.ops.embedding_bag import QuantizedTable, embedding_bag, quantize
+from recfast.ops.embedding_bag import Features, embedding_bag
 from recfast.ops.embedding_update import UpdateState, embedding_update_
 from recfast.ops.example_axpy import example_axpy
+from recfast.ops.formats import QuantizedTable, quantize, round_to
 
 __all__ = [
     "Codes",
     "DINWeights",
     "DPPResult",
+    "Features",
     "QuantizedTable",
     "RowsIndex",
     "UpdateState",
@@ -24,4 +26,5 @@ __all__ = [
     "embedding_update_",
     "example_axpy",
     "quantize",
+    "round_to",
 ]
