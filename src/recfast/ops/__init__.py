@@ -7,6 +7,16 @@ from recfast.ops.din_attention import DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
 from recfast.ops.embedding_bag import Features, embedding_bag
 from recfast.ops.embedding_update import UpdateState, embedding_update_
+from recfast.ops.embedding_bag import QuantizedTable, embedding_bag, quantize
+from recfast.ops.embedding_update import (
+    Pending,
+    UpdateState,
+    embedding_step_gradient,
+    embedding_update_,
+    embedding_update_first_,
+    embedding_update_second_,
+    requantize_,
+)
 from recfast.ops.example_axpy import example_axpy
 from recfast.ops.formats import QuantizedTable, quantize, round_to
 
@@ -15,6 +25,7 @@ __all__ = [
     "DINWeights",
     "DPPResult",
     "Features",
+    "Pending",
     "QuantizedTable",
     "RowsIndex",
     "UpdateState",
@@ -23,8 +34,12 @@ __all__ = [
     "din_attention",
     "dpp_greedy",
     "embedding_bag",
+    "embedding_step_gradient",
     "embedding_update_",
+    "embedding_update_first_",
+    "embedding_update_second_",
     "example_axpy",
     "quantize",
     "round_to",
+    "requantize_",
 ]
