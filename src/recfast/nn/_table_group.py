@@ -32,7 +32,13 @@ class TableGroup(nn.Module):
     PARTS = ("rows", "row_state", "moment", "second")
 
     def __init__(
-        self, specs: Sequence[tuple[str, int]], dim: int, precision: str, rows: torch.Tensor | None = None
+        self,
+        specs: Sequence[tuple[str, int]],
+        dim: int,
+        precision: str,
+        rows: torch.Tensor | None = None,
+        *,
+        one_step: bool = False,
     ) -> None:
         super().__init__()
         self.names = [name for name, _ in specs]
@@ -41,22 +47,25 @@ class TableGroup(nn.Module):
         self.bits = BITS.get(precision)
         self.first: dict[str, int] = {}
         total = 0
-        for name, rows in specs:
+        for name, count in specs:
             self.first[name] = total
-            total += rows
+            total += count
         self.total = total
         info = formats.FORMATS[precision]
-        width = dim if info.dtype is not None else formats.row_bytes(precision, dim)
+        dtype = info.dtype or torch.uint8
+        size = formats.row_bytes(precision, dim)
         if rows is None:
-            rows = formats.empty_table(total, width, info.dtype or torch.uint8)
-        elif list(rows.shape) != [total, width] or rows.dtype != (info.dtype or torch.uint8):
-            raise ValueError(
-                f"rows must be {info.dtype or torch.uint8} [{total}, {width}], got {rows.dtype} {list(rows.shape)}"
-            )
+            rows = formats.empty_table(total, size, dtype)
+        elif list(rows.shape) != [total, size // dtype.itemsize] or rows.dtype != dtype:
+            wanted = [total, size // dtype.itemsize]
+            raise ValueError(f"rows must be {dtype} {wanted}, got {rows.dtype} {list(rows.shape)}")
         # Buffers, so that they move with the module; not persistent, since the module writes them table by table.
         self.register_buffer("rows", rows, persistent=False)
         for name in self.PARTS[1:]:
             self.register_buffer(name, None, persistent=False)
+        # The moments of a step size that all rows share.
+        self.one_step = one_step
+        self.register_buffer("step_state", torch.zeros(2) if one_step else None, persistent=False)
 
     def add_state(self, **options: Any) -> None:
         """Make the state of an optimiser, all zeros; `options` as `ops.UpdateState.zeros` takes them."""
@@ -152,7 +161,8 @@ class TableGroup(nn.Module):
         """What belongs to table `name`: views by part."""
         part = self.part(name)
         whole = {key: getattr(self, key) for key in self.PARTS}
-        return {key: tensor[part] for key, tensor in whole.items() if tensor is not None}
+        found = {key: tensor[part] for key, tensor in whole.items() if tensor is not None}
+        return found | {"step_state": self.step_state} if self.one_step else found
 
     def memory_bytes(self) -> int:
         """Bytes of rows (with their step sizes) and optimiser state."""

@@ -12,6 +12,7 @@ from recfast import ops
 from recfast.errors import OutOfRange
 from recfast.nn._table_group import Names, TableGroup, names_and_aliases, precisions_of
 from recfast.ops import _check
+from recfast.ops.embedding_bag import bag_with_argmax
 
 POOLINGS = ("sum", "mean", "max")
 
@@ -117,6 +118,7 @@ class TableLookups(nn.Module):
         *,
         skip_missing: bool = False,
         storage: Mapping[str, torch.Tensor] | None = None,
+        apart: Sequence[str] = (),
     ) -> None:
         super().__init__()
         _check.at_least(self.place, "dim", dim, 1)
@@ -125,11 +127,14 @@ class TableLookups(nn.Module):
         self.precisions = precisions_of(precision, self.specs, self.place)
         self._numbers = {name: number for number, (name, _) in enumerate(self.specs)}
         self._numbers |= {name: self._numbers[of] for name, of in self.aliases.items()}
-        grouped: dict[str, list[tuple[str, int]]] = {}
+        # One group a precision; tables of the precisions in `apart` have a group, and a step size, of their own.
+        grouped: dict[tuple[str, str | None], list[tuple[str, int]]] = {}
         for name, rows in self.specs:
-            grouped.setdefault(self.precisions[name], []).append((name, rows))
+            kind = self.precisions[name]
+            grouped.setdefault((kind, name if kind in apart else None), []).append((name, rows))
         self.groups = nn.ModuleList(
-            TableGroup(specs, dim, kind, None if storage is None else storage[kind]) for kind, specs in grouped.items()
+            TableGroup(specs, dim, kind, None if storage is None else storage[kind], one_step=alone is not None)
+            for (kind, alone), specs in grouped.items()
         )
         self._group_of = {name: number for number, group in enumerate(self.groups) for name in group.names}
         self._plans: dict[tuple[int, ...], list[Part]] = {}
@@ -335,10 +340,15 @@ class TableLookups(nn.Module):
         features = part.features if splits is None else part.features._replace(splits=splits)
         mode = "none" if offsets is None else pooling
         try:
-            return ops.embedding_bag.with_argmax(
+            if argmax:
+                return bag_with_argmax(
+                    part.group.table, ids, offsets, features=features, skip_missing=self.skip_missing
+                )
+            out = ops.embedding_bag(
                 part.group.table, ids, offsets, per_sample_weights=weights, mode=mode, features=features,
-                skip_missing=self.skip_missing, argmax=argmax,
+                skip_missing=self.skip_missing,
             )  # fmt: skip
+            return out, ids.new_empty(0, dtype=torch.int32)
         except OutOfRange as error:
             raise self._outside(error, part, call) from None
 

@@ -18,8 +18,9 @@ from recfast.nn._table_group import Names, TableGroup
 from recfast.nn._table_lookups import Lookups, TableLookups
 from recfast.nn.frozen_tables import FrozenTables
 from recfast.ops import _check, embedding_tables, formats
-from recfast.ops.embedding_bag import ROUNDINGS
-from recfast.ops.embedding_update import OPTIMIZERS, STEP_FLOORS, STEP_OPTIMIZERS, STEP_RANGES
+from recfast.ops.embedding_bag import weight_gradient
+from recfast.ops.embedding_update import OPTIMIZERS, STEP_FLOOR, STEP_FLOORS, STEP_OPTIMIZERS, STEP_RANGES
+from recfast.ops.formats import ROUNDINGS
 
 _PLACE = "EmbeddingTables"
 _STATE_VERSION = 2
@@ -74,6 +75,9 @@ class EmbeddingTables(TableLookups):
     step_range : {"grow", "clip"}
         "grow": a step is never smaller than what its row needs, so rows may outgrow the initial range and nothing is
         clipped. "clip": as published, weights outside the range are clipped and counted in `saturated`.
+    step_per : {"row", "table"}
+        "table": all rows of a table share one step, and the whole table is rounded anew whenever it changes, which is
+        in every update; for comparison with publications that do so, not for large tables. Takes "clip".
     passes : {1, 2}
         2: ALPT in the published order. The backward pass moves the rows; the step sizes are learned, and the rows
         rounded, in a second forward and backward on the same batch inside `with nn.second_pass(model):`, after the step
@@ -128,6 +132,7 @@ class EmbeddingTables(TableLookups):
         step_scale: str | float = "batch",
         step_floor: str = "clamp",
         step_range: str = "grow",
+        step_per: str = "row",
         passes: int = 1,
         init_std: float = 0.01,
         init_step: str | float = "range",
@@ -143,18 +148,22 @@ class EmbeddingTables(TableLookups):
         _check.choice(_PLACE, "step_optimizer", step_optimizer, STEP_OPTIMIZERS)
         _check.choice(_PLACE, "step_floor", step_floor, STEP_FLOORS)
         _check.choice(_PLACE, "step_range", step_range, STEP_RANGES)
+        _check.choice(_PLACE, "step_per", step_per, ("row", "table"))
         _check.choice(_PLACE, "passes", passes, (1, 2))
+        if step_per == "table" and step == "learned" and step_range != "clip":
+            raise ValueError(f"{_PLACE}: step_per='table' goes with step_range='clip', got {step_range!r}")
         _check.at_least(_PLACE, "init_std", init_std, 0.0)
         _check.at_least(_PLACE, "step_lr", step_lr, 0.0)
         if isinstance(init_step, str):
             _check.choice(_PLACE, "init_step", init_step, ("range", "lsq", "max"))
         elif not 0 < init_step < math.inf:
             raise ValueError(f"{_PLACE}: init_step must be positive and finite, got {init_step}")
-        super().__init__(schema_or_specs, dim, precision, skip_missing=skip_missing)
+        one_step = ("int8", "int4", "int2") if step_per == "table" and step == "learned" else ()
+        super().__init__(schema_or_specs, dim, precision, skip_missing=skip_missing, apart=one_step)
         self.step, self.rounding, self.optimizer, self.moment_bits = step, rounding, optimizer, moment_bits
         self.betas, self.eps, self.weight_decay, self.decay = betas, eps, weight_decay, decay
         self.step_lr, self.step_optimizer, self.step_scale = step_lr, step_optimizer, step_scale
-        self.step_floor, self.step_range, self.passes = step_floor, step_range, passes
+        self.step_floor, self.step_range, self.step_per, self.passes = step_floor, step_range, step_per, passes
         self.init_std, self.init_step = init_std, init_step
         self.init_range = 4 * init_std if init_range is None else init_range
         with_steps = [group for group in self.groups if group.bits is not None]
@@ -169,7 +178,7 @@ class EmbeddingTables(TableLookups):
             group.draw(init_std, start, generator, "nearest" if group.bits is None else rounding, seed + number)
             group.add_state(
                 optimizer=optimizer,
-                step_optimizer=step_optimizer if self._learns(group) else None,
+                step_optimizer=step_optimizer if self._learns(group) and step_per == "row" else None,
                 moment_bits=moment_bits,
             )
         # Updates done, codes clipped so far, seed: what the next draw depends on, and so part of a checkpoint.
@@ -301,43 +310,77 @@ class EmbeddingTables(TableLookups):
     def _update_group(self, number, group: TableGroup, mode, ids, offsets, grad, weights, features, argmax) -> None:
         learns = self._learns(group)
         relative = self.step_optimizer != "sgd"
-        options = {
+        check = {"grad_scale": self.grad_scale, "check": self.check_finite}
+        draws = {
+            "rounding": self.rounding,
+            "seed": int(self.counters[2]),
+            "step_count": self.updates,
+            "table_id": self._group_of[group.names[0]],
+        }
+        rows = {
             "optimizer": self.optimizer,
             "lr": self.lr,
             "betas": self.betas,
             "eps": self.eps,
             "weight_decay": self.weight_decay,
             "decay": self.decay,
-            "grad_scale": self.grad_scale,
-            "step_lr": self.step_lr * (self.initial_step(group.precision) if relative else 1.0) if learns else None,
-            "step_optimizer": self.step_optimizer,
-            "step_scale": self.step_scale,
-            "step_floor": self.step_floor,
-            "step_range": self.step_range,
-            "rounding": self.rounding,
-            "seed": int(self.counters[2]),
-            "step_count": self.updates,
-            "table_id": self._group_of[group.names[0]],
             "per_sample_weights": weights,
             "mode": mode,
             "features": features,
             "skip_missing": self.skip_missing,
             "argmax": argmax if mode == "max" else None,
-            "check": self.check_finite,
         }
-        table, state = group.table, group.state
-        if self.passes == 1 or not learns:
-            if self._second:
+        steps = {
+            "step_lr": self.step_lr * (self.initial_step(group.precision) if relative else 1.0) if learns else None,
+            "step_optimizer": self.step_optimizer,
+            "step_scale": self.step_scale,
+            "step_floor": self.step_floor,
+            "step_range": self.step_range,
+        }
+        table, state, ids = group.table, group.state, ids.reshape(-1)
+        in_two = self.passes == 2 and learns
+        if not in_two and self._second:
+            return
+        if not in_two and not group.one_step:
+            clipped = ops.embedding_update_(table, ids, offsets, grad, state, **rows, **steps, **draws, **check)
+            self.counters[1] += clipped
+            return
+        if not self._second:
+            pending = ops.embedding_update_first_(table, ids, offsets, grad, state, **rows, **draws, **check)
+            if in_two:
+                self._pending.append((number, pending))
                 return
-            self.counters[1] += ops.embedding_update_(table, ids.reshape(-1), offsets, grad, state, **options)
-        elif not self._second:
-            pending = ops.embedding_update_first_(table, ids.reshape(-1), offsets, grad, state, **options)
-            self._pending.append((number, pending))
         else:
             if not self._pending or self._pending[0][0] != number:
                 raise RuntimeError(f"{_PLACE}: the second pass has another lookup than the first")
             _, pending = self._pending.pop(0)
-            self.counters[1] += ops.embedding_update_second_(table, pending, grad, state)
+        if group.one_step:
+            slope = ops.embedding_step_gradient(table, pending, grad, step_scale=self.step_scale, **check)
+            step = self._table_step(group, float(slope), steps["step_lr"])
+            self.counters[1] += ops.requantize_(table, step, pending=pending, **draws)
+        else:
+            about = {"optimizer": self.optimizer, "betas": self.betas}
+            self.counters[1] += ops.embedding_update_second_(
+                table, pending, grad, state, **about, **steps, **draws, **check
+            )
+
+    def _table_step(self, group: TableGroup, slope: float, lr: float) -> float:
+        """The next step size of a table that has one for all rows."""
+        first, second = group.step_state.tolist()
+        if self.step_optimizer == "adagrad":
+            second += slope * slope
+            slope /= math.sqrt(second) + 1e-12
+        elif self.step_optimizer == "adam":
+            first = self.betas[0] * first + (1 - self.betas[0]) * slope
+            second = self.betas[1] * second + (1 - self.betas[1]) * slope * slope
+            count = self.updates + 1
+            slope = first / (1 - self.betas[0] ** count)
+            slope /= math.sqrt(second / (1 - self.betas[1] ** count)) + 1e-12
+        group.step_state.copy_(torch.tensor([first, second]))
+        step = float(group.table.step[0]) - lr * slope
+        if self.step_floor == "abs":
+            return abs(step) + 1e-10
+        return max(step, STEP_FLOOR) if self.step_floor == "clamp" else step
 
     def _weight_gradient(self, grad, plan, call: Lookups, pooling) -> torch.Tensor:
         out = grad.new_empty(sum(call.lengths))
@@ -345,7 +388,7 @@ class EmbeddingTables(TableLookups):
         for part in plan:
             ids, offsets, weights, splits = call.joined(part.places)
             bags = grad if len(plan) == 1 else torch.cat([grad.split(call.bags)[i] for i in part.places])
-            found = ops.embedding_bag.weight_gradient(
+            found = weight_gradient(
                 bags, part.group.table, ids, offsets, weights, mode=pooling if call.offsets else "none",
                 features=part.features._replace(splits=splits), skip_missing=self.skip_missing,
             )  # fmt: skip
@@ -474,7 +517,7 @@ class EmbeddingTables(TableLookups):
         """The constructor's options."""
         names = (
             "step", "rounding", "optimizer", "moment_bits", "lr", "betas", "eps", "weight_decay", "decay", "step_lr",
-            "step_optimizer", "step_scale", "step_floor", "step_range", "passes", "init_std", "init_step", "init_range",
+            "step_optimizer", "step_scale", "step_floor", "step_range", "step_per", "passes", "init_std", "init_step", "init_range",
             "skip_missing",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"seed": int(self.counters[2])}

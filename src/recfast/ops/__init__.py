@@ -6,8 +6,6 @@ from recfast.ops.code_search import Codes, code_search
 from recfast.ops.din_attention import DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
 from recfast.ops.embedding_bag import Features, embedding_bag
-from recfast.ops.embedding_update import UpdateState, embedding_update_
-from recfast.ops.embedding_bag import QuantizedTable, embedding_bag, quantize
 from recfast.ops.embedding_update import (
     Pending,
     UpdateState,
@@ -40,6 +38,6 @@ __all__ = [
     "embedding_update_second_",
     "example_axpy",
     "quantize",
-    "round_to",
     "requantize_",
+    "round_to",
 ]
