@@ -1,10 +1,11 @@
 """Functions on tensors with a compiled kernel behind each. `<op>.reference` is the same call in plain torch."""
 
+from recfast.ops import embedding_tables  # noqa: F401  (its op is for modules)
 from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
 from recfast.ops.din_attention import DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
-from recfast.ops.embedding_bag import QuantizedTable, embedding_bag, quantize
+from recfast.ops.embedding_bag import Features, embedding_bag
 from recfast.ops.embedding_update import (
     Pending,
     UpdateState,
@@ -15,11 +16,13 @@ from recfast.ops.embedding_update import (
     requantize_,
 )
 from recfast.ops.example_axpy import example_axpy
+from recfast.ops.formats import QuantizedTable, quantize, round_to
 
 __all__ = [
     "Codes",
     "DINWeights",
     "DPPResult",
+    "Features",
     "Pending",
     "QuantizedTable",
     "RowsIndex",
@@ -36,4 +39,5 @@ __all__ = [
     "example_axpy",
     "quantize",
     "requantize_",
+    "round_to",
 ]
