@@ -24,6 +24,7 @@
 #include "embedding_bag/gradient.h"
 #include "embedding_bag/quantize.h"
 #include "embedding_update/embedding_update.h"
+#include "embedding_update/update_probe.h"
 #include "dpp_greedy/dpp_greedy.h"
 #include "example_axpy/example_axpy.h"
 
@@ -612,6 +613,12 @@ void bind_embedding_update(py::module_& m) {
   m.def("embedding_step_gradient", &embedding_step_gradient);
   m.def("requantize", &requantize);
   m.def("embedding_update_scratch", &recfast::embedding_update::scratch_bytes);
+  m.def("update_probe", [](Address table, std::int64_t row_bytes, Address state, std::int64_t state_bytes,
+                           Address rows, std::int64_t count, std::int64_t ahead) {
+    py::gil_scoped_release unlocked;
+    recfast::embedding_update::update_probe(at<std::uint8_t>(table), row_bytes, at<std::uint8_t>(state), state_bytes,
+                                            span_at<const std::int64_t>(rows, count), ahead);
+  });
   m.def("embedding_update_buffer", &recfast::embedding_update::buffer_floats);
 }
 
