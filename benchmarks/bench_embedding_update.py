@@ -99,7 +99,7 @@ def limit(rows, width, ids):
 
 
 def check_rows(tables, precision, before, ids, grad):
-    """The rows of the first batch moved against their gradient by the learning rate, as first steps do, others do not."""
+    """The rows of the first batch moved against their gradient by the learning rate, and no other row did."""
     rows, width = before.shape
     bag_of = torch.arange(BAGS).repeat_interleave(LENGTH)
     total = torch.zeros(rows, width).index_add(0, ids, grad[bag_of])
