@@ -84,6 +84,11 @@ inline M less(const F& a, const F& b) noexcept {
   for (int i = 0; i < kLanes; ++i) out.lane[i] = a.lane[i] < b.lane[i];
   return out;
 }
+inline M between(const F& low, const F& x, const F& high) noexcept {
+  M out;
+  for (int i = 0; i < kLanes; ++i) out.lane[i] = low.lane[i] < x.lane[i] && x.lane[i] < high.lane[i];
+  return out;
+}
 inline F select(const M& m, const F& yes, const F& no) noexcept {
   return map([&](int i) { return m.lane[i] ? yes.lane[i] : no.lane[i]; });
 }

@@ -65,6 +65,7 @@ inline F rounded(F a) noexcept {
 inline M less(F a, F b) noexcept {
   return {_mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ)};
 }
+inline M between(F low, F x, F high) noexcept { return intersection(less(low, x), less(x, high)); }
 inline F select(M m, F yes, F no) noexcept {
   return {_mm256_blendv_ps(no.low, yes.low, m.low), _mm256_blendv_ps(no.high, yes.high, m.high)};
 }
@@ -237,12 +238,12 @@ class Draws {
   }
 
  private:
-  // Words in the low halves of 64-bit lanes: an even column takes its word, the odd one after it the halves exchanged.
+  // Words in the low halves of 64-bit lanes: an even column takes its word, the odd one after it the halves exchanged;
+  // of both the upper 24 bits. One shuffle of bytes duplicates, exchanges and shifts.
   static __m256 uniform(__m256i words) noexcept {
-    const __m256i order = _mm256_setr_epi8(0, 1, 2, 3, 2, 3, 0, 1, 8, 9, 10, 11, 10, 11, 8, 9,  //
-                                           0, 1, 2, 3, 2, 3, 0, 1, 8, 9, 10, 11, 10, 11, 8, 9);
-    const __m256i turned = _mm256_shuffle_epi8(words, order);
-    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(turned, 8)), _mm256_set1_ps(0x1p-24f));
+    const __m256i order =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 2, 3, -1, 3, 0, 1, -1, 9, 10, 11, -1, 11, 8, 9, -1));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_shuffle_epi8(words, order)), _mm256_set1_ps(0x1p-24f));
   }
 
   std::uint32_t step_count_;

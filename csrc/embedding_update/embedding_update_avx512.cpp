@@ -38,6 +38,7 @@ inline F magnitude(F a) noexcept { return _mm512_abs_ps(a); }
 inline F floored(F a) noexcept { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 inline F rounded(F a) noexcept { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline M less(F a, F b) noexcept { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+inline M between(F low, F x, F high) noexcept { return _mm512_mask_cmp_ps_mask(less(low, x), x, high, _CMP_LT_OQ); }
 inline F select(M m, F yes, F no) noexcept { return _mm512_mask_blend_ps(m, no, yes); }
 inline M lanes_equal(const std::int32_t* p, std::int64_t n, std::int32_t x) noexcept {
   return _mm512_cmpeq_epi32_mask(_mm512_maskz_loadu_epi32(lanes_below(n), p), _mm512_set1_epi32(x)) & lanes_below(n);
@@ -185,11 +186,12 @@ class Draws {
     u[3] = uniform(_mm512_permutex2var_epi64(high01, second, high23));
   }
 
-  // Words in the low halves of 64-bit lanes: an even column takes its word, the odd one after it the halves exchanged.
+  // Words in the low halves of 64-bit lanes: an even column takes its word, the odd one after it the halves exchanged;
+  // of both the upper 24 bits. One shuffle of bytes duplicates, exchanges and shifts.
   static F uniform(__m512i words) noexcept {
-    const __m512i twice = _mm512_castps_si512(_mm512_moveldup_ps(_mm512_castsi512_ps(words)));
-    const __m512i turned = _mm512_rolv_epi32(twice, _mm512_set1_epi64(std::int64_t{16} << 32));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(turned, 8)), _mm512_set1_ps(0x1p-24f));
+    const __m512i order =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(1, 2, 3, -1, 3, 0, 1, -1, 9, 10, 11, -1, 11, 8, 9, -1));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_shuffle_epi8(words, order)), _mm512_set1_ps(0x1p-24f));
   }
 
   std::uint32_t step_count_;

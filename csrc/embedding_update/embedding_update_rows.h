@@ -425,10 +425,7 @@ class Block {
     F sums = zero();
     each([&](std::int64_t k) RECFAST_INLINE {
       const F x = bounded(mul(w[k], inverse), low, high);
-      F factor = sub(rounded(x), x);
-      factor = select(less(low, x), factor, low);
-      factor = select(less(x, high), factor, high);
-      sums = add(sums, mul(g[k], factor));
+      sums = add(sums, mul(g[k], select(between(low, x, high), sub(rounded(x), x), x)));
     });
     return fold(sums);
   }
