@@ -1,8 +1,9 @@
 """Torch modules over `recfast.ops`."""
 
 from recfast.nn.blocks import MLP, Dice, fm_interaction
+from recfast.nn.dynamic_table import DynamicTable
 from recfast.nn.embedding_tables import EmbeddingTables
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.target_attention import TargetAttention
 
-__all__ = ["MLP", "Dice", "EmbeddingTables", "ProductQuantizer", "TargetAttention", "fm_interaction"]
+__all__ = ["MLP", "Dice", "DynamicTable", "EmbeddingTables", "ProductQuantizer", "TargetAttention", "fm_interaction"]

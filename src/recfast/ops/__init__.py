@@ -7,11 +7,14 @@ from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
 from recfast.ops.embedding_bag import QuantizedTable, embedding_bag, quantize
 from recfast.ops.embedding_update import UpdateState, embedding_update_
 from recfast.ops.example_axpy import example_axpy
+from recfast.ops.id_map import IdMap
+from recfast.ops.initial_rows import initial_rows
 
 __all__ = [
     "Codes",
     "DINWeights",
     "DPPResult",
+    "IdMap",
     "QuantizedTable",
     "RowsIndex",
     "UpdateState",
@@ -22,5 +25,6 @@ __all__ = [
     "embedding_bag",
     "embedding_update_",
     "example_axpy",
+    "initial_rows",
     "quantize",
 ]

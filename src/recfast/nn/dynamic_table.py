@@ -1,0 +1,478 @@
+"""An embedding table over ids that are not known beforehand: rows come with their ids and go with them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from recfast import ops
+from recfast.errors import InputError
+from recfast.ops import _check
+from recfast.ops.embedding_bag import ROUNDINGS, QuantizedTable
+from recfast.ops.embedding_update import OPTIMIZERS, STEP_RANGES, UpdateState
+
+PRECISIONS = ("float32", "int8")
+DEFAULTS = ("zeros", "trained")
+_PLACE = "DynamicTable"
+_DEFAULT_ROW = 0
+_ENTRIES = ("ids", "rows", "counts", "last_seen")
+
+
+class _Rows:
+    """Rows in one precision and what their optimiser remembers, in tensors that grow together."""
+
+    def __init__(self, dim: int, precision: str, optimizer: str, *, initial_step: float, learned: bool) -> None:
+        self.dim, self.precision, self.initial_step = dim, precision, initial_step
+        table: torch.Tensor | QuantizedTable
+        if precision == "int8":
+            table = QuantizedTable(torch.zeros(0, dim, dtype=torch.int8), torch.zeros(0))
+            self.tensors = {"codes": table.codes, "steps": table.step}
+        else:
+            table = torch.zeros(0, dim)
+            self.tensors = {"weight": table}
+        state = UpdateState.zeros(table, optimizer=optimizer, step_optimizer="adagrad" if learned else None)
+        self._moments = [name for name in ("moment", "step_moment") if getattr(state, name) is not None]
+        self.tensors.update({name: getattr(state, name) for name in self._moments})
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    @property
+    def table(self) -> torch.Tensor | QuantizedTable:
+        if self.precision == "int8":
+            return QuantizedTable(self.tensors["codes"], self.tensors["steps"])
+        return self.tensors["weight"]
+
+    def gather(self, rows: torch.Tensor, offsets: torch.Tensor | None, mode: str) -> torch.Tensor:
+        return ops.embedding_bag(self.table, rows, offsets, mode=mode)
+
+    def update(
+        self, rows: torch.Tensor, offsets: torch.Tensor | None, grad: torch.Tensor, mode: str, **options: Any
+    ) -> int:
+        state = UpdateState(self.tensors.get("moment"), self.tensors.get("step_moment"))
+        return int(ops.embedding_update_(self.table, rows, offsets, grad, state, mode=mode, **options))
+
+    def grow(self, count: int) -> None:
+        """Room for at least `count` rows, doubling, so that a row is moved once or twice in its life."""
+        if count <= len(self):
+            return
+        size = max(count, 2 * len(self))
+        self.tensors = {name: _longer(tensor, size) for name, tensor in self.tensors.items()}
+
+    def reset(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Write new rows over whatever stood there, and forget what the optimiser knew of it."""
+        if self.precision == "int8":
+            self.tensors["codes"][rows] = ops.quantize(values, step=self.initial_step).codes
+            self.tensors["steps"][rows] = self.initial_step
+        else:
+            self.tensors["weight"][rows] = values
+        for name in self._moments:
+            self.tensors[name][rows] = 0.0
+
+
+def _longer(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    grown = tensor.new_zeros(size, *tensor.shape[1:])
+    grown[: tensor.shape[0]] = tensor
+    return grown
+
+
+class _Lookup(torch.autograd.Function):
+    """The lookup as autograd sees it: its backward updates the rows instead of returning a gradient.
+
+    `anchor` requires a gradient, so that autograd comes here though no input of the lookup does.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, table, ids, rows, offsets, mode):
+        ctx.table, ctx.mode, ctx.freed = table, mode, table._freed
+        ctx.save_for_backward(ids, rows, offsets)
+        return table._rows.gather(rows, offsets, mode)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ids, rows, offsets = ctx.saved_tensors
+        if ctx.freed != ctx.table._freed:
+            ctx.table._check_still_there(ids, rows)
+        ctx.table._update(rows, offsets, grad, ctx.mode)
+        return None, None, None, None, None, None
+
+
+class DynamicTable(nn.Module):
+    """Embedding rows for any 64-bit ids, without a vocabulary: rows come with their ids, train, and go with them.
+
+    No two ids share a row. An id is counted from its first occurrence on and gets a row at its `min_count`-th; until
+    then, and where `max_rows` are in use, it reads the default row that all such ids share. Ids not seen for
+    `expire_after` updates are forgotten with their counts, and their rows go to the ids that come next.
+
+    As in `EmbeddingTables` there are no parameters: in training mode with gradients enabled, `forward` counts and
+    admits, and when the gradient arrives the rows that occurred are updated by the table's own optimiser, in the
+    precision they are stored in. Under `eval()`, `torch.no_grad` or `torch.inference_mode` nothing is written.
+
+    Parameters
+    ----------
+    dim : int
+        D.
+    precision : str
+        "float32", or "int8": one byte a weight and one float32 step size a row, no float copy.
+    capacity : int
+        Rows to make room for at first; room is doubled as ids come.
+    max_rows : int or None
+        The most ids that have a row at one time.
+    full : str
+        What happens at `max_rows`. "default": further ids read the default row, are counted, and get a row when one has
+        become free and they occur again. "error": the batch is refused with `InputError` before anything is written.
+    min_count : int
+        Occurrences at which an id gets a row (frequency admission). All places of the batch in which that happens read
+        the row.
+    default : str
+        The default row: "zeros" for ever, or "trained", from zeros, by the gradients of all lookups that read it.
+    expire_after : int or None
+        Updates after which an id that did not occur in them is forgotten. None: never.
+    expire_every : int or None
+        Updates between two searches for such ids, made at the start of a forward pass. None: a quarter of
+        `expire_after`.
+    step, rounding, optimizer, lr, step_lr, step_range, init_range, weight_decay, eps
+        As of `EmbeddingTables`; `lr` and `grad_scale` can be set at any time.
+    init_std : float
+        Standard deviation of new rows, which depend on `seed` and the id alone (`ops.initial_rows`).
+    seed : int
+        Of new rows and of stochastic rounding.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Options out of range.
+
+    Notes
+    -----
+    The state (`state_dict`) is a copy, of as many rows as were ever in use, ids in ascending order; it is the same
+    for the same history, whatever the threads, and loading it restores the sizes too. The table works on the CPU.
+
+    References
+    ----------
+    Liu et al., "Monolith: Real Time Recommendation System With Collisionless Embedding Table", 2022 (arXiv:2209.07663).
+
+    Examples
+    --------
+    >>> table = DynamicTable(4, min_count=2, lr=0.1)
+    >>> ids = torch.tensor([[2**40, -1], [2**40, 7]])
+    >>> table(ids).shape, len(table), table.ids().tolist()
+    (torch.Size([2, 2, 4]), 1, [1099511627776])
+    >>> table(ids).sum().backward()  # -1 and 7 come for the second time
+    >>> len(table), table.updates, table.counts(torch.tensor([-1, 8])).tolist()
+    (3, 1, [2, 0])
+    >>> bags = table(torch.tensor([7, -1, 7]), torch.tensor([0, 2, 2, 3]), mode="mean")
+    >>> bags.shape
+    torch.Size([3, 4])
+    """
+
+    resizable_state = True  # for `models.load`: a state of another number of rows fits
+
+    def __init__(
+        self,
+        dim: int,
+        precision: str = "float32",
+        *,
+        capacity: int = 1024,
+        max_rows: int | None = None,
+        full: str = "default",
+        min_count: int = 1,
+        default: str = "zeros",
+        expire_after: int | None = None,
+        expire_every: int | None = None,
+        step: str = "learned",
+        rounding: str = "stochastic",
+        optimizer: str = "rowwise_adagrad",
+        lr: float = 0.05,
+        step_lr: float = 0.01,
+        step_range: str = "grow",
+        init_std: float = 0.01,
+        init_range: float | None = None,
+        weight_decay: float = 0.0,
+        eps: float = 1e-8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check.at_least(_PLACE, "dim", dim, 1)
+        _check.choice(_PLACE, "precision", precision, PRECISIONS)
+        _check.at_least(_PLACE, "capacity", capacity, 0)
+        if max_rows is not None:
+            _check.at_least(_PLACE, "max_rows", max_rows, 1)
+        _check.choice(_PLACE, "full", full, ("default", "error"))
+        _check.choice(_PLACE, "default", default, DEFAULTS)
+        if expire_after is not None:
+            _check.at_least(_PLACE, "expire_after", expire_after, 1)
+        expire_every = max(1, (expire_after or 1) // 4) if expire_every is None else expire_every
+        _check.at_least(_PLACE, "expire_every", expire_every, 1)
+        _check.choice(_PLACE, "step", step, ("learned", "fixed"))
+        _check.choice(_PLACE, "rounding", rounding, ROUNDINGS)
+        _check.choice(_PLACE, "optimizer", optimizer, OPTIMIZERS)
+        _check.choice(_PLACE, "step_range", step_range, STEP_RANGES)
+        _check.at_least(_PLACE, "init_std", init_std, 0.0)
+        init_range = 4 * init_std if init_range is None else init_range
+        quantized = precision == "int8"
+        if quantized and not 0 < init_range < math.inf:
+            raise ValueError(f"{_PLACE}: init_range must be positive, got {init_range}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"{_PLACE}: seed = {seed} is outside [0, {2**63})")
+        self.dim, self.precision, self.default = dim, precision, default
+        self.expire_after, self.expire_every = expire_after, expire_every
+        self.step, self.rounding, self.optimizer = step if quantized else None, rounding, optimizer
+        self.step_lr, self.step_range, self.init_std, self.init_range = step_lr, step_range, init_std, init_range
+        self.weight_decay, self.eps, self.seed = weight_decay, eps, seed
+        self.grad_scale = 1.0
+        self.check_finite = True
+        self.lr = lr
+        self.updates = 0
+        """How many updates have been done."""
+        self.saturated = 0
+        """How many codes have been clipped in all updates."""
+        self._last_expiry = 0
+        self._freed = 0  # rows taken back so far: whether a row may have changed hands since a forward pass
+        self._map = ops.IdMap(
+            min_count=min_count, first_row=1, max_rows=None if max_rows is None else max_rows + 1, full=full
+        )
+        self._rows = _Rows(
+            dim, precision, optimizer, initial_step=init_range / 127, learned=quantized and step == "learned"
+        )
+        self._rows.grow(1 + capacity)
+        self._reset_default()
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the rows; part of the state."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{_PLACE}: lr must be finite and not negative, got {value}")
+        self._lr = float(value)
+
+    def __len__(self) -> int:
+        """The number of ids with a row."""
+        return len(self._map)
+
+    def __bool__(self) -> bool:
+        return True  # a module is one even while it has no rows
+
+    @property
+    def waiting(self) -> int:
+        """The number of ids that are counted and have no row yet."""
+        return self._map.known - len(self._map)
+
+    def ids(self) -> torch.Tensor:
+        """The ids with a row, ascending: Tensor [len], int64."""
+        return self._map.ids()
+
+    def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where ids are stored: Tensor, shape of `ids`, int64; -1 for those that read the default row."""
+        return self._map.find(self._checked(ids))
+
+    def counts(self, ids: torch.Tensor) -> torch.Tensor:
+        """How often ids occurred in training since they were last unknown: Tensor, shape of `ids`, int64."""
+        return self._map.counts(self._checked(ids))
+
+    def dequantize(self, ids: torch.Tensor) -> torch.Tensor:
+        """What ids read, as floats: Tensor [*, D], float32, a copy. Nothing is counted."""
+        with torch.no_grad():
+            return self._rows.gather(self._find(self._checked(ids)), None, "sum")
+
+    def memory_bytes(self) -> int:
+        """Bytes of rows (with those not yet in use), optimiser state and map."""
+        tensors = self._rows.tensors.values()
+        return self._map.memory_bytes() + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor | None = None, *, mode: str = "sum") -> torch.Tensor:
+        """Look ids up, each for itself or in bags; in training, count and admit them.
+
+        Parameters
+        ----------
+        ids : Tensor of any shape ([n] with `offsets`), int64 or int32
+            Any values.
+        offsets : Tensor [B + 1], int32 or int64, or None
+            Where bags begin; the last entry is n.
+        mode : str
+            "sum" or "mean" of a bag; ids that read the default row count in a mean like all others.
+
+        Returns
+        -------
+        Tensor [*, D], or [B, D] with `offsets`, where an empty bag gives zeros; float32.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Wrong dtypes, shapes, offsets, mode.
+        InputError
+            No row left, with full="error". In every case nothing was written.
+        """
+        self._checked(ids)
+        _check.choice(_PLACE, "mode", mode, ("sum", "mean"))
+        if offsets is not None:
+            _check.tensor(_PLACE, "ids", ids, shape=["n"])
+            _check.tensor(_PLACE, "offsets", offsets, dtypes=_check.INDEX_DTYPES, shape=["B + 1"], device=ids.device)
+        if not (self.training and torch.is_grad_enabled()):
+            return self._rows.gather(self._find(ids), offsets, mode)
+        if offsets is not None:
+            _check.offsets(_PLACE, "offsets", offsets, ids.numel())
+        rows = self._observe(ids)
+        anchor = torch.empty(0, requires_grad=True)
+        return _Lookup.apply(anchor, self, ids, rows, offsets, mode)
+
+    @torch.no_grad()
+    def expire(self, older_than: int | None = None) -> int:
+        """Forget ids that did not occur in the last updates, and free their rows.
+
+        Parameters
+        ----------
+        older_than : int or None
+            As `expire_after`, which None stands for; at least 1, so that ids which wait for their gradient stay.
+
+        Returns
+        -------
+        int
+            The number of rows that became free.
+
+        Raises
+        ------
+        ValueError
+            `older_than` below 1, or None where the table has no `expire_after`.
+        """
+        older_than = self.expire_after if older_than is None else older_than
+        if older_than is None:
+            raise ValueError(f"{_PLACE}: expire needs older_than, since the table has no expire_after")
+        _check.at_least(_PLACE, "older_than", older_than, 1)
+        # An id seen after s updates takes part in update s + 1; u - (s + 1) have passed without it.
+        freed = self._map.expire(max(0, self.updates - older_than)).numel()
+        self._freed += freed
+        self._last_expiry = self.updates
+        return freed
+
+    def extra_repr(self) -> str:
+        return (
+            f"{len(self)} ids, dim={self.dim}, precision={self.precision}, min_count={self._map.min_count}, "
+            f"expire_after={self.expire_after}, optimizer={self.optimizer}, lr={self.lr:g}"
+        )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a state must agree with the module in."""
+        return {
+            "dim": self.dim,
+            "precision": self.precision,
+            "step": self.step,
+            "optimizer": self.optimizer,
+            "default": self.default,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Refuse a state of other rows."""
+        for name, wanted in self.get_extra_state().items():
+            if state.get(name) != wanted:
+                raise InputError(f"{_PLACE}: the state has {name} = {state.get(name)!r}, expected {wanted!r}")
+
+    def _find(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._map.find(ids).clamp(min=_DEFAULT_ROW)
+
+    @torch.no_grad()
+    def _observe(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.expire_after is not None and self.updates - self._last_expiry >= self.expire_every:
+            self.expire()
+        seen = self._map.observe(ids, self.updates)
+        if seen.new_ids.numel():
+            self._rows.grow(self._map.next_row)
+            values = ops.initial_rows(seen.new_ids, self.dim, std=self.init_std, seed=self.seed)
+            self._rows.reset(seen.new_rows, values)
+        return seen.rows.clamp(min=_DEFAULT_ROW)
+
+    @torch.no_grad()
+    def _update(self, rows: torch.Tensor, offsets: torch.Tensor | None, grad: torch.Tensor, mode: str) -> None:
+        self.saturated += self._rows.update(
+            rows.reshape(-1),
+            offsets,
+            grad.to(torch.float32).reshape(-1, self.dim),
+            mode,
+            optimizer=self.optimizer,
+            lr=self.lr,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            grad_scale=self.grad_scale,
+            step_lr=self.step_lr * self._rows.initial_step if self.step == "learned" else None,
+            step_range=self.step_range,
+            rounding=self.rounding,
+            seed=self.seed,
+            step_count=self.updates,
+            check=self.check_finite,
+        )
+        self.updates += 1
+        if self.default == "zeros":
+            self._reset_default()
+
+    def _reset_default(self) -> None:
+        self._rows.reset(torch.tensor([_DEFAULT_ROW]), torch.zeros(1, self.dim))
+
+    def _check_still_there(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        gone = (rows != _DEFAULT_ROW) & (self._map.find(ids) != rows)
+        if bool(gone.any()):
+            raise ValueError(
+                f"{_PLACE}: id {int(ids[gone][0])} was expired between the forward pass and its backward; call expire "
+                "after backward"
+            )
+
+    @staticmethod
+    def _checked(ids: torch.Tensor) -> torch.Tensor:
+        return _check.tensor(_PLACE, "ids", ids, dtypes=_check.INDEX_DTYPES, device=torch.device("cpu"))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self._state().items():
+            destination[prefix + name] = tensor
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        used = self._map.next_row
+        state = {f"map.{name}": tensor for name, tensor in self._map.entries().items()}
+        state |= {f"rows.{name}": tensor[:used].clone() for name, tensor in self._rows.tensors.items()}
+        counters = [self.updates, self.saturated, self._last_expiry, self.seed]
+        state["counters"] = torch.tensor(counters, dtype=torch.int64)
+        state["learning_rate"] = torch.tensor(self.lr, dtype=torch.float64)
+        return state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        extra = prefix + "_extra_state"
+        if extra in state_dict:
+            self.set_extra_state(state_dict[extra])
+        found = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        found.pop("_extra_state", None)
+        expected = self._state().keys()
+        missing = [prefix + name for name in sorted(expected - found.keys())]
+        missing += [] if extra in state_dict else [extra]
+        unexpected = [prefix + name for name in sorted(found.keys() - expected)]
+        missing_keys.extend(missing)
+        unexpected_keys.extend(unexpected if strict else [])
+        if missing:
+            return
+        rows = {name: found[f"rows.{name}"] for name in self._rows.tensors}
+        used = next(iter(rows.values())).shape[0]
+        for name, tensor in rows.items():
+            own = self._rows.tensors[name]
+            _check.tensor(_PLACE, f"rows.{name}", tensor, dtypes=[own.dtype], shape=[used, *own.shape[1:]])
+        if used < 1:
+            raise InputError(f"{_PLACE}: the state must have the default row, got no rows")
+        self._map.restore({name: found[f"map.{name}"].cpu() for name in _ENTRIES}, used)
+        self._rows.grow(used)
+        for name, tensor in rows.items():
+            self._rows.tensors[name][:used] = tensor
+        self.updates, self.saturated, self._last_expiry, self.seed = found["counters"].tolist()
+        self.lr = float(found["learning_rate"])
+        self._freed += 1  # what went forward before has no rows here
