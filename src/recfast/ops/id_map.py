@@ -335,8 +335,8 @@ class IdMap:
         needed = int(wanted.sum())
         if needed > room:
             raise InputError(
-                f"{op}: the batch has {needed} ids that get a row, and of max_rows = {self.max_rows} only {room} are "
-                "left; expire ids, raise max_rows, or let new ids wait with full='default'"
+                f"{op}: {needed} ids of the batch would get a row, and {room} rows are left; expire ids, raise "
+                "max_rows, or let new ids wait with full='default'"
             )
 
     @staticmethod

@@ -43,7 +43,7 @@ def reference(ids: torch.Tensor, dim: int, *, std: float = 1.0, seed: int = 0) -
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = p1 >> 32 & low ^ c1 ^ k0, p1 & low, p0 >> 32 & low ^ c3 ^ k1, p0 & low
         k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    words = torch.stack([c0, c1, c2, c3], 1).reshape(len(ids), -1, 2)[:, :dim]
+    words = torch.stack([c0, c1, c2, c3], 1).reshape(len(ids), 2 * len(pairs), 2)[:, :dim]
     total = ((words & 0xFFFF) + (words >> 16)).sum(2) - 131070
     return total.float() * torch.tensor(std / _DEVIATION)
 
