@@ -11,6 +11,7 @@ from torch import nn
 from recfast import ops
 from recfast.errors import InputError
 from recfast.ops import _check
+from recfast.ops._memory import zeros
 from recfast.ops.embedding_bag import ROUNDINGS, QuantizedTable
 from recfast.ops.embedding_update import OPTIMIZERS, STEP_RANGES, UpdateState
 
@@ -74,7 +75,7 @@ class _Rows:
 
 
 def _longer(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    grown = tensor.new_zeros(size, *tensor.shape[1:])
+    grown = zeros(size, *tensor.shape[1:], dtype=tensor.dtype)
     grown[: tensor.shape[0]] = tensor
     return grown
 

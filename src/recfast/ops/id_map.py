@@ -16,6 +16,7 @@ from recfast import _C
 from recfast.errors import InputError
 from recfast.ops import _check
 from recfast.ops._library import define, kernel
+from recfast.ops._memory import zeros
 
 MAX_ROWS = _C.ID_MAP_MAX_ROWS
 _LEAST_SLOTS = 16
@@ -144,7 +145,7 @@ class IdMap:
 
     @staticmethod
     def _empty(slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(slots, 4, dtype=torch.int32), torch.zeros(slots, dtype=torch.int32)
+        return zeros(slots, 4, dtype=torch.int32), zeros(slots, dtype=torch.int32)
 
     def __len__(self) -> int:
         """The number of ids with a row."""
