@@ -11,7 +11,7 @@ constexpr std::int64_t kAhead = 32;  // ids whose slots are on their way from me
 
 // Calls body(i, home of ids[i]) for each i in [first, last), the slots of the ids to come being fetched.
 template <bool kWrite, class M, class Body>
-void for_each_home(const M& map, const std::int64_t* ids, std::int64_t first, std::int64_t last,
+void for_each_home(const M map, const std::int64_t* ids, std::int64_t first, std::int64_t last,
                    const Body& body) noexcept {
   std::uint64_t homes[kAhead];
   const auto fetch = [&](std::int64_t i) {
@@ -42,13 +42,18 @@ template <class S, class T>
 
 void find(const FindArgs& args) noexcept {
   parallel_for(static_cast<std::int64_t>(args.ids.size()), 4096, [&](std::int64_t first, std::int64_t last) {
-    for_each_home<false>(args.map, args.ids.data(), first, last, [&](std::int64_t i, std::uint64_t home) {
-      const std::uint64_t at = probe(args.map, args.ids[static_cast<std::size_t>(i)], home);
-      const Slot& slot = args.map.slots[at];
-      if (args.slot_numbers) {
-        args.out[i] = slot.taken() ? static_cast<std::int64_t>(at) : -1;
+    // Copies: what is written through `out` could, for all the compiler knows, be the sizes in `args`.
+    const auto map = args.map;
+    const std::int64_t* const ids = args.ids.data();
+    std::int64_t* const out = args.out;
+    const bool slot_numbers = args.slot_numbers;
+    for_each_home<false>(map, ids, first, last, [=](std::int64_t i, std::uint64_t home) {
+      const std::uint64_t at = probe(map, ids[i], home);
+      const Slot& slot = map.slots[at];
+      if (slot_numbers) {
+        out[i] = slot.taken() ? static_cast<std::int64_t>(at) : -1;
       } else {
-        args.out[i] = std::max<std::int64_t>(slot.row(), -1);
+        out[i] = std::max<std::int64_t>(slot.row(), -1);
       }
       return true;
     });
