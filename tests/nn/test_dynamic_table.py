@@ -328,15 +328,21 @@ def test_states_of_other_rows_are_refused():
             other.load_state_dict(good)
         assert equal(state(other), before)
     other = make("int8")
+    before = state(other)
     with pytest.raises(RuntimeError, match="Missing key"):
         other.load_state_dict({name: value for name, value in good.items() if name != "rows.moment"})
     with pytest.raises(RuntimeError, match="Unexpected key"):
         other.load_state_dict({**good, "rows.extra": torch.zeros(1)})
+    with pytest.raises(InputError, match="the state is of another module"):
+        other.load_state_dict({**good, "_extra_state": None})
+    with pytest.raises(ValueError, match="lr must be finite and not negative, got nan"):
+        other.load_state_dict({**good, "learning_rate": torch.tensor(torch.nan)})
     with pytest.raises(InputError, match="rows must differ"):
         other.load_state_dict({**good, "map.rows": torch.ones_like(good["map.rows"])})
     short = {name: value[:3] if name.startswith("rows.") else value for name, value in good.items()}
     with pytest.raises(InputError, match=r"rows must be -1 or in \[1, next_row = 3\)"):
         other.load_state_dict(short)
+    assert equal(state(other), before)
 
 
 def test_state_is_a_copy():
@@ -436,6 +442,21 @@ def test_evaluation_compiles():
     with torch.no_grad():
         compiled = torch.compile(table, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(ids), table(ids))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_training_with_a_compiled_model():
+    """The graph breaks at the table; what comes out is what comes out without a compiler."""
+    plain, other = (torch.nn.Sequential(make(min_count=2), torch.nn.Linear(5, 1)) for _ in range(2))
+    other[1].load_state_dict(plain[1].state_dict())
+    compiled = torch.compile(other, backend="aot_eager")
+    for step in range(3):
+        ids = torch.randint(0, 20, (30,), generator=torch.Generator().manual_seed(step)) << 40
+        for model in (plain, compiled):
+            model(ids).square().sum().backward()
+    assert equal(state(plain[0]), state(other[0]))
+    assert plain[0].updates == 3
+    assert torch.equal(plain[1].weight.grad, other[1].weight.grad)
 
 
 @pytest.mark.parametrize(

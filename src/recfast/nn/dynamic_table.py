@@ -140,7 +140,7 @@ class DynamicTable(nn.Module):
     init_std : float
         Standard deviation of new rows, which depend on `seed` and the id alone (`ops.initial_rows`).
     seed : int
-        Of new rows and of stochastic rounding.
+        Of new rows and of stochastic rounding. Tables of one model want different ones, or equal ids start equal.
 
     Raises
     ------
@@ -151,6 +151,8 @@ class DynamicTable(nn.Module):
     -----
     The state (`state_dict`) is a copy, of as many rows as were ever in use, ids in ascending order; it is the same
     for the same history, whatever the threads, and loading it restores the sizes too. The table works on the CPU.
+    `torch.compile` takes a lookup in evaluation into its graph; in training it breaks the graph there, with equal
+    results.
 
     References
     ----------
@@ -249,9 +251,7 @@ class DynamicTable(nn.Module):
 
     @lr.setter
     def lr(self, value: float) -> None:
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{_PLACE}: lr must be finite and not negative, got {value}")
-        self._lr = float(value)
+        self._lr = self._checked_lr(value)
 
     def __len__(self) -> int:
         """The number of ids with a row."""
@@ -369,7 +369,19 @@ class DynamicTable(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Refuse a state of other rows."""
+        """Refuse a state of other rows; there is nothing to set."""
+        self.check_state(state)
+
+    def check_state(self, state: Any) -> None:
+        """Refuse a state of other rows, by what `get_extra_state` gave for it.
+
+        Raises
+        ------
+        InputError
+            Another width, precision, optimizer, kind of step or of default row.
+        """
+        if not isinstance(state, dict):
+            raise InputError(f"{_PLACE}: the state is of another module, expected that of a DynamicTable")
         for name, wanted in self.get_extra_state().items():
             if state.get(name) != wanted:
                 raise InputError(f"{_PLACE}: the state has {name} = {state.get(name)!r}, expected {wanted!r}")
@@ -423,6 +435,12 @@ class DynamicTable(nn.Module):
             )
 
     @staticmethod
+    def _checked_lr(value: float) -> float:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{_PLACE}: lr must be finite and not negative, got {value}")
+        return float(value)
+
+    @staticmethod
     def _checked(ids: torch.Tensor) -> torch.Tensor:
         return _check.tensor(_PLACE, "ids", ids, dtypes=_check.INDEX_DTYPES, device=torch.device("cpu"))
 
@@ -452,7 +470,7 @@ class DynamicTable(nn.Module):
     ) -> None:
         extra = prefix + "_extra_state"
         if extra in state_dict:
-            self.set_extra_state(state_dict[extra])
+            self.check_state(state_dict[extra])
         found = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         found.pop("_extra_state", None)
         expected = self._state().keys()
@@ -461,7 +479,7 @@ class DynamicTable(nn.Module):
         unexpected = [prefix + name for name in sorted(found.keys() - expected)]
         missing_keys.extend(missing)
         unexpected_keys.extend(unexpected if strict else [])
-        if missing:
+        if missing or (strict and unexpected):
             return
         rows = {name: found[f"rows.{name}"] for name in self._rows.tensors}
         used = next(iter(rows.values())).shape[0]
@@ -470,10 +488,12 @@ class DynamicTable(nn.Module):
             _check.tensor(_PLACE, f"rows.{name}", tensor, dtypes=[own.dtype], shape=[used, *own.shape[1:]])
         if used < 1:
             raise InputError(f"{_PLACE}: the state must have the default row, got no rows")
+        _check.tensor(_PLACE, "counters", found["counters"], dtypes=[torch.int64], shape=[4])
+        lr = self._checked_lr(float(found["learning_rate"]))
         self._map.restore({name: found[f"map.{name}"].cpu() for name in _ENTRIES}, used)
         self._rows.grow(used)
         for name, tensor in rows.items():
             self._rows.tensors[name][:used] = tensor
         self.updates, self.saturated, self._last_expiry, self.seed = found["counters"].tolist()
-        self.lr = float(found["learning_rate"])
+        self._lr = lr
         self._freed += 1  # what went forward before has no rows here
