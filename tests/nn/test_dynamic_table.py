@@ -193,9 +193,35 @@ def test_expiry_between_forward_and_backward():
     table(tensor([3])).sum().backward()
     table.expire(older_than=1)
     held = state(table)
-    with pytest.raises(ValueError, match="id 2 was expired between the forward pass and its backward"):
+    with pytest.raises(ValueError, match="id 2 lost its row between a forward pass and its backward"):
         pending.sum().backward()
     assert equal(state(table), held)
+
+
+def test_searches_as_often_as_it_says():
+    """expire_every=3: what is due goes at the forward passes after 3, 6, ... updates, the state says when that was."""
+    table = make(expire_after=1, expire_every=3)
+    sizes = []
+    for step in range(8):
+        table(tensor([step])).sum().backward()
+        sizes.append(len(table))
+    assert sizes == [1, 2, 3, 2, 3, 4, 2, 3]
+    other = make(expire_after=1, expire_every=3)
+    other.load_state_dict(state(table))
+    for step in range(8, 11):
+        for each in (table, other):
+            each(tensor([step])).sum().backward()
+        assert len(other) == len(table) == {8: 4, 9: 2, 10: 3}[step]
+
+
+def test_loading_between_forward_and_backward():
+    table, other = make(optimizer="sgd"), make(optimizer="sgd")
+    other(tensor([8, 9]))
+    pending = table(tensor([9]))
+    table.load_state_dict(state(other))
+    with pytest.raises(ValueError, match="id 9 lost its row between"):
+        pending.sum().backward()
+    assert equal(state(table), state(other))
 
 
 def test_memory_is_bounded_while_ids_drift():
