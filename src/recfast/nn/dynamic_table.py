@@ -430,8 +430,8 @@ class DynamicTable(nn.Module):
         gone = (rows != _DEFAULT_ROW) & (self._map.find(ids) != rows)
         if bool(gone.any()):
             raise ValueError(
-                f"{_PLACE}: id {int(ids[gone][0])} lost its row between a forward pass and its backward; expire and load "
-                "before a forward pass or after its backward"
+                f"{_PLACE}: id {int(ids[gone][0])} lost its row between a forward pass and its backward; expire and "
+                "load before a forward pass or after its backward"
             )
 
     @staticmethod
