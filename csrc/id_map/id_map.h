@@ -3,13 +3,13 @@
 //   home(id) = mix(id) >> (64 - log2 C), mix the finaliser of splitmix64 (a bijection, so equal low bits do no harm);
 //   an id stands in the first slots from its home on that were free when it came, around the end of the array.
 //
-// Any id is allowed (0, -1, the smallest): whether a slot is taken is told by its `row`, not by its id. An id is counted
-// from its first occurrence on, and gets a row at its `min_count`-th; until then its slot waits. Rows come from the
-// free list, its end first, then from `next_row` up to `max_rows`; with none left an id goes on waiting.
+// Any id is allowed (0, -1, the smallest): whether a slot is taken is told by its `state`, not by its id. An id is
+// counted from its first occurrence on, and gets a row at its `min_count`-th; until then its slot waits. Rows come from
+// the free list, its end first, then from `next_row` up to `max_rows`; with none left an id goes on waiting.
 //
-// C (the number of slots) is a power of two, at least 2. At least one slot must stay free, or a search for an unknown id
-// would not end; `limit` is the most slots that `observe` may take. Since a home is the upper bits of the mix, slots lie
-// in the order of their homes, and `rebuild` reads and writes both arrays front to back.
+// C (the number of slots) is a power of two, at least 2. At least one slot must stay free, or a search for an unknown
+// id would not end; `limit` is the most slots that `observe` may take. Since a home is the upper bits of the mix, slots
+// lie in the order of their homes, and `rebuild` reads and writes both arrays front to back.
 //
 // The mix has no secret key: a person who chooses ids can make them collide, which costs time, not correctness.
 //
@@ -92,8 +92,7 @@ struct Observed {
   bool late;              // whether an id got its row after an occurrence (maybe of this batch) that had none
 };
 
-// Counts ids[first..] in their order. One thread: the order of arrival decides who gets which row, and after prefetching
-// the pass is bound by memory.
+// Counts ids[first..] in their order. One thread, since the order of arrival decides who gets which row.
 [[nodiscard]] Observed observe(const ObserveArgs& args) noexcept;
 
 struct RebuildArgs {

@@ -11,6 +11,10 @@ namespace {
   return static_cast<float>(static_cast<std::int32_t>(sum) - 131070);
 }
 
+[[nodiscard]] float uniform(std::uint32_t word) noexcept {
+  return static_cast<float>(2 * static_cast<std::int32_t>(word >> 8) + 1 - (1 << 24));
+}
+
 }  // namespace
 
 void run(const Args& args) noexcept {
@@ -22,9 +26,11 @@ void run(const Args& args) noexcept {
       for (std::int64_t d = 0; d < args.width; d += 2) {
         std::uint32_t words[4];
         philox(static_cast<std::uint32_t>(id), static_cast<std::uint32_t>(id >> 32), static_cast<std::uint32_t>(d / 2),
-               kInitialRows, words);
-        row[d] = centred(words[0], words[1]) * args.scale;
-        if (d + 1 < args.width) row[d + 1] = centred(words[2], words[3]) * args.scale;
+               static_cast<std::uint32_t>(args.kind), words);
+        const bool normal = args.kind == Kind::kNormal;
+        row[d] = (normal ? centred(words[0], words[1]) : uniform(words[0])) * args.scale;
+        if (d + 1 == args.width) break;
+        row[d + 1] = (normal ? centred(words[2], words[3]) : uniform(words[2])) * args.scale;
       }
     }
   });

@@ -16,12 +16,13 @@ INT64 = st.integers(-(2**63), 2**63 - 1)
     dim=st.integers(1, 35),
     std=st.floats(0, 10),
     seed=st.integers(0, 2**63 - 1),
+    distribution=st.sampled_from(["normal", "uniform"]),
 )
-def test_matches_reference(ids, dim, std, seed, poisoned_empty):
+def test_matches_reference(ids, dim, std, seed, distribution, poisoned_empty):
     ids = torch.tensor(ids, dtype=torch.int64)
-    out = ops.initial_rows(ids, dim, std=std, seed=seed)
+    out = ops.initial_rows(ids, dim, std=std, seed=seed, distribution=distribution)
     assert out.shape == (len(ids), dim)
-    assert torch.equal(out, ops.initial_rows.reference(ids, dim, std=std, seed=seed))
+    assert torch.equal(out, ops.initial_rows.reference(ids, dim, std=std, seed=seed, distribution=distribution))
 
 
 def test_depends_on_seed_and_id_alone():
@@ -50,16 +51,21 @@ def test_known_values():
     assert ops.initial_rows(torch.tensor([5]), 3, std=0.0).tolist() == [[0.0] * 3]
 
 
-def test_moments():
-    """640,000 draws: mean within 5 s.e. of 0, variance within 5 s.e. of 1 (kurtosis 2.7), no correlation of columns."""
-    draws = ops.initial_rows(torch.arange(10_000), 64, seed=1).double()
+@pytest.mark.parametrize(("distribution", "kurtosis", "limit"), [("normal", 2.7, 3.47), ("uniform", 1.8, 1.7321)])
+def test_moments(distribution, kurtosis, limit):
+    """640,000 draws: mean within 5 s.e. of 0, variance within 5 s.e. of 1, no correlation of columns or of ids."""
+    draws = ops.initial_rows(torch.arange(10_000), 64, seed=1, distribution=distribution).double()
     count = draws.numel()
     assert abs(float(draws.mean())) < 5 / count**0.5
-    assert abs(float(draws.var()) - 1) < 5 * (1.7 / count) ** 0.5
-    assert float(draws.abs().max()) < 3.47
+    assert abs(float(draws.var()) - 1) < 5 * ((kurtosis - 1) / count) ** 0.5
+    assert abs(float((draws**4).mean()) - kurtosis) < 0.05
+    assert float(draws.abs().max()) < limit
     off = torch.corrcoef(draws.T) - torch.eye(64, dtype=torch.float64)
     assert float(off.abs().max()) < 5.5 / 10_000**0.5
     assert abs(float((draws[1:] * draws[:-1]).mean())) < 5 / count**0.5
+    other = ops.initial_rows(torch.arange(10_000), 64, seed=1, distribution="uniform").double()
+    if distribution == "normal":
+        assert abs(float((draws * other).mean())) < 5 / count**0.5
 
 
 def test_opcheck(opcheck):
@@ -76,8 +82,13 @@ def test_opcheck(opcheck):
         ((torch.arange(2), 3, -1.0), ValueError, "std must be finite and not negative, got -1.0"),
         ((torch.arange(2), 3, float("nan")), ValueError, "std must be finite and not negative, got nan"),
         ((torch.arange(2), 3, 1.0, -1), ValueError, r"seed = -1 is outside \[0, "),
+        (
+            (torch.arange(2), 3, 1.0, 0, "cauchy"),
+            ValueError,
+            "distribution must be one of normal, uniform",
+        ),
     ],
 )
 def test_rejects_bad_input(arguments, error, sentence):
     with pytest.raises(error, match=sentence):
-        ops.initial_rows(*arguments[:2], **dict(zip(("std", "seed"), arguments[2:], strict=False)))
+        ops.initial_rows(*arguments[:2], **dict(zip(("std", "seed", "distribution"), arguments[2:], strict=False)))
