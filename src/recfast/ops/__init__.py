@@ -16,16 +16,16 @@ from recfast.ops.embedding_update import (
     requantize_,
 )
 from recfast.ops.example_axpy import example_axpy
+from recfast.ops.formats import QuantizedTable, quantize, round_to
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
-from recfast.ops.formats import QuantizedTable, quantize, round_to
 
 __all__ = [
     "Codes",
     "DINWeights",
     "DPPResult",
-    "IdMap",
     "Features",
+    "IdMap",
     "Pending",
     "QuantizedTable",
     "RowsIndex",
