@@ -13,6 +13,7 @@ from recfast.errors import InputError
 from recfast.models.storage import read_tensors, restore_state, split_state, write_tensors
 from recfast.nn import DynamicTable, EmbeddingTables
 from recfast.nn.dynamic_table import PRECISIONS
+from recfast.ops.embedding_update import OPTIMIZERS
 
 EXTREMES = [0, -1, 2**63 - 1, -(2**63)]
 
@@ -47,16 +48,18 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adagrad"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_trains_as_embedding_tables_do(precision, optimizer):
     """On ids 0 .. 29, rows set equal: the same gradients give the same bits as nn.EmbeddingTables."""
     options = {"optimizer": optimizer, "lr": 0.3, "weight_decay": 1e-3, "rounding": "nearest"}
+    if optimizer == "rowwise_adam":
+        options["moment_bits"] = 8
     static = EmbeddingTables([("id", 30)], 5, precision, **{"seed": 5, "init_std": 0.1, **options})
     table = make(precision, **options)
     table(torch.arange(30))
     rows = table.rows_of(torch.arange(30))
     for name, own in table._rows.tensors.items():
-        getattr(static, name).copy_(own[rows])
+        getattr(static.groups[0], name).copy_(own[rows])
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         ids, offsets = torch.randint(0, 30, (40,), generator=generator), torch.tensor([0, 7, 7, 30, 40])
@@ -128,10 +131,33 @@ def test_new_rows_depend_on_seed_and_id_alone(precision):
         b(part)
     assert torch.equal(a.dequantize(ids), b.dequantize(ids))
     assert not torch.equal(a.rows_of(ids), b.rows_of(ids))
-    wanted = ops.initial_rows(ids, 5, std=0.1, seed=5)
-    step = 0.0 if precision == "float32" else a._rows.initial_step
-    assert float((a.dequantize(ids) - wanted).abs().max()) <= step / 2 * 1.001
+    drawn = ops.initial_rows(ids, 5, std=0.1, seed=5)
+    step = a._rows.initial_step
+    bound = {
+        "float32": 0 * drawn,
+        "bfloat16": 2**-8 * drawn.abs(),
+        "float16": 2**-11 * drawn.abs() + 2**-25,
+        "float8": 2**-4 * drawn.abs() + 2**-10 * step,
+    }.get(precision, torch.tensor(step))
+    assert ((a.dequantize(ids) - drawn).abs() <= bound * 1.001).all()
     assert not torch.equal(make(precision, seed=6)(ids), a(ids))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "int2"])
+def test_new_rows_of_few_bits_keep_their_mean(precision):
+    """Rounded by draws of their ids: 64,000 weights have the mean of floats, the large ones among them too."""
+    ids = torch.arange(4000)
+    table = make(precision, dim=16)
+    table(ids)
+    drawn = ops.initial_rows(ids, 16, std=0.1, seed=5)
+    off = (table.dequantize(ids) - drawn).double()
+    step = table._rows.initial_step
+    assert float(off.abs().max()) <= step * 1.001
+    for part in (off, off[drawn > 0.15]):
+        assert abs(float(part.mean())) < 5 * step / 2 / part.numel() ** 0.5
+    nearest = make(precision, dim=16, rounding="nearest")
+    nearest(ids)
+    assert float((nearest.dequantize(ids) - drawn).abs().max()) <= step / 2 * 1.001
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -272,17 +298,14 @@ def test_nothing_is_written_without_training(precision):
         "map.counts",
         "map.last_seen",
         "map.rows",
-        "rows.weight",
-        "rows.codes",
-        "rows.steps",
-        "rows.moment",
-        "rows.step_moment",
+        "rows",
+        "row_state",
     }
     assert table.updates == 4
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adagrad"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resumes_exactly(precision, optimizer, tmp_path):
     """Half of the training, a file, and a module of other sizes that goes on: the bits of the whole training."""
     options = {"optimizer": optimizer, "weight_decay": 1e-3, "min_count": 2, "expire_after": 3, "default": "trained"}
@@ -331,10 +354,14 @@ def test_in_a_saved_model(tmp_path):
     tensors, metadata = read_tensors(tmp_path / "m.safetensors")
     restore_state(other, tensors, metadata["extra"], tmp_path)
     assert equal(state(other), state(model))
-    with pytest.raises(InputError, match=r"does not fit: 'table.rows.weight' has the shape \[.*, 5\]"):
-        restore_state(Model(6), {**tensors, "head.weight": torch.zeros(1, 6)}, metadata["extra"], tmp_path)
-    with pytest.raises(InputError, match=r"'head.weight' has the shape \[1, 5\], expected \[1, 6\]"):
-        restore_state(Model(6), {**tensors, "table.rows.weight": torch.zeros(3, 6)}, metadata["extra"], tmp_path)
+    with pytest.raises(InputError, match="does not fit: DynamicTable: the state has dim = 5, expected 6"):
+        restore_state(Model(6), tensors, metadata["extra"], tmp_path)
+    for name, wrong, sentence in (
+        ("head.weight", torch.zeros(2, 5), r"has the shape \[2, 5\], expected \[1, 5\]"),
+        ("table.row_state", torch.zeros(7, 3), r"has the shape \[7, 3\], expected \[7, 1\]"),
+    ):
+        with pytest.raises(InputError, match=f"does not fit: '{name}' {sentence}"):
+            restore_state(Model(), {**tensors, name: wrong}, metadata["extra"], tmp_path)
 
 
 def test_states_of_other_rows_are_refused():
@@ -346,6 +373,7 @@ def test_states_of_other_rows_are_refused():
         ({"precision": "float32"}, "the state has precision = 'int8', expected 'float32'"),
         ({"optimizer": "sgd"}, "the state has optimizer = 'rowwise_adagrad', expected 'sgd'"),
         ({"step": "fixed"}, "the state has step = 'learned', expected 'fixed'"),
+        ({"step_optimizer": "adam"}, "the state has step_optimizer = 'adagrad', expected 'adam'"),
         ({"default": "trained"}, "the state has default = 'zeros', expected 'trained'"),
     ):
         other = make(**{"precision": "int8", **options})
@@ -356,16 +384,16 @@ def test_states_of_other_rows_are_refused():
     other = make("int8")
     before = state(other)
     with pytest.raises(RuntimeError, match="Missing key"):
-        other.load_state_dict({name: value for name, value in good.items() if name != "rows.moment"})
+        other.load_state_dict({name: value for name, value in good.items() if name != "row_state"})
     with pytest.raises(RuntimeError, match="Unexpected key"):
-        other.load_state_dict({**good, "rows.extra": torch.zeros(1)})
+        other.load_state_dict({**good, "extra": torch.zeros(1)})
     with pytest.raises(InputError, match="the state is of another module"):
         other.load_state_dict({**good, "_extra_state": None})
     with pytest.raises(ValueError, match="lr must be finite and not negative, got nan"):
         other.load_state_dict({**good, "learning_rate": torch.tensor(torch.nan)})
     with pytest.raises(InputError, match="rows must differ"):
         other.load_state_dict({**good, "map.rows": torch.ones_like(good["map.rows"])})
-    short = {name: value[:3] if name.startswith("rows.") else value for name, value in good.items()}
+    short = {name: value[:3] if name in ("rows", "row_state") else value for name, value in good.items()}
     with pytest.raises(InputError, match=r"rows must be -1 or in \[1, next_row = 3\)"):
         other.load_state_dict(short)
     assert equal(state(other), before)
@@ -432,7 +460,9 @@ def test_against_a_dict(batches, min_count, after):
 
 def test_memory_bytes():
     table = DynamicTable(16, "int8", capacity=1023)
-    assert table.memory_bytes() == 1024 * (16 + 4 + 4 + 4) + 16 * 20
+    assert table.memory_bytes() == 1024 * (16 + 4 + 4 + 4) + 16 * 20  # codes, step, two moments; 16 slots
+    assert DynamicTable(16, "int2", capacity=1023, optimizer="sgd", step="fixed").memory_bytes() == 1024 * 8 + 16 * 20
+    assert DynamicTable(16, "bfloat16", capacity=1023, optimizer="sgd").memory_bytes() == 1024 * 32 + 16 * 20
     assert DynamicTable(16, capacity=1023, optimizer="sgd").memory_bytes() == 1024 * 64 + 16 * 20
     assert not list(table.parameters())
     assert "0 ids, dim=16, precision=int8" in repr(table)
@@ -455,9 +485,8 @@ def test_learns(precision):
         loss.backward()
         losses.append(loss.item())
     assert len(table) == 60
-    assert losses[140] < 0.02
-    assert losses[299] < 0.02
-    assert losses[150] > 0.1
+    limit = 0.35 if precision == "int2" else 0.02  # of a variance of 1; four levels can say no more
+    assert max(losses[140], losses[299]) < limit < losses[150]
 
 
 def test_evaluation_compiles():

@@ -10,42 +10,57 @@ from torch import nn
 
 from recfast import ops
 from recfast.errors import InputError
-from recfast.ops import _check
+from recfast.ops import UpdateState, _check, formats
 from recfast.ops._memory import zeros
-from recfast.ops.embedding_bag import ROUNDINGS, QuantizedTable
-from recfast.ops.embedding_update import OPTIMIZERS, STEP_RANGES, UpdateState
+from recfast.ops.embedding_update import OPTIMIZERS, STEP_FLOORS, STEP_OPTIMIZERS, STEP_RANGES
+from recfast.ops.formats import ROUNDINGS
 
-PRECISIONS = ("float32", "int8")
+PRECISIONS = ("float32", "bfloat16", "float16", "float8", "int8", "int4", "int2")
 DEFAULTS = ("zeros", "trained")
+_BITS = {"float8": "fp8", "int8": 8, "int4": 4, "int2": 2}
 _PLACE = "DynamicTable"
 _DEFAULT_ROW = 0
 _ENTRIES = ("ids", "rows", "counts", "last_seen")
 
 
 class _Rows:
-    """Rows in one precision and what their optimiser remembers, in tensors that grow together."""
+    """Rows in one precision and what their optimiser remembers, in tensors that grow together.
 
-    def __init__(self, dim: int, precision: str, optimizer: str, *, initial_step: float, learned: bool) -> None:
-        self.dim, self.precision, self.initial_step = dim, precision, initial_step
-        table: torch.Tensor | QuantizedTable
-        if precision == "int8":
-            table = QuantizedTable(torch.zeros(0, dim, dtype=torch.int8), torch.zeros(0))
-            self.tensors = {"codes": table.codes, "steps": table.step}
+    `tensors` has the rows ([T, D], or uint8 [T, row bytes] for precisions with a step size a row) under "rows", and the
+    parts of `ops.UpdateState` that the optimiser has.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        precision: str,
+        *,
+        optimizer: str,
+        step_optimizer: str | None,
+        moment_bits: int,
+        initial_step: float,
+        dither: bool,
+    ) -> None:
+        self.dim, self.initial_step, self.dither = dim, initial_step, dither
+        info = formats.FORMATS[precision]
+        self.dtype, self.bits = info.dtype, None if info.dtype is not None else _BITS[precision]
+        if self.bits is None:
+            self.tensors = {"rows": torch.zeros(0, dim, dtype=self.dtype)}
         else:
-            table = torch.zeros(0, dim)
-            self.tensors = {"weight": table}
-        state = UpdateState.zeros(table, optimizer=optimizer, step_optimizer="adagrad" if learned else None)
-        self._moments = [name for name in ("moment", "step_moment") if getattr(state, name) is not None]
-        self.tensors.update({name: getattr(state, name) for name in self._moments})
+            self.tensors = {"rows": torch.zeros(0, formats.row_bytes(precision, dim), dtype=torch.uint8)}
+        state = UpdateState.zeros(
+            self.table, optimizer=optimizer, step_optimizer=step_optimizer, moment_bits=moment_bits
+        )
+        parts = {"row_state": state.row, "moment": state.moment, "second": state.second}
+        self.tensors |= {name: part for name, part in parts.items() if part is not None}
 
     def __len__(self) -> int:
-        return next(iter(self.tensors.values())).shape[0]
+        return self.tensors["rows"].shape[0]
 
     @property
-    def table(self) -> torch.Tensor | QuantizedTable:
-        if self.precision == "int8":
-            return QuantizedTable(self.tensors["codes"], self.tensors["steps"])
-        return self.tensors["weight"]
+    def table(self) -> torch.Tensor | ops.QuantizedTable:
+        rows = self.tensors["rows"]
+        return rows if self.bits is None else ops.QuantizedTable(rows, self.bits, self.dim)
 
     def gather(self, rows: torch.Tensor, offsets: torch.Tensor | None, mode: str) -> torch.Tensor:
         return ops.embedding_bag(self.table, rows, offsets, mode=mode)
@@ -53,7 +68,7 @@ class _Rows:
     def update(
         self, rows: torch.Tensor, offsets: torch.Tensor | None, grad: torch.Tensor, mode: str, **options: Any
     ) -> int:
-        state = UpdateState(self.tensors.get("moment"), self.tensors.get("step_moment"))
+        state = UpdateState(*(self.tensors.get(name) for name in ("row_state", "moment", "second")))
         return int(ops.embedding_update_(self.table, rows, offsets, grad, state, mode=mode, **options))
 
     def grow(self, count: int) -> None:
@@ -63,15 +78,26 @@ class _Rows:
         size = max(count, 2 * len(self))
         self.tensors = {name: _longer(tensor, size) for name, tensor in self.tensors.items()}
 
+    def draw(self, rows: torch.Tensor, ids: torch.Tensor, std: float, seed: int) -> None:
+        """Give rows to new ids."""
+        values = ops.initial_rows(ids, self.dim, std=std, seed=seed)
+        if self.dither:
+            # Rounding w + u to the nearest, u uniform over a step, is rounding w stochastically, by draws of the id:
+            # rows of 2 bits, whose step is above most of their weights, would be all zeros without.
+            deviation = self.initial_step / math.sqrt(12)
+            values += ops.initial_rows(ids, self.dim, std=deviation, seed=seed, distribution="uniform")
+        self.reset(rows, values)
+
     def reset(self, rows: torch.Tensor, values: torch.Tensor) -> None:
-        """Write new rows over whatever stood there, and forget what the optimiser knew of it."""
-        if self.precision == "int8":
-            self.tensors["codes"][rows] = ops.quantize(values, step=self.initial_step).codes
-            self.tensors["steps"][rows] = self.initial_step
-        else:
-            self.tensors["weight"][rows] = values
-        for name in self._moments:
-            self.tensors[name][rows] = 0.0
+        """Write values over whatever stood in some rows, and forget what the optimiser knew of them."""
+        for name, tensor in self.tensors.items():
+            if name != "rows":
+                tensor[rows] = 0
+        if self.bits is not None:
+            values = ops.quantize(values, bits=self.bits, step=self.initial_step).rows
+        elif self.dtype != torch.float32:
+            values = ops.round_to(values, self.dtype)
+        self.tensors["rows"][rows] = values
 
 
 def _longer(tensor: torch.Tensor, size: int) -> torch.Tensor:
@@ -117,7 +143,8 @@ class DynamicTable(nn.Module):
     dim : int
         D.
     precision : str
-        "float32", or "int8": one byte a weight and one float32 step size a row, no float copy.
+        "float32"; "bfloat16", "float16"; "float8" (e4m3 with a step size a row); "int8", "int4", "int2": integers with
+        one float32 step size a row. No float copy is kept.
     capacity : int
         Rows to make room for at first; room is doubled as ids come.
     max_rows : int or None
@@ -135,10 +162,13 @@ class DynamicTable(nn.Module):
     expire_every : int or None
         Updates between two searches for such ids, made at the start of a forward pass. None: a quarter of
         `expire_after`.
-    step, rounding, optimizer, lr, step_lr, step_range, init_range, weight_decay, eps
+    step, rounding, optimizer, moment_bits, lr, betas, eps, weight_decay, decay, step_lr, step_optimizer, step_scale, \
+step_floor, step_range
         As of `EmbeddingTables`; `lr` and `grad_scale` can be set at any time.
     init_std : float
         Standard deviation of new rows, which depend on `seed` and the id alone (`ops.initial_rows`).
+    init_range : float or None
+        New rows have the step size `init_range` over the highest code. None: 4 * init_std.
     seed : int
         Of new rows and of stochastic rounding. Tables of one model want different ones, or equal ids start equal.
 
@@ -189,13 +219,19 @@ class DynamicTable(nn.Module):
         step: str = "learned",
         rounding: str = "stochastic",
         optimizer: str = "rowwise_adagrad",
+        moment_bits: int = 32,
         lr: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decay: str = "l2",
         step_lr: float = 0.01,
+        step_optimizer: str = "adagrad",
+        step_scale: str | float = "batch",
+        step_floor: str = "clamp",
         step_range: str = "grow",
         init_std: float = 0.01,
         init_range: float | None = None,
-        weight_decay: float = 0.0,
-        eps: float = 1e-8,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -213,19 +249,33 @@ class DynamicTable(nn.Module):
         _check.choice(_PLACE, "step", step, ("learned", "fixed"))
         _check.choice(_PLACE, "rounding", rounding, ROUNDINGS)
         _check.choice(_PLACE, "optimizer", optimizer, OPTIMIZERS)
+        _check.choice(_PLACE, "moment_bits", moment_bits, (32, 8))
+        _check.choice(_PLACE, "decay", decay, ("l2", "decoupled"))
+        _check.choice(_PLACE, "step_optimizer", step_optimizer, STEP_OPTIMIZERS)
+        _check.choice(_PLACE, "step_floor", step_floor, STEP_FLOORS)
         _check.choice(_PLACE, "step_range", step_range, STEP_RANGES)
-        _check.at_least(_PLACE, "init_std", init_std, 0.0)
+        for name, value in (("init_std", init_std), ("step_lr", step_lr)):
+            _check.at_least(_PLACE, name, value, 0.0)
         init_range = 4 * init_std if init_range is None else init_range
-        quantized = precision == "int8"
-        if quantized and not 0 < init_range < math.inf:
+        highest = formats.FORMATS[precision].highest  # of a code; 0 without a step size
+        if highest and not 0 < init_range < math.inf:
             raise ValueError(f"{_PLACE}: init_range must be positive, got {init_range}")
         if not 0 <= seed < 2**63:
             raise ValueError(f"{_PLACE}: seed = {seed} is outside [0, {2**63})")
+        learned = precision in ("int8", "int4", "int2") and step == "learned"
+        initial_step = init_range / highest if highest else 0.0
         self.dim, self.precision, self.default = dim, precision, default
         self.expire_after, self.expire_every = expire_after, expire_every
-        self.step, self.rounding, self.optimizer = step if quantized else None, rounding, optimizer
-        self.step_lr, self.step_range, self.init_std, self.init_range = step_lr, step_range, init_std, init_range
-        self.weight_decay, self.eps, self.seed = weight_decay, eps, seed
+        self.optimizer, self.moment_bits = optimizer, moment_bits
+        self.step = "learned" if learned else "fixed"
+        self.step_optimizer = step_optimizer if learned else None
+        self.init_std, self.seed = init_std, seed
+        relative = 1.0 if step_optimizer == "sgd" else initial_step
+        self._options = {
+            "optimizer": optimizer, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay": decay,
+            "step_lr": step_lr * relative if learned else None, "step_optimizer": step_optimizer,
+            "step_scale": step_scale, "step_floor": step_floor, "step_range": step_range, "rounding": rounding,
+        }  # fmt: skip
         self.grad_scale = 1.0
         self.check_finite = True
         self.lr = lr
@@ -239,7 +289,13 @@ class DynamicTable(nn.Module):
             min_count=min_count, first_row=1, max_rows=None if max_rows is None else max_rows + 1, full=full
         )
         self._rows = _Rows(
-            dim, precision, optimizer, initial_step=init_range / 127, learned=quantized and step == "learned"
+            dim,
+            precision,
+            optimizer=optimizer,
+            step_optimizer=self.step_optimizer,
+            moment_bits=moment_bits,
+            initial_step=initial_step,
+            dither=precision.startswith("int") and rounding == "stochastic",
         )
         self._rows.grow(1 + capacity)
         self._reset_default()
@@ -364,7 +420,9 @@ class DynamicTable(nn.Module):
             "dim": self.dim,
             "precision": self.precision,
             "step": self.step,
+            "step_optimizer": self.step_optimizer,
             "optimizer": self.optimizer,
+            "moment_bits": self.moment_bits,
             "default": self.default,
         }
 
@@ -396,8 +454,7 @@ class DynamicTable(nn.Module):
         seen = self._map.observe(ids, self.updates)
         if seen.new_ids.numel():
             self._rows.grow(self._map.next_row)
-            values = ops.initial_rows(seen.new_ids, self.dim, std=self.init_std, seed=self.seed)
-            self._rows.reset(seen.new_rows, values)
+            self._rows.draw(seen.new_rows, seen.new_ids, self.init_std, self.seed)
         return seen.rows.clamp(min=_DEFAULT_ROW)
 
     @torch.no_grad()
@@ -407,14 +464,9 @@ class DynamicTable(nn.Module):
             offsets,
             grad.to(torch.float32).reshape(-1, self.dim),
             mode,
-            optimizer=self.optimizer,
+            **self._options,
             lr=self.lr,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
             grad_scale=self.grad_scale,
-            step_lr=self.step_lr * self._rows.initial_step if self.step == "learned" else None,
-            step_range=self.step_range,
-            rounding=self.rounding,
             seed=self.seed,
             step_count=self.updates,
             check=self.check_finite,
@@ -452,7 +504,7 @@ class DynamicTable(nn.Module):
     def _state(self) -> dict[str, torch.Tensor]:
         used = self._map.next_row
         state = {f"map.{name}": tensor for name, tensor in self._map.entries().items()}
-        state |= {f"rows.{name}": tensor[:used].clone() for name, tensor in self._rows.tensors.items()}
+        state |= {name: tensor[:used].clone() for name, tensor in self._rows.tensors.items()}
         counters = [self.updates, self.saturated, self._last_expiry, self.seed]
         state["counters"] = torch.tensor(counters, dtype=torch.int64)
         state["learning_rate"] = torch.tensor(self.lr, dtype=torch.float64)
@@ -481,11 +533,11 @@ class DynamicTable(nn.Module):
         unexpected_keys.extend(unexpected if strict else [])
         if missing or (strict and unexpected):
             return
-        rows = {name: found[f"rows.{name}"] for name in self._rows.tensors}
-        used = next(iter(rows.values())).shape[0]
+        rows = {name: found[name] for name in self._rows.tensors}
+        used = rows["rows"].shape[0]
         for name, tensor in rows.items():
             own = self._rows.tensors[name]
-            _check.tensor(_PLACE, f"rows.{name}", tensor, dtypes=[own.dtype], shape=[used, *own.shape[1:]])
+            _check.tensor(_PLACE, name, tensor, dtypes=[own.dtype], shape=[used, *own.shape[1:]])
         if used < 1:
             raise InputError(f"{_PLACE}: the state must have the default row, got no rows")
         _check.tensor(_PLACE, "counters", found["counters"], dtypes=[torch.int64], shape=[4])
