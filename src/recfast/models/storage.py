@@ -133,11 +133,18 @@ def restore_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], extra: 
         raise InputError(f"{place} is of another model: expected the tensor {name!r}, found none of that name")
     for name in sorted(tensors.keys() - expected.keys()) + sorted(extra.keys() - expected_extra.keys()):
         raise InputError(f"{place} is of another model: found the tensor {name!r}, which this model does not have")
+    # Tables that grow take as many rows as were saved.
+    growing = tuple(
+        f"{name}." if name else "" for name, part in model.named_modules() if getattr(part, "resizable_state", False)
+    )
     for name, tensor in expected.items():
-        if tensor.shape != tensors[name].shape:
+        wanted, found = list(tensor.shape), list(tensors[name].shape)
+        if name.startswith(growing) and len(found) == len(wanted):
+            wanted[:1] = found[:1]
+        if wanted != found:
             raise InputError(
-                f"{place} does not fit: {name!r} has the shape {list(tensors[name].shape)}, expected "
-                f"{list(tensor.shape)} (another vocabulary, or other options of the model)"
+                f"{place} does not fit: {name!r} has the shape {found}, expected "
+                f"{wanted} (another vocabulary, or other options of the model)"
             )
         if tensor.dtype != tensors[name].dtype:
             raise InputError(f"{place} does not fit: {name!r} is {tensors[name].dtype}, expected {tensor.dtype}")
