@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from recfast.data import Schema
 
 _PLACES = {
+    "DCNv2": "recfast.models.ctr.dcn_v2",
     "DeepFM": "recfast.models.ctr.deepfm",
     "DIN": "recfast.models.ctr.din",
     "ItemKNN": "recfast.models.retrieval.baselines",
@@ -28,7 +29,19 @@ _PLACES = {
     "TwoTower": "recfast.models.retrieval.two_tower",
 }
 
-__all__ = ["DIN", "DeepFM", "ItemKNN", "Popularity", "SimpleX", "TwoTower", "build", "load", "names", "options"]
+__all__ = [
+    "DIN",
+    "DCNv2",
+    "DeepFM",
+    "ItemKNN",
+    "Popularity",
+    "SimpleX",
+    "TwoTower",
+    "build",
+    "load",
+    "names",
+    "options",
+]
 
 
 def __getattr__(name: str) -> Any:
