@@ -55,21 +55,22 @@ class PostTrainingTables(CompressedTables):
         return self.stored.numel()
 
 
-def best_step(weight: torch.Tensor, bits: int, *, candidates: int = 100, rounds: int = 5) -> torch.Tensor:
+def best_step(weight: torch.Tensor, bits: int, *, candidates: int = 120, rounds: int = 5) -> torch.Tensor:
     """The step size of each row with the least squared rounding error, clipping included.
 
     .. math:: \\Delta_r = \\arg\\min_\\Delta \\sum_d \\big(w_{rd} - \\Delta \\,\\mathrm{clip}(\\mathrm{round}(
         w_{rd} / \\Delta))\\big)^2
 
-    The best of a grid below max |w| / (2^{b-1} - 1), then improved by turns: codes for the step, and the step
-    :math:`\\langle w, q \\rangle / \\langle q, q \\rangle` for the codes, which never makes it worse.
+    The best of a grid, never worse than the step max |w| / (2^{b-1} - 1) that clips nothing; then improved by turns:
+    codes for the step, and the step :math:`\\langle w, q \\rangle / \\langle q, q \\rangle` for the codes.
 
     Parameters
     ----------
     weight : Tensor [T, D], float32
     bits : {8, 4, 2}
     candidates : int
-        Of the grid; its last is the step that clips nothing.
+        Of the grid: half of them spread below the step that clips nothing, half close to it, where the codes of the
+        large weights change from one to the next.
     rounds : int
         Of the improvement.
 
@@ -91,8 +92,11 @@ def best_step(weight: torch.Tensor, bits: int, *, candidates: int = 100, rounds:
         better = error < least
         best, least = torch.where(better, steps, best), torch.where(better, error, least)
 
-    for number in range(1, candidates):
-        keep_better(largest * (number / candidates))
+    highest = FORMATS[f"int{bits}"].highest
+    wide = torch.linspace(0.0, 1.0, candidates // 2 + 1)[1:]
+    close = torch.linspace(max(0.0, 1 - 2 / highest), 1 + 0.5 / highest, candidates - len(wide) + 1)[1:]
+    for share in (*wide.tolist(), *close.tolist()):
+        keep_better(largest * share)
     for _ in range(rounds):
         codes = _rounded(weight, best, bits)
         length = codes.square().sum(1)
