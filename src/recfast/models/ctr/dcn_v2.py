@@ -48,8 +48,8 @@ class DCNv2(nn.Module):
         Of the matrices W; full if left out.
     experts : int
         With `rank`: low-rank matrices a layer, mixed by a gate; see `nn.CrossNetV2`.
-    precision : str
-        How the tables are stored and trained, as in `nn.EmbeddingTables`.
+    precision : str or {column: str}
+        How the tables are stored and trained, see `nn.EmbeddingTables`.
     tables : dict, optional
         Further options of `nn.EmbeddingTables`.
     dropout : float
@@ -69,7 +69,7 @@ class DCNv2(nn.Module):
         cross_layers: int = 3,
         rank: int | None = None,
         experts: int = 1,
-        precision: str = "float32",
+        precision: str | Mapping[str, str] = "float32",
         tables: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
     ) -> None:
@@ -85,7 +85,7 @@ class DCNv2(nn.Module):
             "cross_layers": cross_layers,
             "rank": rank,
             "experts": experts,
-            "precision": precision,
+            "precision": precision if isinstance(precision, str) else dict(precision),
             "tables": dict(tables or {}),
             "dropout": dropout,
         }
