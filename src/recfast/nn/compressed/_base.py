@@ -158,8 +158,12 @@ def bytes_of(*tensors: torch.Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def divide(wanted: Sequence[int], total: int, least: Sequence[int] | None = None) -> list[int] | None:
-    """Divide `total` rows among tables: one cap for all, so that small tables stay whole and large ones shrink.
+# A table of at most so many rows stays whole: there, two ids in one row cost much and save nothing.
+WHOLE_ROWS = 16
+
+
+def divide(wanted: Sequence[int], total: int, least: Sequence[int]) -> list[int] | None:
+    """Divide `total` rows among tables, in proportion to what they would have.
 
     Parameters
     ----------
@@ -168,22 +172,22 @@ def divide(wanted: Sequence[int], total: int, least: Sequence[int] | None = None
     total
         Rows there are.
     least
-        Rows that each must have; 1 if left out.
+        Rows that each must have.
 
     Returns
     -------
     list of int, or None
-        Between `least` and `wanted` each, together at most `total` and, where the tables are cut, no fewer than
-        `total` less the number of tables. None where `least` is too much.
+        Between `least` and `wanted` each, together at most `total` and, where tables are cut, hardly less. None where
+        `least` is too much.
     """
-    least = [1] * len(wanted) if least is None else least
 
-    def shares(cap: int) -> list[int]:
-        return [min(want, max(few, cap)) for want, few in zip(wanted, least, strict=True)]
+    def shares(parts: int) -> list[int]:
+        return [min(want, max(few, want * parts >> 30)) for want, few in zip(wanted, least, strict=True)]
 
     if sum(shares(0)) > total:
         return None
-    low, high = 0, max(wanted)
+    # The share that all keep, in units of 2^-30.
+    low, high = 0, 1 << 30
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if sum(shares(middle)) <= total else (low, middle - 1)

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from recfast.nn.compressed._base import CompressedTables, bytes_of, divide, hashed
+from recfast.nn.compressed._base import WHOLE_ROWS, CompressedTables, bytes_of, divide, hashed
 
 
 class HashedTables(CompressedTables):
     """Tables of fewer rows than ids: id i of table t reads row :math:`h_t(i) \\in [0, m_t)`, whoever else does.
 
-    All tables get the same cap on their rows, the largest that fits the budget. A table below the cap keeps a row for
-    every id, so no table of a few ids is hurt; in the others :math:`n_t / m_t` ids share a row on average.
+    All tables keep the same share of their rows, the largest that fits the budget, but none fewer than 16 or all of its
+    own, so that tables of a few ids stay whole.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class HashedTables(CompressedTables):
     Raises
     ------
     ValueError
-        Options out of range, or a ratio that leaves less than one row a table.
+        Options out of range, or a ratio that leaves fewer rows than that.
 
     References
     ----------
@@ -47,9 +47,11 @@ class HashedTables(CompressedTables):
         super().__init__(schema_or_specs, dim)
         # First row and number of rows of each table, and the seed: what serving needs beside the weights.
         overhead = 16 * len(self.specs) + 8
-        shares = divide([rows for _, rows in self.specs], max(0, self._budget(ratio) - overhead) // (4 * dim))
+        sizes = [rows for _, rows in self.specs]
+        least = [min(rows, WHOLE_ROWS) for rows in sizes]
+        shares = divide(sizes, max(0, self._budget(ratio) - overhead) // (4 * dim), least)
         if shares is None:
-            raise self._short(ratio, overhead + 4 * dim * len(self.specs))
+            raise self._short(ratio, overhead + 4 * dim * sum(least))
         first = [sum(shares[:table]) for table in range(len(shares))]
         self.register_buffer("layout", torch.tensor([first, shares], dtype=torch.int64))
         self.register_buffer("hash_seed", torch.tensor(seed, dtype=torch.int64))

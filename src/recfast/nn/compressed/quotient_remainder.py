@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recfast.nn.compressed._base import CompressedTables, bytes_of, divide
+from recfast.nn.compressed._base import WHOLE_ROWS, CompressedTables, bytes_of, divide
 from recfast.ops import _check
 
 OPERATIONS = ("mult", "add", "concat")
@@ -21,7 +21,8 @@ class QuotientRemainderTables(CompressedTables):
     .. math:: e_i = r_{i \\bmod m} \\circ q_{\\lfloor i / m \\rfloor}
 
     A table of n rows costs :math:`m + \\lceil n / m \\rceil` rows, which is least near :math:`2 \\sqrt n`. All tables
-    get the same cap on that cost, the largest that fits the budget; a table below the cap is kept whole.
+    keep the same share of their rows, the largest that fits the budget, but none less than that; those of 16 rows or
+    fewer stay whole.
 
     Parameters
     ----------
@@ -68,7 +69,10 @@ class QuotientRemainderTables(CompressedTables):
         width = dim // pieces
         sizes = [rows for _, rows in self.specs]
         whole = [pieces * rows for rows in sizes]
-        least = [min(full, _least_cost(rows)) for full, rows in zip(whole, sizes, strict=True)]
+        least = [
+            full if rows <= WHOLE_ROWS else min(full, _least_cost(rows))
+            for full, rows in zip(whole, sizes, strict=True)
+        ]
         # Of each table: first row of the remainders, m, first row of the quotients (0: kept whole).
         overhead = 24 * len(sizes)
         costs = divide(whole, max(0, self._budget(ratio) - overhead) // (4 * width), least)
