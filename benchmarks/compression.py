@@ -51,8 +51,11 @@ class Method:
     points: tuple[str, ...] = ("8", "4", "2")
     # Options to choose from at a point, beside the learning rate.
     grid: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    # The learning rate is one of LR; or that of float32, halved as long as that helps.
+    # The learning rate is one of LR; or that of float32, halved as long as that helps if `halves`.
     lr_of_float32: bool = False
+    halves: bool = False
+    # The method whose choice this one takes over.
+    like: str | None = None
     # The point whose choice holds for the others; each chooses its own if this is None.
     tuned_at: str | None = None
     note: str = ""
@@ -97,22 +100,24 @@ def each(**values: Iterable[Any]) -> list[dict[str, Any]]:
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-# The highest weight that the initial step can hold. Four choices each, for the fixed step and for the learned one.
+# The highest weight that the initial step can hold; as many choices for the fixed step as for the learned one.
 FIXED = {
-    "8": each(init_range=(0.25, 0.5, 1.0, 2.0)),
+    "8": each(init_range=(0.5, 1.0)),
     "4": each(init_range=(0.125, 0.25, 0.5, 1.0)),
     "2": each(init_range=(0.1, 0.15, 0.2, 0.3)),
 }
 LEARNED = {
-    "8": each(init_range=(0.25, 0.5), step_lr=(0.003, 0.01)),
+    "8": each(init_range=(0.5,), step_lr=(0.003, 0.01)),
     "4": each(init_range=(0.125, 0.25), step_lr=(0.003, 0.01)),
     "2": each(init_range=(0.1, 0.15), step_lr=(0.003, 0.01)),
 }
 
 
-def trained_in_bits(name: str, grid: dict[str, list[dict[str, Any]]], note: str, **fixed: Any) -> Method:
+def in_bits(name: str, note: str, *, like: str | None = None, halves: bool = False, **fixed: Any) -> Method:
+    """Tables trained in 8, 4 or 2 bits; weights outside the range of a row are clipped, as published."""
+    grid = LEARNED if fixed["step"] == "learned" else FIXED
     build = low_precision(step_range="clip", **fixed)
-    return Method(name, build, grid=grid, lr_of_float32=True, note=note)
+    return Method(name, build, grid=grid, lr_of_float32=True, halves=halves, like=like, note=note)
 
 
 PARAMETERS = "parameters, Adagrad"
@@ -129,13 +134,12 @@ METHODS = [
     Method("quotient-remainder", quotient_remainder, tuned_at="4", note=f"product; {PARAMETERS}"),
     Method("ROBE", robe, tuned_at="4", note=f"blocks of 8; {PARAMETERS}"),
     Method("pruning", pruning, tuned_at="4", note=f"gradual, global; {PARAMETERS}"),
-    trained_in_bits("LPT", FIXED, "fixed step, stochastic", step="fixed", rounding="stochastic"),
-    trained_in_bits("ALPT", LEARNED, "learned step, stochastic", step="learned", rounding="stochastic"),
-    trained_in_bits("LPT, nearest", FIXED, "fixed step", step="fixed", rounding="nearest"),
-    trained_in_bits("ALPT, nearest", LEARNED, "learned step", step="learned", rounding="nearest"),
-    trained_in_bits(
-        "ALPT, two passes", LEARNED, "learned step, stochastic", step="learned", rounding="stochastic", passes=2
-    ),
+    in_bits("LPT", "fixed step, stochastic", halves=True, step="fixed", rounding="stochastic"),
+    in_bits("ALPT", "learned step, stochastic", halves=True, step="learned", rounding="stochastic"),
+    in_bits("LPT, nearest", "fixed step", step="fixed", rounding="nearest"),
+    in_bits("ALPT, nearest", "learned step", step="learned", rounding="nearest"),
+    in_bits("ALPT, two passes", "options of ALPT", like="ALPT", step="learned", rounding="stochastic", passes=2),
+    Method("ALPT, defaults", embedding_tables, lr_of_float32=True, note="of nn.EmbeddingTables: rows never clipped"),
 ]
 # What is made of each float32 run without training: (name, step).
 AFTERWARDS = [("post-training, largest step", "max"), ("post-training, best step", "mse")]
@@ -282,6 +286,8 @@ class Study:
     def choose(self, model: str, method: Method, point: str) -> dict[str, Any] | None:
         """The options that do best on the validation split with the first seed; None if runs are missing."""
         point = method.tuned_at or point
+        if method.like is not None:
+            return self.choose(model, next(other for other in METHODS if other.name == method.like), point)
         rates = LR
         if method.lr_of_float32:
             options = self.choose(model, FLOAT32, "32")
@@ -293,7 +299,7 @@ class Study:
         if any(run is None for run in tried):
             return None
         best = max(tried, key=lambda run: run["valid_auc"])
-        while method.lr_of_float32:
+        while method.halves:
             lower = self.run(model, method, point, 0, {**best["options"], "lr": best["options"]["lr"] / 2})
             if lower is None:
                 return None
@@ -477,9 +483,9 @@ weights and of the optimiser's state, gradients aside. Methods other than quanti
 
 Options are chosen with the first seed on the validation split. lr is one of {", ".join(f"{lr:g}" for lr in LR)} (for
 hashing, quotient-remainder, ROBE and pruning at the 4-bit budget). Tables trained in 8, 4 or 2 bits take the lr of
-float32, halved as long as it helps, after four choices of the initial range (fixed step), or of initial range and
-learning rate of the step (learned step); weights outside the range are clipped, as published. s/epoch is the median, on
-one thread of a shared machine: a rough size only.
+float32 and choose the initial range (fixed step), or initial range and learning rate of the step (learned step), from as
+many pairs; then LPT and ALPT try half the lr, as long as it helps. s/epoch is the median, on one thread of a shared
+machine: a rough size only.
 
 {table(cells, names, study.dim)}
 
