@@ -483,8 +483,8 @@ weights and of the optimiser's state, gradients aside. Methods other than quanti
 
 Options are chosen with the first seed on the validation split. lr is one of {", ".join(f"{lr:g}" for lr in LR)} (for
 hashing, quotient-remainder, ROBE and pruning at the 4-bit budget). Tables trained in 8, 4 or 2 bits take the lr of
-float32 and choose the initial range (fixed step), or initial range and learning rate of the step (learned step), from as
-many pairs; then LPT and ALPT try half the lr, as long as it helps. s/epoch is the median, on one thread of a shared
+float32 and choose the initial range (fixed step), or initial range and learning rate of the step (learned step), from
+as many pairs; then LPT and ALPT try half the lr, as long as it helps. s/epoch is the median, on one thread of a shared
 machine: a rough size only.
 
 {table(cells, names, study.dim)}
