@@ -27,15 +27,16 @@ FORMAT = 2
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
     """Write named tensors, and JSON-able metadata in the file's header, to `path` (which is not made atomic here)."""
-    seen: set[int] = set()
+    # The format holds no aliases: a tied weight is written twice and stays tied in the model that reads it. Tensors that
+    # lie side by side in one storage, as embedding tables do, are no aliases.
+    seen: dict[int, list[tuple[int, int]]] = {}
     plain: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         host = tensor.detach().to("cpu").contiguous()
-        # The format holds no aliases: a tied weight is written twice and stays tied in the model that reads it. Tables
-        # that lie side by side in one storage are no aliases.
-        place = host.data_ptr()
-        plain[name] = host.clone() if place in seen else host
-        seen.add(place)
+        begin, end = host.data_ptr(), host.data_ptr() + host.numel() * host.element_size()
+        places = seen.setdefault(host.untyped_storage().data_ptr(), [])
+        plain[name] = host.clone() if any(a < end and begin < b for a, b in places) else host
+        places.append((begin, end))
     header = {"format": FORMAT, "crc32": _checksum(plain), **metadata}
     path.touch()
     mode = path.stat().st_mode
