@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from recfast.data import Schema
 
 _PLACES = {
+    "DCNv2": "recfast.models.ctr.dcn_v2",
     "DeepFM": "recfast.models.ctr.deepfm",
     "DIN": "recfast.models.ctr.din",
     "ItemKNN": "recfast.models.retrieval.baselines",
@@ -30,6 +31,7 @@ _PLACES = {
 
 __all__ = [
     "DIN",
+    "DCNv2",
     "DeepFM",
     "ItemKNN",
     "Popularity",

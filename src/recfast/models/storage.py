@@ -27,15 +27,16 @@ FORMAT = 2
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
     """Write named tensors, and JSON-able metadata in the file's header, to `path` (which is not made atomic here)."""
-    seen: set[int] = set()
+    # The format holds no aliases: a tied weight is written twice and stays tied in the model that reads it. Tensors
+    # that lie side by side in one storage, as embedding tables do, are no aliases.
+    seen: dict[int, list[tuple[int, int]]] = {}
     plain: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         host = tensor.detach().to("cpu").contiguous()
-        # The format holds no aliases: a tied weight is written twice and stays tied in the model that reads it. Tables
-        # that lie side by side in one storage are no aliases.
-        place = host.data_ptr()
-        plain[name] = host.clone() if place in seen else host
-        seen.add(place)
+        begin, end = host.data_ptr(), host.data_ptr() + host.numel() * host.element_size()
+        places = seen.setdefault(host.untyped_storage().data_ptr(), [])
+        plain[name] = host.clone() if any(a < end and begin < b for a, b in places) else host
+        places.append((begin, end))
     header = {"format": FORMAT, "crc32": _checksum(plain), **metadata}
     path.touch()
     mode = path.stat().st_mode
@@ -132,11 +133,18 @@ def restore_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], extra: 
         raise InputError(f"{place} is of another model: expected the tensor {name!r}, found none of that name")
     for name in sorted(tensors.keys() - expected.keys()) + sorted(extra.keys() - expected_extra.keys()):
         raise InputError(f"{place} is of another model: found the tensor {name!r}, which this model does not have")
+    # Tables that grow take as many rows as were saved.
+    growing = tuple(
+        f"{name}." if name else "" for name, part in model.named_modules() if getattr(part, "resizable_state", False)
+    )
     for name, tensor in expected.items():
-        if tensor.shape != tensors[name].shape:
+        wanted, found = list(tensor.shape), list(tensors[name].shape)
+        if name.startswith(growing) and len(found) == len(wanted):
+            wanted[:1] = found[:1]
+        if wanted != found:
             raise InputError(
-                f"{place} does not fit: {name!r} has the shape {list(tensors[name].shape)}, expected "
-                f"{list(tensor.shape)} (another vocabulary, or other options of the model)"
+                f"{place} does not fit: {name!r} has the shape {found}, expected "
+                f"{wanted} (another vocabulary, or other options of the model)"
             )
         if tensor.dtype != tensors[name].dtype:
             raise InputError(f"{place} does not fit: {name!r} is {tensors[name].dtype}, expected {tensor.dtype}")

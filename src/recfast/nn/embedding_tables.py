@@ -517,8 +517,8 @@ class EmbeddingTables(TableLookups):
         """The constructor's options."""
         names = (
             "step", "rounding", "optimizer", "moment_bits", "lr", "betas", "eps", "weight_decay", "decay", "step_lr",
-            "step_optimizer", "step_scale", "step_floor", "step_range", "step_per", "passes", "init_std", "init_step", "init_range",
-            "skip_missing",
+            "step_optimizer", "step_scale", "step_floor", "step_range", "step_per", "passes", "init_std", "init_step",
+            "init_range", "skip_missing",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"seed": int(self.counters[2])}
 

@@ -17,12 +17,15 @@ from recfast.ops.embedding_update import (
 )
 from recfast.ops.example_axpy import example_axpy
 from recfast.ops.formats import QuantizedTable, quantize, round_to
+from recfast.ops.id_map import IdMap
+from recfast.ops.initial_rows import initial_rows
 
 __all__ = [
     "Codes",
     "DINWeights",
     "DPPResult",
     "Features",
+    "IdMap",
     "Pending",
     "QuantizedTable",
     "RowsIndex",
@@ -37,6 +40,7 @@ __all__ = [
     "embedding_update_first_",
     "embedding_update_second_",
     "example_axpy",
+    "initial_rows",
     "quantize",
     "requantize_",
     "round_to",
