@@ -171,8 +171,9 @@ class LookupGrouping {
     std::int64_t feature = 0;
     for (std::int64_t bag = first; bag < last; ++bag) {
       feature = lookups.feature_of(bag, feature);
-      const auto limit = static_cast<std::uint64_t>(lookups.features == 0 ? lookups.rows : lookups.feature_rows[feature]);
-      const auto start = static_cast<std::uint64_t>(lookups.features == 0 ? 0 : lookups.feature_first[feature]);
+      const bool whole = lookups.features == 0;
+      const auto limit = static_cast<std::uint64_t>(whole ? lookups.rows : lookups.feature_rows[feature]);
+      const auto start = static_cast<std::uint64_t>(whole ? 0 : lookups.feature_first[feature]);
       const std::int64_t to = lookups.begin(bag + 1);
       for (std::int64_t i = lookups.begin(bag); i < to; ++i) {
         const auto id = static_cast<std::uint64_t>(static_cast<std::int64_t>(ids[i]));

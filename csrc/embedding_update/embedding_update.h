@@ -1,28 +1,29 @@
 // embedding_update: one optimiser step on the rows that a batch looked up, in place, in every row format.
 //
 // Formula, for each row r that occurs, in this order:
-//   g    = grad_scale * sum over its lookups i, in order, of c_i * grad[bag(i)]             (before anything is rounded)
+//   g    = grad_scale * sum over its lookups i, in order, of c_i * grad[bag(i)]            (before anything is rounded)
 //          with argmax (mode max): column d only of lookups with argmax[bag(i), d] = i
 //   w    = step * code, or the row itself
 //   h    = g + decay * w with decay l2;  else h = g, and w is first multiplied by 1 - lr * decay
-//   w'   = w - lr * h                                                        sgd
-//          w - lr * h / (sqrt(v) + eps),  v += mean(h^2)                     row-wise Adagrad: one v a row
-//          w - lr * h / (sqrt(v) + eps),  v += h^2                           Adagrad: one v a weight
-//          w - lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)        Adam, t = step_count + 1, rows without
-//            m = b1 m + (1 - b1) h,  v = b2 v + (1 - b2) h^2                   lookups left alone (as SparseAdam)
-//            with one v a row of mean(h^2)                                   row-wise Adam; m in float32 or in int8 rows
+//   w'   = w - lr * h                                                       sgd
+//          w - lr * h / (sqrt(v) + eps),  v += mean(h^2)                    row-wise Adagrad: one v a row
+//          w - lr * h / (sqrt(v) + eps),  v += h^2                          Adagrad: one v a weight
+//          w - lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)       Adam, t = step_count + 1, rows without
+//            m = b1 m + (1 - b1) h,  v = b2 v + (1 - b2) h^2                  lookups left alone (as SparseAdam)
+//            with one v a row of mean(h^2)                                  row-wise Adam; m in float32 or int8 rows
 // formats with a step:
-//   t    = step_scale * sum_d g_d * c(w'_d / step)          the step's gradient (LSQ) at the float w', with the old step;
+//   t    = step_scale * sum_d g_d * c(w'_d / step)         the step's gradient (LSQ) at the float w', with the old step;
 //          c(x) = lo for x <= lo, hi for x >= hi, else round(x) - x
-//   step'= step - step_lr * t                                                step_rule sgd
-//          step - step_lr * t / (sqrt(v) + 1e-12),  v += t^2                 Adagrad
-//          step - step_lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + 1e-12)    Adam
-//          and then max(step', 1e-8) | abs(step') + 1e-10 | step itself unless step' > 1e-30   (floor: clamp, abs, none)
+//   step'= step - step_lr * t                                               step_rule sgd
+//          step - step_lr * t / (sqrt(v) + 1e-12),  v += t^2                Adagrad
+//          step - step_lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + 1e-12)   Adam
+//          and then max(step', 1e-8) (floor clamp), abs(step') + 1e-10 (abs), or step again unless step' > 1e-30 (none)
 //          with `grow` also at least max |w'| / hi
 //   code'= clip(round(w' / step'), lo, hi)
 // bfloat16, float16: round(clip(w')) to the grid of the format, float8 likewise of w' / step'; float32: w'.
 // round is floor(x), plus 1 where u < x - floor(x), on the grid, u the draw of the column (common/random.h) at counter
-// (step_count, table_id, row); bfloat16 rounds the magnitude, floor(|x| + u). Or it is the nearest, ties to even. The 8-bit first moment is rounded with draws at table_id ^ 2^31, step max |m| / 127.
+// (step_count, table_id, row); bfloat16 rounds the magnitude, floor(|x| + u). Or it is the nearest, ties to even.
+// The 8-bit first moment is rounded likewise with draws at table_id ^ 2^31; its step is max |m| / 127.
 //
 // Phases       whole: all of the above. first: up to w', which goes to `floats` [runs, D]; the row gets its nearest
 //              codes with the old step, so that an ordinary forward pass gives Q_D(w', step). second: from w' in

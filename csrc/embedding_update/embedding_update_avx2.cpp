@@ -176,8 +176,8 @@ template <Format kFormat>
 inline void encode(std::uint8_t* codes, F x) noexcept {
   if constexpr (kFormat == Format::kBFloat16) {
     // An arithmetic shift, so that packing with saturation keeps all 16 bits.
-    const __m256i halves =
-        to_halves(_mm256_srai_epi32(_mm256_castps_si256(x.low), 16), _mm256_srai_epi32(_mm256_castps_si256(x.high), 16));
+    const __m256i low = _mm256_srai_epi32(_mm256_castps_si256(x.low), 16);
+    const __m256i halves = to_halves(low, _mm256_srai_epi32(_mm256_castps_si256(x.high), 16));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), halves);
   } else if constexpr (kFormat == Format::kFloat16) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), halves_of(x));

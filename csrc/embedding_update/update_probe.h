@@ -8,8 +8,9 @@
 
 namespace recfast::embedding_update {
 
-// Reads and writes back one byte of each line of table[rows[i]] (row_bytes wide, stride = row_bytes) and of state[rows[i]]
-// (state_bytes, likewise; 0 for none), `ahead` rows prefetched into L2. Rows must be distinct; they are not checked.
+// Reads and writes back one byte of each line of table[rows[i]] (row_bytes wide, stride = row_bytes) and of
+// state[rows[i]] (state_bytes, likewise; 0 for none), `ahead` rows prefetched into L2. Rows must be distinct; they are
+// not checked.
 void update_probe(std::uint8_t* table, std::int64_t row_bytes, std::uint8_t* state, std::int64_t state_bytes,
                   Span<const std::int64_t> rows, std::int64_t ahead) noexcept;
 
