@@ -7,7 +7,6 @@ step size for a whole table.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -911,8 +910,16 @@ def _checked_state(op, state, optimizer, step_rule, rows, width, device):
     return row, moment, second
 
 
-@functools.lru_cache(maxsize=256)  # the same words come in every call
 def _check_options(op, optimizer, decay, step_optimizer, step_floor, step_range, rounding) -> None:
+    if (
+        optimizer in OPTIMIZERS
+        and decay in DECAYS
+        and step_optimizer in STEP_OPTIMIZERS
+        and step_floor in STEP_FLOORS
+        and step_range in STEP_RANGES
+        and rounding in ROUNDINGS
+    ):
+        return
     for name, value, allowed in (
         ("optimizer", optimizer, OPTIMIZERS),
         ("decay", decay, DECAYS),
@@ -921,8 +928,7 @@ def _check_options(op, optimizer, decay, step_optimizer, step_floor, step_range,
         ("step_range", step_range, STEP_RANGES),
         ("rounding", rounding, ROUNDINGS),
     ):
-        if value not in allowed:
-            _check.choice(op, name, value, allowed)
+        _check.choice(op, name, value, allowed)
 
 
 def _call(
