@@ -16,7 +16,7 @@ import torch
 from recfast import _C
 from recfast.ops import _check
 from recfast.ops._library import define, kernel
-from recfast.ops.formats import FORMATS, PLAIN, WITH_STEP, QuantizedTable, row_bytes
+from recfast.ops.formats import FORMATS, PLAIN, WITH_STEP, QuantizedTable, empty_table, row_bytes
 
 OPTIMIZERS = ("sgd", "rowwise_adagrad", "adagrad", "adam", "rowwise_adam")
 STEP_OPTIMIZERS = ("sgd", "adagrad", "adam")
@@ -48,6 +48,13 @@ _FLOAT32 = (torch.float32,)
 
 def _step_columns(step_optimizer: str | None) -> int:
     return {"adagrad": 1, "adam": 2}.get(step_optimizer or "", 0)
+
+
+def _zeros(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """State of `size` bytes a row, in the kind of memory that tables are in."""
+    if device.type != "cpu":
+        return torch.zeros(rows, size // dtype.itemsize, dtype=dtype, device=device)
+    return empty_table(rows, size, dtype).zero_()
 
 
 @dataclass(frozen=True)
@@ -102,13 +109,13 @@ class UpdateState:
         columns = int(optimizer in _ROWWISE) + _step_columns(step_optimizer)
         row = moment = second = None
         if columns:
-            row = torch.zeros(rows, columns, device=device)
+            row = _zeros(rows, 4 * columns, torch.float32, device)
         if moment_bits == 8:
-            moment = torch.zeros(rows, row_bytes("int8", width), dtype=torch.uint8, device=device)
+            moment = _zeros(rows, row_bytes("int8", width), torch.uint8, device)
         elif optimizer in ("adam", "rowwise_adam"):
-            moment = torch.zeros(rows, width, device=device)
+            moment = _zeros(rows, 4 * width, torch.float32, device)
         if optimizer in ("adam", "adagrad"):
-            second = torch.zeros(rows, width, device=device)
+            second = _zeros(rows, 4 * width, torch.float32, device)
         return cls(row, moment, second)
 
 
