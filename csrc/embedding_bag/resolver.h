@@ -149,7 +149,8 @@ class Resolver {
     }
   }
 
-  void ask_for(std::int64_t count, const std::uintptr_t* slots) const noexcept {
+  // Inlined by force: a function of prefetches alone has no effect in GCC's eyes, and its calls go.
+  __attribute__((always_inline)) void ask_for(std::int64_t count, const std::uintptr_t* slots) const noexcept {
     if (ahead_.near) {
       ask_into<3>(count, slots);
     } else {
@@ -158,7 +159,7 @@ class Resolver {
   }
 
   template <int kLocality>
-  void ask_into(std::int64_t count, const std::uintptr_t* slots) const noexcept {
+  __attribute__((always_inline)) void ask_into(std::int64_t count, const std::uintptr_t* slots) const noexcept {
     for (std::int64_t i = 0; i < count; ++i) {
       const std::uintptr_t row = slots[i] <= kOutside ? base_ : slots[i];
       // First and last byte without a branch: whether a short row crosses a line cannot be predicted.
