@@ -76,14 +76,16 @@ struct Vector {
     }
   }
 
-  template <class C, class Raw>
+  static Reg scaled(Reg scale, Reg value, bool wanted) noexcept { return wanted ? _mm512_mul_ps(scale, value) : value; }
+
+  template <class C, bool kScaled, class Raw>
   static void expand(Reg scale, Raw raw, Reg (&x)[C::kPer]) noexcept {
     if constexpr (C::kFormat == Format::kFloat32) {
-      x[0] = _mm512_mul_ps(scale, _mm512_castsi512_ps(raw));
+      x[0] = scaled(scale, _mm512_castsi512_ps(raw), kScaled);
     } else if constexpr (C::kFormat == Format::kBFloat16) {
-      x[0] = _mm512_mul_ps(scale, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)));
+      x[0] = scaled(scale, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)), kScaled);
     } else if constexpr (C::kFormat == Format::kFloat16) {
-      x[0] = _mm512_mul_ps(scale, _mm512_cvtph_ps(raw));
+      x[0] = scaled(scale, _mm512_cvtph_ps(raw), kScaled);
     } else if constexpr (C::kFormat == Format::kFloat8) {
       // As float16 bits a code is 2^-8 of its value; only the NaN code has no such form.
       const __m256i wide = _mm256_cvtepu8_epi16(raw);
@@ -92,10 +94,10 @@ struct Vector {
       const Reg value = _mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7)));
       const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7F));
       const Reg number = _mm512_mask_mov_ps(_mm512_mul_ps(value, set(256.0f)), nan, set(__builtin_nanf("")));
-      x[0] = _mm512_mul_ps(scale, number);
+      x[0] = scaled(scale, number, kScaled);
     } else if constexpr (C::kFormat == Format::kInt8) {
       const __m512i code = C::kHeader == Header::kStep ? _mm512_cvtepi8_epi32(raw) : _mm512_cvtepu8_epi32(raw);
-      x[0] = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(code));
+      x[0] = scaled(scale, _mm512_cvtepi32_ps(code), kScaled);
     } else {  // the permutation reads the low four bits of each lane; of 2-bit codes every table repeats
       const __m512i bytes = _mm512_cvtepu8_epi32(raw);
       x[0] = _mm512_permutexvar_ps(bytes, scale);
