@@ -98,20 +98,20 @@ constexpr std::uintptr_t inside_of() noexcept {
   return (kGroups - 1) * Groups<V, C>::kBytes + C::kCodes + 1;
 }
 
-// The rows of a bag where all ids are sound, without weights, the last group being whole: one loop without a question.
+// The rows of a bag where all ids are sound, without weights: one loop without a question.
 template <class V, class C, int kGroups, int kLocality, bool kLines>
 __attribute__((always_inline)) inline void usual_rows(const Resolver& resolver, const std::uintptr_t* slot,
                                                       const std::uintptr_t* last,
+                                                      std::uintptr_t last_byte, bool whole, int bytes,
                                                       typename V::Reg (&sum)[kGroups][C::kPer],
                                                       typename V::Real& bias) noexcept {
   const std::int64_t ahead = resolver.ahead();
-  const std::uintptr_t last_byte = resolver.last_byte();
   for (; slot < last; ++slot) {
     Resolver::ask_into<kLocality, !kLines>(slot[ahead], inside_of<V, C, kGroups>(), last_byte);
     const auto* row = reinterpret_cast<const std::uint8_t*>(*slot);
     const Head<C> head = head_of<V, C>(row);
     if constexpr (C::kHeader == Header::kAffine) bias += head.bias;
-    add_row<V, C, kGroups, C::kHeader != Header::kNone>(row + C::kCodes, head.factor, true, 0, sum);
+    add_row<V, C, kGroups, C::kHeader != Header::kNone>(row + C::kCodes, head.factor, whole, bytes, sum);
   }
 }
 
@@ -130,13 +130,15 @@ void sum_bags(const Args& args, std::int64_t first, std::int64_t last, FirstErro
   auto* out = static_cast<Real*>(args.out) + first * width;
   Resolver resolver(args, first, last, error);
   std::int64_t position = resolver.start();
+  // A masked load waits for all lines that it spans, of columns it leaves out, too.
+  const std::uintptr_t last_byte = C::kBits < 16 ? resolver.last_byte() : C::kCodes + kGroups * G::kBytes - 1;
   // What nearly every call is: one loop without a question in it.
-  const bool usual = weights == nullptr && whole;
+  const bool usual = weights == nullptr;
   const bool near = resolver.hint() == Hint::kNear;
   constexpr std::uintptr_t kInside = inside_of<V, C, kGroups>();
   // Rows of whole lines, of which each is asked for once.
   constexpr bool kLines = C::kHeader == Header::kNone && kGroups * G::kBytes % 64 == 0;
-  const bool lines = kLines && reinterpret_cast<std::uintptr_t>(args.table.data) % 64 == 0 && args.table.stride % 64 == 0;
+  const bool lines = kLines && whole && reinterpret_cast<std::uintptr_t>(args.table.data) % 64 == 0 && args.table.stride % 64 == 0;
   for (std::int64_t bag = first; bag < last; ++bag, out += width) {
     typename V::Reg sum[kGroups][C::kPer];
     for (auto& group : sum) {
@@ -154,16 +156,16 @@ void sum_bags(const Args& args, std::int64_t first, std::int64_t last, FirstErro
         position = until;
         const std::uintptr_t* last_slot = slot + (until - begun);
         if (lines && near) {
-          usual_rows<V, C, kGroups, 3, kLines>(resolver, slot, last_slot, sum, bias);
+          usual_rows<V, C, kGroups, 3, kLines>(resolver, slot, last_slot, last_byte, whole, bytes, sum, bias);
         } else if (near) {
-          usual_rows<V, C, kGroups, 3, false>(resolver, slot, last_slot, sum, bias);
+          usual_rows<V, C, kGroups, 3, false>(resolver, slot, last_slot, last_byte, whole, bytes, sum, bias);
         } else {
-          usual_rows<V, C, kGroups, 2, false>(resolver, slot, last_slot, sum, bias);
+          usual_rows<V, C, kGroups, 2, false>(resolver, slot, last_slot, last_byte, whole, bytes, sum, bias);
         }
         continue;
       }
       for (; position < until; ++position, ++slot) {
-        resolver.ask(slot, kInside);
+        resolver.ask(slot, kInside, last_byte);
         const std::uintptr_t address = *slot;
         if (!Resolver::is_row(address)) {
           count -= address == Resolver::missing() ? 1 : 0;
@@ -221,7 +223,7 @@ void wide_bags(const Args& args, std::int64_t first, std::int64_t last, FirstErr
     for (; position < end; ++position) {
       resolver.resolve(position + 1);
       const std::uintptr_t* slot = resolver.slots(position);
-      resolver.ask(slot, resolver.last_byte());
+      resolver.ask(slot, resolver.last_byte(), resolver.last_byte());
       const std::uintptr_t address = *slot;
       count += address == Resolver::missing() ? 0 : 1;
       if (!Resolver::is_row(address)) continue;
@@ -354,7 +356,7 @@ void dots(const Args& args, const void* gradient, void* result, std::int64_t fir
       resolver.resolve(position + 1);
       out[position] = 0;
       const std::uintptr_t* slot = resolver.slots(position);
-      resolver.ask(slot, resolver.last_byte());
+      resolver.ask(slot, resolver.last_byte(), resolver.last_byte());
       const std::uintptr_t address = *slot;
       count += address == Resolver::missing() ? 0 : 1;
       if (!Resolver::is_row(address)) continue;

@@ -119,11 +119,11 @@ Status check_lookups(const Lookups& lookups) noexcept {
   return {};
 }
 
-Ahead choose_ahead(std::int64_t table_bytes) noexcept {
+Ahead choose_ahead(std::int64_t table_bytes, std::int64_t row_bytes) noexcept {
   constexpr std::int64_t kCached = std::int64_t{8} << 20;
   static const bool kFewMisses = is_zen4();
   if (table_bytes <= kCached) return {.positions = 32, .hint = Hint::kNear};
-  return {.positions = 48, .hint = kFewMisses ? Hint::kFar : Hint::kNear};
+  return {.positions = row_bytes <= 128 ? 128 : 64, .hint = kFewMisses ? Hint::kFar : Hint::kNear};
 }
 
 BagRange piece_of_bags(const Lookups& lookups, std::int64_t part, std::int64_t parts) noexcept {

@@ -48,13 +48,22 @@ struct Vector {
     }
   }
 
-  // The first `bytes` bytes of a group; a masked load touches no others.
+  // The first `bytes` bytes of a group, `before` bytes after the row's beginning. A masked load reads no others, but it
+  // waits for their line, so short codes are read with what lies before them instead.
   template <class C>
-  static auto raw_part(const std::uint8_t* p, int bytes, std::int64_t) noexcept {
+  static auto raw_part(const std::uint8_t* p, int bytes, std::int64_t before) noexcept {
     if constexpr (C::kBits == 32) {
       return _mm512_maskz_loadu_epi32(mask(bytes / 4), p);
     } else if constexpr (C::kBits == 16) {
       return _mm256_maskz_loadu_epi16(mask(bytes / 2), p);
+    } else if (before + bytes >= 16) {
+      const __m128i shift = _mm_add_epi8(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                         _mm_set1_epi8(static_cast<char>(16 - bytes)));
+      const __m128i ending = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + bytes - 16));
+      return _mm_maskz_shuffle_epi8(mask(bytes), ending, shift);
+    } else if (before + bytes >= 8 && bytes <= 8) {
+      const auto ending = read_at<std::uint64_t>(p + bytes - 8) >> (64 - 8 * bytes);
+      return _mm_cvtsi64_si128(static_cast<std::int64_t>(ending));
     } else {
       return _mm_maskz_loadu_epi8(mask(bytes), p);
     }

@@ -17,7 +17,7 @@ class Resolver {
         stop_(args.lookups.begin(last)),
         last_byte_(static_cast<std::uintptr_t>(std::max<std::int64_t>(args.table.used_bytes(), 1) - 1)),
         bag_(first),
-        ahead_(choose_ahead(args.table.rows * args.table.stride)) {
+        ahead_(choose_ahead(args.table.rows * args.table.stride, args.table.used_bytes())) {
     const Lookups& lookups = args.lookups;
     if (lookups.features > 0) {
       feature_ = lookups.feature_of(first);
@@ -62,11 +62,12 @@ class Resolver {
   }
 
   // Asks for the row `ahead` positions after that of a slot.
-  __attribute__((always_inline)) void ask(const std::uintptr_t* slot, std::uintptr_t inside) const noexcept {
+  __attribute__((always_inline)) void ask(const std::uintptr_t* slot, std::uintptr_t inside,
+                                          std::uintptr_t last) const noexcept {
     if (ahead_.hint == Hint::kNear) {
-      ask_into<3>(slot[ahead_.positions], inside, last_byte_);
+      ask_into<3>(slot[ahead_.positions], inside, last);
     } else {
-      ask_into<2>(slot[ahead_.positions], inside, last_byte_);
+      ask_into<2>(slot[ahead_.positions], inside, last);
     }
   }
 
