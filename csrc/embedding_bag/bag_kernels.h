@@ -115,6 +115,8 @@ __attribute__((always_inline)) inline void usual_rows(const Resolver& resolver, 
   }
 }
 
+constexpr std::int64_t kOutAhead = 4;  // bags
+
 // Sums, means and single rows; the bag stays in kGroups * C::kPer registers.
 template <class V, class C, int kGroups>
 void sum_bags(const Args& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept {
@@ -145,6 +147,10 @@ void sum_bags(const Args& args, std::int64_t first, std::int64_t last, FirstErro
       for (auto& x : group) x = V::zero();
     }
     [[maybe_unused]] Real bias{0};
+    // The line of a bag some way on, which will be written.
+    for (std::uintptr_t at = 0; at < kGroups * C::kPer * sizeof(typename V::Reg); at += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(out + kOutAhead * width) + at), 1, 3);
+    }
     const std::int64_t end = offsets == nullptr ? bag + 1 : offsets[bag + 1];
     std::int64_t count = end - position;
     while (position < end) {
