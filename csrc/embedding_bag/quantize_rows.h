@@ -150,8 +150,9 @@ inline std::int64_t encode_piece(const float* w, float step, std::int64_t count,
     for (std::int64_t d = 0; d < count; ++d) {
       const float x = clamp(w[d] / step, kLow - 1.0f, kHigh + 1.0f);
       const float rounded = round_to_integer<kStochastic>(x, kStochastic ? draws[d] : 0);
-      saturated += (rounded > kHigh) | (rounded < kLow);
-      codes[d] = static_cast<std::int8_t>(static_cast<std::int32_t>(clamp(rounded, kLow, kHigh)));
+      const float limited = clamp(rounded, kLow, kHigh);
+      saturated += limited != rounded;
+      codes[d] = static_cast<std::int8_t>(static_cast<std::int32_t>(limited));
     }
     if constexpr (F == Format::kInt8) {
       std::memcpy(target, codes, static_cast<std::size_t>(count));
