@@ -1,17 +1,19 @@
-"""DIN and DeepFM on batches made by hand: what they read, share, learn and remember."""
+"""DIN, DeepFM and DCNv2 on batches made by hand: what they read, share, learn and remember."""
 
 import dataclasses
 
 import pytest
 import torch
 
+from recfast import models
 from recfast.data import Batch, Categorical, Jagged, Numeric, Schema, Sequence, Vector
 from recfast.errors import InputError
+from recfast.models.ctr.dcn_v2 import DCNv2
 from recfast.models.ctr.deepfm import DeepFM
 from recfast.models.ctr.din import DIN
 
 ROWS = {"user": 9, "item": 21, "genre": 4}
-MODELS = [DIN, DeepFM]
+MODELS = [DIN, DeepFM, DCNv2]
 
 
 def make_schema(full=True):
@@ -189,6 +191,55 @@ def test_din_has_the_options_of_its_unit():
     assert ranker.config()["attention_hidden"] == [5]
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("structure", ["parallel", "stacked"])
+def test_dcn_v2_is_its_formula(structure, full):
+    """The logit, written out from the parameters: crosses of x_0, then one linear layer over [x_L, h(x_0)]."""
+    schema = make_schema(full)
+    torch.manual_seed(0)
+    ranker = DCNv2(schema, dim=8, hidden=(12, 6), structure=structure, cross_layers=2, tables={"init_std": 0.5}).eval()
+    batch = make_batch(schema, [3, 2, 5])
+    parts = [ranker.tables.dequantize(c.name)[batch.ids[:, j]] for j, c in enumerate(schema.categorical)]
+    for column in schema.sequences:
+        values, offsets = batch.sequences[column.name]
+        rows = ranker.tables.dequantize(column.of)[values]
+        parts.append(torch.stack([part.mean(0) for part in rows.split(offsets.diff().tolist())]))
+    if full:
+        parts += [batch.numeric, batch.vectors["text"]]
+    first = torch.cat(parts, 1)
+    crossed = first
+    for layer in range(2):
+        crossed = first * (crossed @ ranker.cross.full[layer] + ranker.cross.bias[layer]) + crossed
+    one, _, two, _, last = ranker.mlp
+    hidden = crossed if structure == "stacked" else first
+    for linear in (one, two):
+        hidden = (hidden @ linear.weight.T + linear.bias).relu()
+    expected = hidden @ last.weight[0] + last.bias
+    if structure == "parallel":
+        both = torch.cat([ranker.head.weight[0], last.weight[0]])
+        expected = torch.cat([crossed, hidden], 1) @ both + last.bias
+    assert expected.std() > 0.1
+    torch.testing.assert_close(ranker(batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dcn_v2_has_as_many_parameters_as_published():
+    """Wang et al. on Frappe: 458,391 in BARS (D = 10, four full crosses, 400-400-400), 2,400 of them batch norms."""
+    rows = (955, 4083, 8, 8, 3, 4, 3, 10, 81, 234)
+    schema = Schema([Categorical(f"c{j}") for j in range(10)]).fit({f"c{j}": count for j, count in enumerate(rows)})
+    ranker = DCNv2(schema, dim=10, hidden=(400, 400, 400), cross_layers=4)
+    table = sum(rows) * 10
+    assert sum(p.numel() for p in ranker.parameters()) + table == 458_391 - 2_400
+
+
+def test_dcn_v2_has_the_options_of_its_cross():
+    schema = make_schema(full=False)
+    ranker = DCNv2(schema, dim=4, cross_layers=2, rank=3, experts=5, structure="stacked")
+    assert (ranker.cross.layers, ranker.cross.rank, ranker.cross.experts, ranker.head) == (2, 3, 5, None)
+    assert {ranker.config()[name] for name in ("rank", "structure")} == {3, "stacked"}
+    with pytest.raises(ValueError, match="DCNv2: structure must be one of parallel, stacked, got 'serial'"):
+        DCNv2(schema, structure="serial")
+
+
 def test_bad_input():
     without = Schema([Categorical("user", role="user"), Categorical("item", role="item")]).fit({"user": 3, "item": 3})
     with pytest.raises(InputError, match="DIN: the schema has no Sequence column"):
@@ -199,3 +250,24 @@ def test_bad_input():
     ranker = DeepFM(schema)
     with pytest.raises(ValueError, match="the batch has no label"):
         ranker.loss(ranker(batch), batch)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_convert(model):
+    """A trained float model in 8 bits answers nearly the same, and a state of the other precision is refused."""
+    schema = make_schema()
+    trained = model(schema, dim=8)
+    batch = make_batch(schema, [3, 0, 5], [2, 1, 4])
+    for _ in range(3):
+        trained.loss(trained(batch), batch).backward()
+    trained.eval()
+    converted = models.convert(trained, "int8", lr=0.02)
+    assert not converted.training
+    assert converted.config() == {**trained.config(), "precision": "int8", "tables": {"lr": 0.02}}
+    assert converted.tables.lr == 0.02
+    with torch.no_grad():
+        torch.testing.assert_close(converted(batch), trained(batch), rtol=0.02, atol=2e-3)
+    with pytest.raises((InputError, RuntimeError), match=r"'user' is int8 in the state, expected float32: .*convert"):
+        trained.load_state_dict(converted.state_dict())
+    with pytest.raises(InputError, match="has no option 'precision'"):
+        models.convert(models.build("SimpleX", schema), "int8")

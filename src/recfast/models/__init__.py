@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from recfast.data import Schema
 
 _PLACES = {
+    "DCNv2": "recfast.models.ctr.dcn_v2",
     "DeepFM": "recfast.models.ctr.deepfm",
     "DIN": "recfast.models.ctr.din",
     "ItemKNN": "recfast.models.retrieval.baselines",
@@ -28,7 +29,20 @@ _PLACES = {
     "TwoTower": "recfast.models.retrieval.two_tower",
 }
 
-__all__ = ["DIN", "DeepFM", "ItemKNN", "Popularity", "SimpleX", "TwoTower", "build", "load", "names", "options"]
+__all__ = [
+    "DIN",
+    "DCNv2",
+    "DeepFM",
+    "ItemKNN",
+    "Popularity",
+    "SimpleX",
+    "TwoTower",
+    "build",
+    "convert",
+    "load",
+    "names",
+    "options",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -104,3 +118,25 @@ def load(run: str | os.PathLike[str]) -> nn.Module:
     from recfast.models import storage
 
     return storage.load_model(run)
+
+
+def convert(model: nn.Module, precision: str, **options: Any) -> nn.Module:
+    """Return a copy of a trained model whose embedding tables have another precision.
+
+    Parameters
+    ----------
+    model
+        A model with the option `precision`.
+    precision
+        As `nn.EmbeddingTables` takes it.
+    **options
+        Options of the tables to change, for training on.
+
+    Raises
+    ------
+    InputError
+        The model has no such option.
+    """
+    from recfast.models import storage
+
+    return storage.convert_model(model, precision, **options)

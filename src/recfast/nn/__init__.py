@@ -1,8 +1,37 @@
 """Torch modules over `recfast.ops`."""
 
-from recfast.nn.blocks import MLP, Dice, fm_interaction
-from recfast.nn.embedding_tables import EmbeddingTables
+from recfast.nn.blocks import MLP, CrossNetV2, Dice, fm_interaction
+from recfast.nn.compressed import (
+    HashedTables,
+    PostTrainingTables,
+    PrunedTables,
+    QuotientRemainderTables,
+    RobeTables,
+    SparseTables,
+    best_step,
+)
+from recfast.nn.dynamic_table import DynamicTable
+from recfast.nn.embedding_tables import EmbeddingTables, second_pass
+from recfast.nn.frozen_tables import FrozenTables
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.target_attention import TargetAttention
 
-__all__ = ["MLP", "Dice", "EmbeddingTables", "ProductQuantizer", "TargetAttention", "fm_interaction"]
+__all__ = [
+    "MLP",
+    "CrossNetV2",
+    "Dice",
+    "DynamicTable",
+    "EmbeddingTables",
+    "FrozenTables",
+    "HashedTables",
+    "PostTrainingTables",
+    "ProductQuantizer",
+    "PrunedTables",
+    "QuotientRemainderTables",
+    "RobeTables",
+    "SparseTables",
+    "TargetAttention",
+    "best_step",
+    "fm_interaction",
+    "second_pass",
+]

@@ -603,3 +603,34 @@ def embedding_bag(
 
 
 embedding_bag.reference = reference
+
+
+def bag_with_argmax(
+    table: torch.Tensor | QuantizedTable,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    features: Features | None = None,
+    skip_missing: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`embedding_bag(mode="max")` and the positions of the maxima, int32 [B, D] (-1 for an empty bag).
+
+    For modules that update the rows themselves; the arguments are theirs and not checked again.
+    """
+    return _op(*_raw(table, indices, offsets, None, features, "max", skip_missing))
+
+
+def weight_gradient(
+    grad: torch.Tensor,
+    table: torch.Tensor | QuantizedTable,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor,
+    *,
+    mode: str,
+    features: Features | None = None,
+    skip_missing: bool = False,
+) -> torch.Tensor:
+    """The gradient of `per_sample_weights` alone, [n]; for modules, as `bag_with_argmax`."""
+    stored, form, header, _, *lookups, _, _, _ = _raw(table, indices, offsets, weights, features, mode, skip_missing)
+    return _gradient_op(grad, stored, form, header, stored.shape[0], *lookups, None, mode, skip_missing, False, True)[1]
