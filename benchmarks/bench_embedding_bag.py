@@ -48,7 +48,7 @@ def probe(stored, ids):
     rows, width = stored.shape[0], stored.shape[1] * stored.element_size()
     table = empty_table(rows, width)
     table.copy_(stored.view(torch.uint8))
-    ways = [(ahead, near) for ahead in (8, 16, 32, 64) for near in (False, True)]
+    ways = [(ahead, near) for ahead in (16, 32, 48, 64, 96) for near in (False, True)]
 
     def touch(which, ahead, near):
         return _C.gather_probe(table.data_ptr(), width, which.data_ptr(), which.numel(), ahead, near)

@@ -64,15 +64,58 @@ inline void products(const std::uint8_t* row, std::int64_t column, std::int64_t 
   const auto scale = V::template prepare<C>(factor);
   typename V::Reg x[C::kPer];
   for (std::int64_t g = 0; g < groups.full; ++g) {
-    V::template expand<C>(scale, V::template raw<C>(codes + g * G::kBytes), x);
+    V::template expand<C, true>(scale, V::template raw<C>(codes + g * G::kBytes), x);
     V::interleave(x);
     store_columns<V>(out + g * G::kColumns, x, G::kColumns);
   }
   const std::uint8_t* last = codes + groups.full * G::kBytes;
-  V::template expand<C>(scale, V::template raw_part<C>(last, static_cast<int>(groups.bytes), last - row), x);
+  V::template expand<C, true>(scale, V::template raw_part<C>(last, static_cast<int>(groups.bytes), last - row), x);
   V::interleave(x);
   store_columns<V>(out + groups.full * G::kColumns, x, groups.columns);
 }
+
+// sum += factor * codes (or + codes, not kScaled: the same bits, as the factor is 1).
+template <class V, class C, int kGroups, bool kScaled>
+__attribute__((always_inline)) inline void add_row(const std::uint8_t* codes, typename V::Real factor, bool whole,
+                                                   int bytes, typename V::Reg (&sum)[kGroups][C::kPer]) noexcept {
+  constexpr std::int64_t kBytes = Groups<V, C>::kBytes;
+  const auto scale = V::template prepare<C>(factor);
+  typename V::Reg x[C::kPer];
+  for (int g = 0; g < kGroups - 1; ++g) {
+    V::template expand<C, kScaled>(scale, V::template raw<C>(codes + g * kBytes), x);
+    for (int k = 0; k < C::kPer; ++k) sum[g][k] = V::add(sum[g][k], x[k]);
+  }
+  const std::uint8_t* tail = codes + (kGroups - 1) * kBytes;
+  const std::int64_t before = (kGroups - 1) * kBytes + C::kCodes;
+  const auto raw = whole ? V::template raw<C>(tail) : V::template raw_part<C>(tail, bytes, before);
+  V::template expand<C, kScaled>(scale, raw, x);
+  for (int k = 0; k < C::kPer; ++k) sum[kGroups - 1][k] = V::add(sum[kGroups - 1][k], x[k]);
+}
+
+// Bytes of a row that are there whatever the width of its last group.
+template <class V, class C, int kGroups>
+constexpr std::uintptr_t inside_of() noexcept {
+  return (kGroups - 1) * Groups<V, C>::kBytes + C::kCodes + 1;
+}
+
+// The rows of a bag where all ids are sound, without weights: one loop without a question.
+template <class V, class C, int kGroups, int kLocality, bool kLines>
+__attribute__((always_inline)) inline void usual_rows(const Resolver& resolver, const std::uintptr_t* slot,
+                                                      const std::uintptr_t* last,
+                                                      std::uintptr_t last_byte, bool whole, int bytes,
+                                                      typename V::Reg (&sum)[kGroups][C::kPer],
+                                                      typename V::Real& bias) noexcept {
+  const std::int64_t ahead = resolver.ahead();
+  for (; slot < last; ++slot) {
+    Resolver::ask_into<kLocality, !kLines>(slot[ahead], inside_of<V, C, kGroups>(), last_byte);
+    const auto* row = reinterpret_cast<const std::uint8_t*>(*slot);
+    const Head<C> head = head_of<V, C>(row);
+    if constexpr (C::kHeader == Header::kAffine) bias += head.bias;
+    add_row<V, C, kGroups, C::kHeader != Header::kNone>(row + C::kCodes, head.factor, whole, bytes, sum);
+  }
+}
+
+constexpr std::int64_t kOutAhead = 4;  // bags
 
 // Sums, means and single rows; the bag stays in kGroups * C::kPer registers.
 template <class V, class C, int kGroups>
@@ -89,50 +132,64 @@ void sum_bags(const Args& args, std::int64_t first, std::int64_t last, FirstErro
   auto* out = static_cast<Real*>(args.out) + first * width;
   Resolver resolver(args, first, last, error);
   std::int64_t position = resolver.start();
-  std::int64_t known = position;  // positions before this one are resolved
+  // A masked load waits for all lines that it spans, of columns it leaves out, too.
+  const std::uintptr_t last_byte = C::kBits < 16 ? resolver.last_byte() : C::kCodes + kGroups * G::kBytes - 1;
+  // What nearly every call is: one loop without a question in it.
+  const bool usual = weights == nullptr;
+  const bool near = resolver.hint() == Hint::kNear;
+  constexpr std::uintptr_t kInside = inside_of<V, C, kGroups>();
+  // Rows of whole lines, of which each is asked for once.
+  constexpr bool kLines = C::kHeader == Header::kNone && kGroups * G::kBytes % 64 == 0;
+  const bool lines = kLines && whole && reinterpret_cast<std::uintptr_t>(args.table.data) % 64 == 0 && args.table.stride % 64 == 0;
   for (std::int64_t bag = first; bag < last; ++bag, out += width) {
     typename V::Reg sum[kGroups][C::kPer];
     for (auto& group : sum) {
       for (auto& x : group) x = V::zero();
     }
     [[maybe_unused]] Real bias{0};
+    // The line of a bag some way on, which will be written.
+    for (std::uintptr_t at = 0; at < kGroups * C::kPer * sizeof(typename V::Reg); at += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(out + kOutAhead * width) + at), 1, 3);
+    }
     const std::int64_t end = offsets == nullptr ? bag + 1 : offsets[bag + 1];
     std::int64_t count = end - position;
     while (position < end) {
-      if (position == known) {
-        resolver.next();
-        known += Resolver::kBlock;
+      const std::int64_t begun = position;
+      const std::int64_t until = std::min(end, begun + Resolver::kMost);
+      resolver.resolve(until);
+      const std::uintptr_t* slot = resolver.slots(position);
+      if (usual && resolver.clean(position)) {
+        position = until;
+        const std::uintptr_t* last_slot = slot + (until - begun);
+        if (lines && near) {
+          usual_rows<V, C, kGroups, 3, kLines>(resolver, slot, last_slot, last_byte, whole, bytes, sum, bias);
+        } else if (near) {
+          usual_rows<V, C, kGroups, 3, false>(resolver, slot, last_slot, last_byte, whole, bytes, sum, bias);
+        } else {
+          usual_rows<V, C, kGroups, 2, false>(resolver, slot, last_slot, last_byte, whole, bytes, sum, bias);
+        }
+        continue;
       }
-      const std::int64_t until = std::min(end, known);
-      for (; position < until; ++position) {
-        const std::uintptr_t address = resolver.row(position);
-        if (address <= Resolver::kOutside) [[unlikely]] {
-          count -= address == Resolver::kMissing ? 1 : 0;
+      for (; position < until; ++position, ++slot) {
+        resolver.ask(slot, kInside, last_byte);
+        const std::uintptr_t address = *slot;
+        if (!Resolver::is_row(address)) {
+          count -= address == Resolver::missing() ? 1 : 0;
           continue;
         }
         const auto* row = reinterpret_cast<const std::uint8_t*>(address);
         const Head<C> head = head_of<V, C>(row);
         Real factor{1};
-        if constexpr (C::kHeader == Header::kNone) {
-          if (weights != nullptr) factor = weights[position];
-        } else {
-          factor = head.factor;
-          if (weights != nullptr) factor *= weights[position];
-          if constexpr (C::kHeader == Header::kAffine) {
-            bias += weights == nullptr ? head.bias : head.bias * weights[position];
-          }
+        if constexpr (C::kHeader != Header::kNone) factor = head.factor;
+        if constexpr (C::kHeader == Header::kAffine) {
+          bias += weights == nullptr ? head.bias : head.bias * weights[position];
         }
-        const auto scale = V::template prepare<C>(factor);
         const std::uint8_t* codes = row + C::kCodes;
-        typename V::Reg x[C::kPer];
-        for (int g = 0; g < kGroups - 1; ++g) {
-          V::template expand<C>(scale, V::template raw<C>(codes + g * G::kBytes), x);
-          for (int k = 0; k < C::kPer; ++k) sum[g][k] = V::add(sum[g][k], x[k]);
+        if (weights == nullptr) {
+          add_row<V, C, kGroups, C::kHeader != Header::kNone>(codes, factor, whole, bytes, sum);
+        } else {
+          add_row<V, C, kGroups, true>(codes, factor * weights[position], whole, bytes, sum);
         }
-        const std::uint8_t* tail = codes + (kGroups - 1) * G::kBytes;
-        const auto raw = whole ? V::template raw<C>(tail) : V::template raw_part<C>(tail, bytes, tail - row);
-        V::template expand<C>(scale, raw, x);
-        for (int k = 0; k < C::kPer; ++k) sum[kGroups - 1][k] = V::add(sum[kGroups - 1][k], x[k]);
       }
     }
     for (int g = 0; g < kGroups; ++g) {
@@ -158,7 +215,6 @@ void wide_bags(const Args& args, std::int64_t first, std::int64_t last, FirstErr
   const std::int64_t* offsets = args.lookups.offsets;
   Resolver resolver(args, first, last, error);
   std::int64_t position = resolver.start();
-  std::int64_t known = position;
   alignas(64) Real piece[kPiece];
   alignas(64) std::int32_t unused[kPiece];
   for (std::int64_t bag = first; bag < last; ++bag) {
@@ -171,13 +227,12 @@ void wide_bags(const Args& args, std::int64_t first, std::int64_t last, FirstErr
     std::int64_t count = 0;
     [[maybe_unused]] bool begun = false;
     for (; position < end; ++position) {
-      if (position == known) {
-        resolver.next();
-        known += Resolver::kBlock;
-      }
-      const std::uintptr_t address = resolver.row(position);
-      count += address == Resolver::kMissing ? 0 : 1;
-      if (address <= Resolver::kOutside) continue;
+      resolver.resolve(position + 1);
+      const std::uintptr_t* slot = resolver.slots(position);
+      resolver.ask(slot, resolver.last_byte(), resolver.last_byte());
+      const std::uintptr_t address = *slot;
+      count += address == Resolver::missing() ? 0 : 1;
+      if (!Resolver::is_row(address)) continue;
       const auto* row = reinterpret_cast<const std::uint8_t*>(address);
       const Head<C> head = head_of<V, C>(row);
       Real factor = C::kHeader == Header::kNone ? Real{1} : static_cast<Real>(head.factor);
@@ -298,21 +353,19 @@ void dots(const Args& args, const void* gradient, void* result, std::int64_t fir
   FirstError ignored;  // the forward pass has told
   Resolver resolver(args, first, last, ignored);
   std::int64_t position = resolver.start();
-  std::int64_t known = position;
   alignas(64) Real piece[kPiece];
   for (std::int64_t bag = first; bag < last; ++bag) {
     const std::int64_t begin = position;
     const std::int64_t end = args.lookups.begin(bag + 1);
     std::int64_t count = 0;
     for (; position < end; ++position) {
-      if (position == known) {
-        resolver.next();
-        known += Resolver::kBlock;
-      }
+      resolver.resolve(position + 1);
       out[position] = 0;
-      const std::uintptr_t address = resolver.row(position);
-      count += address == Resolver::kMissing ? 0 : 1;
-      if (address <= Resolver::kOutside) continue;
+      const std::uintptr_t* slot = resolver.slots(position);
+      resolver.ask(slot, resolver.last_byte(), resolver.last_byte());
+      const std::uintptr_t address = *slot;
+      count += address == Resolver::missing() ? 0 : 1;
+      if (!Resolver::is_row(address)) continue;
       const auto* row = reinterpret_cast<const std::uint8_t*>(address);
       const Head<C> head = head_of<V, C>(row);
       Real sums[kSums] = {};

@@ -2,6 +2,10 @@
 
 #include <algorithm>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "embedding_bag/gradient.h"
@@ -42,7 +46,7 @@ struct Scalar {
     return factor;
   }
 
-  template <class C>
+  template <class C, bool>
   static void expand(Reg scale, const std::uint8_t* raw, Reg (&x)[C::kPer]) noexcept {
     if constexpr (C::kFormat == Format::kFloat32) {
       x[0] = scale * read_at<float>(raw);
@@ -67,6 +71,21 @@ struct Scalar {
 
 // Below this many lookups a second thread costs more than it brings.
 constexpr std::int64_t kGrain = 4096;
+
+// Whether this is a processor of AMD's family 19h (Zen 3 and 4).
+bool is_zen4() noexcept {
+#if defined(__x86_64__)
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  if (__get_cpuid(0, &a, &b, &c, &d) == 0 || b != signature_AMD_ebx) return false;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0) return false;
+  return (a >> 8 & 0xFu) + (a >> 20 & 0xFFu) == 0x19;
+#else
+  return false;
+#endif
+}
 
 // Lookups and bags before a bag, which is about the work before it.
 std::int64_t work_before(const Lookups& lookups, std::int64_t bag) noexcept { return lookups.begin(bag) + bag; }
@@ -98,6 +117,13 @@ Status check_lookups(const Lookups& lookups) noexcept {
     if (wrong >= 0) return {Status::Kind::kSplit, wrong};
   }
   return {};
+}
+
+Ahead choose_ahead(std::int64_t table_bytes, std::int64_t row_bytes) noexcept {
+  constexpr std::int64_t kCached = std::int64_t{8} << 20;
+  static const bool kFewMisses = is_zen4();
+  if (table_bytes <= kCached) return {.positions = 32, .hint = Hint::kNear};
+  return {.positions = row_bytes <= 128 ? 128 : 64, .hint = kFewMisses ? Hint::kFar : Hint::kNear};
 }
 
 BagRange piece_of_bags(const Lookups& lookups, std::int64_t part, std::int64_t parts) noexcept {

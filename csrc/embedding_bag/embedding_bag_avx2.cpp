@@ -79,14 +79,16 @@ struct Vector {
     }
   }
 
-  template <class C, class Raw>
+  static Reg scaled(Reg scale, Reg value, bool wanted) noexcept { return wanted ? _mm256_mul_ps(scale, value) : value; }
+
+  template <class C, bool kScaled, class Raw>
   static void expand(Reg scale, Raw raw, Reg (&x)[C::kPer]) noexcept {
     if constexpr (C::kFormat == Format::kFloat32) {
-      x[0] = _mm256_mul_ps(scale, _mm256_castsi256_ps(raw));
+      x[0] = scaled(scale, _mm256_castsi256_ps(raw), kScaled);
     } else if constexpr (C::kFormat == Format::kBFloat16) {
-      x[0] = _mm256_mul_ps(scale, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16)));
+      x[0] = scaled(scale, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16)), kScaled);
     } else if constexpr (C::kFormat == Format::kFloat16) {
-      x[0] = _mm256_mul_ps(scale, _mm256_cvtph_ps(raw));
+      x[0] = scaled(scale, _mm256_cvtph_ps(raw), kScaled);
     } else if constexpr (C::kFormat == Format::kFloat8) {
       // As float16 bits a code is 2^-8 of its value; only the NaN code has no such form.
       const __m128i wide = _mm_cvtepu8_epi16(raw);
@@ -95,18 +97,18 @@ struct Vector {
       const Reg value = _mm256_cvtph_ps(_mm_or_si128(sign, _mm_slli_epi16(magnitude, 7)));
       const __m256i nan = _mm256_cvtepi16_epi32(_mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7F)));
       const Reg number = _mm256_mul_ps(value, set(256.0f));
-      x[0] = _mm256_mul_ps(scale, _mm256_blendv_ps(number, set(__builtin_nanf("")), _mm256_castsi256_ps(nan)));
+      x[0] = scaled(scale, _mm256_blendv_ps(number, set(__builtin_nanf("")), _mm256_castsi256_ps(nan)), kScaled);
     } else if constexpr (C::kFormat == Format::kInt8) {
       const __m256i code = C::kHeader == Header::kStep ? _mm256_cvtepi8_epi32(raw) : _mm256_cvtepu8_epi32(raw);
-      x[0] = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(code));
+      x[0] = scaled(scale, _mm256_cvtepi32_ps(code), kScaled);
     } else if constexpr (C::kFormat == Format::kInt4) {
       const __m256i bytes = _mm256_cvtepu8_epi32(raw);
       const __m256i even = C::kHeader == Header::kStep ? _mm256_srai_epi32(_mm256_slli_epi32(bytes, 28), 28)
                                                        : _mm256_and_si256(bytes, _mm256_set1_epi32(15));
       const __m256i odd = C::kHeader == Header::kStep ? _mm256_srai_epi32(_mm256_slli_epi32(bytes, 24), 28)
                                                       : _mm256_srli_epi32(bytes, 4);
-      x[0] = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(even));
-      x[1] = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(odd));
+      x[0] = scaled(scale, _mm256_cvtepi32_ps(even), kScaled);
+      x[1] = scaled(scale, _mm256_cvtepi32_ps(odd), kScaled);
     } else {  // the permutation reads the low three bits of each lane, and the table repeats after four
       const __m256i bytes = _mm256_cvtepu8_epi32(raw);
       for (int k = 0; k < 4; ++k) x[k] = _mm256_permutevar8x32_ps(scale, _mm256_srli_epi32(bytes, 2 * k));

@@ -48,13 +48,22 @@ struct Vector {
     }
   }
 
-  // The first `bytes` bytes of a group; a masked load touches no others.
+  // The first `bytes` bytes of a group, `before` bytes after the row's beginning. A masked load reads no others, but it
+  // waits for their line, so short codes are read with what lies before them instead.
   template <class C>
-  static auto raw_part(const std::uint8_t* p, int bytes, std::int64_t) noexcept {
+  static auto raw_part(const std::uint8_t* p, int bytes, std::int64_t before) noexcept {
     if constexpr (C::kBits == 32) {
       return _mm512_maskz_loadu_epi32(mask(bytes / 4), p);
     } else if constexpr (C::kBits == 16) {
       return _mm256_maskz_loadu_epi16(mask(bytes / 2), p);
+    } else if (before + bytes >= 16) {
+      const __m128i shift = _mm_add_epi8(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                         _mm_set1_epi8(static_cast<char>(16 - bytes)));
+      const __m128i ending = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + bytes - 16));
+      return _mm_maskz_shuffle_epi8(mask(bytes), ending, shift);
+    } else if (before + bytes >= 8 && bytes <= 8) {
+      const auto ending = read_at<std::uint64_t>(p + bytes - 8) >> (64 - 8 * bytes);
+      return _mm_cvtsi64_si128(static_cast<std::int64_t>(ending));
     } else {
       return _mm_maskz_loadu_epi8(mask(bytes), p);
     }
@@ -76,14 +85,16 @@ struct Vector {
     }
   }
 
-  template <class C, class Raw>
+  static Reg scaled(Reg scale, Reg value, bool wanted) noexcept { return wanted ? _mm512_mul_ps(scale, value) : value; }
+
+  template <class C, bool kScaled, class Raw>
   static void expand(Reg scale, Raw raw, Reg (&x)[C::kPer]) noexcept {
     if constexpr (C::kFormat == Format::kFloat32) {
-      x[0] = _mm512_mul_ps(scale, _mm512_castsi512_ps(raw));
+      x[0] = scaled(scale, _mm512_castsi512_ps(raw), kScaled);
     } else if constexpr (C::kFormat == Format::kBFloat16) {
-      x[0] = _mm512_mul_ps(scale, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)));
+      x[0] = scaled(scale, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)), kScaled);
     } else if constexpr (C::kFormat == Format::kFloat16) {
-      x[0] = _mm512_mul_ps(scale, _mm512_cvtph_ps(raw));
+      x[0] = scaled(scale, _mm512_cvtph_ps(raw), kScaled);
     } else if constexpr (C::kFormat == Format::kFloat8) {
       // As float16 bits a code is 2^-8 of its value; only the NaN code has no such form.
       const __m256i wide = _mm256_cvtepu8_epi16(raw);
@@ -92,10 +103,10 @@ struct Vector {
       const Reg value = _mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7)));
       const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7F));
       const Reg number = _mm512_mask_mov_ps(_mm512_mul_ps(value, set(256.0f)), nan, set(__builtin_nanf("")));
-      x[0] = _mm512_mul_ps(scale, number);
+      x[0] = scaled(scale, number, kScaled);
     } else if constexpr (C::kFormat == Format::kInt8) {
       const __m512i code = C::kHeader == Header::kStep ? _mm512_cvtepi8_epi32(raw) : _mm512_cvtepu8_epi32(raw);
-      x[0] = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(code));
+      x[0] = scaled(scale, _mm512_cvtepi32_ps(code), kScaled);
     } else {  // the permutation reads the low four bits of each lane; of 2-bit codes every table repeats
       const __m512i bytes = _mm512_cvtepu8_epi32(raw);
       x[0] = _mm512_permutexvar_ps(bytes, scale);

@@ -41,12 +41,14 @@ inline void draw_piece(const Philox& philox, std::int64_t row, std::int64_t colu
   std::uint32_t k1 = philox.key1;
   for (int round = 0; round < Philox::kRounds; ++round) {
     for (int k = 0; k < kBlocks; ++k) {
-      const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c0[k];
-      const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c2[k];
-      c0[k] = static_cast<std::uint32_t>(p1 >> 32) ^ c1[k] ^ k0;
-      c1[k] = static_cast<std::uint32_t>(p1);
-      c2[k] = static_cast<std::uint32_t>(p0 >> 32) ^ c3[k] ^ k1;
-      c3[k] = static_cast<std::uint32_t>(p0);
+      const auto high0 = static_cast<std::uint32_t>(std::uint64_t{0xD2511F53u} * c0[k] >> 32);
+      const auto high1 = static_cast<std::uint32_t>(std::uint64_t{0xCD9E8D57u} * c2[k] >> 32);
+      const std::uint32_t low0 = 0xD2511F53u * c0[k];
+      const std::uint32_t low1 = 0xCD9E8D57u * c2[k];
+      c0[k] = high1 ^ c1[k] ^ k0;
+      c1[k] = low1;
+      c2[k] = high0 ^ c3[k] ^ k1;
+      c3[k] = low0;
     }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
@@ -113,7 +115,7 @@ inline std::int64_t encode_piece(const float* w, float step, std::int64_t count,
       const std::uint32_t magnitude = bits & kMagnitude;
       const std::uint32_t more = kStochastic ? draws[d] >> 16 : 0x7FFFu + (magnitude >> 16 & 1u);
       std::uint32_t rounded = (magnitude + more) >> 16;
-      saturated += rounded > 0x7F7Fu ? 1 : 0;
+      saturated += rounded > 0x7F7Fu;
       rounded = rounded > 0x7F7Fu ? 0x7F7Fu : rounded;
       out[d] = static_cast<std::uint16_t>((bits >> 16 & 0x8000u) | rounded);
     }
@@ -121,7 +123,7 @@ inline std::int64_t encode_piece(const float* w, float step, std::int64_t count,
     auto* out = reinterpret_cast<std::uint16_t*>(target);
     for (std::int64_t d = 0; d < count; ++d) {
       const float rounded = round_to_grid<kStochastic, -14, 10>(w[d], kStochastic ? draws[d] : 0);
-      saturated += rounded > kFloat16Max || rounded < -kFloat16Max ? 1 : 0;
+      saturated += (rounded > kFloat16Max) | (rounded < -kFloat16Max);
       const std::uint32_t magnitude =
           std::bit_cast<std::uint32_t>(clamp(rounded, -kFloat16Max, kFloat16Max)) & kMagnitude;
       const auto small = static_cast<std::uint32_t>(
@@ -131,9 +133,9 @@ inline std::int64_t encode_piece(const float* w, float step, std::int64_t count,
     }
   } else if constexpr (F == Format::kFloat8) {
     for (std::int64_t d = 0; d < count; ++d) {
-      const float x = step == 0.0f ? 0.0f : clamp(w[d] / step, -1024.0f, 1024.0f);
+      const float x = clamp(w[d] / step, -1024.0f, 1024.0f);
       const float rounded = round_to_grid<kStochastic, -6, 3>(x, kStochastic ? draws[d] : 0);
-      saturated += rounded > kFloat8Max || rounded < -kFloat8Max ? 1 : 0;
+      saturated += (rounded > kFloat8Max) | (rounded < -kFloat8Max);
       const std::uint32_t magnitude =
           std::bit_cast<std::uint32_t>(clamp(rounded, -kFloat8Max, kFloat8Max)) & kMagnitude;
       const auto small = static_cast<std::uint32_t>(
@@ -146,10 +148,11 @@ inline std::int64_t encode_piece(const float* w, float step, std::int64_t count,
     constexpr float kHigh = highest_value<F>();
     alignas(64) std::int8_t codes[kPiece];
     for (std::int64_t d = 0; d < count; ++d) {
-      const float x = step == 0.0f ? 0.0f : clamp(w[d] / step, kLow - 1.0f, kHigh + 1.0f);
+      const float x = clamp(w[d] / step, kLow - 1.0f, kHigh + 1.0f);
       const float rounded = round_to_integer<kStochastic>(x, kStochastic ? draws[d] : 0);
-      saturated += rounded > kHigh || rounded < kLow ? 1 : 0;
-      codes[d] = static_cast<std::int8_t>(static_cast<std::int32_t>(clamp(rounded, kLow, kHigh)));
+      const float limited = clamp(rounded, kLow, kHigh);
+      saturated += limited != rounded;
+      codes[d] = static_cast<std::int8_t>(static_cast<std::int32_t>(limited));
     }
     if constexpr (F == Format::kInt8) {
       std::memcpy(target, codes, static_cast<std::size_t>(count));
@@ -206,6 +209,10 @@ std::int64_t quantize_rows(const QuantizeArgs& args, std::int64_t first, std::in
     if constexpr (has_step(F)) {
       step = args.step != nullptr ? args.step[row] : std::bit_cast<float>(largest) / highest_value<F>();
       std::memcpy(target, &step, sizeof step);
+      if (step == 0.0f) {
+        std::memset(target + kHead, 0, static_cast<std::size_t>(args.stride - kHead));
+        continue;
+      }
     }
     for (std::int64_t column = 0; column < width; column += kPiece) {
       const std::int64_t count = width - column < kPiece ? width - column : kPiece;

@@ -24,6 +24,7 @@ _table_gradients = {
     torch.float32: kernel("embedding_bag_table_gradient_float32"),
     torch.float64: kernel("embedding_bag_table_gradient_float64"),
 }
+_EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)
 _INDEX, _OFFSET, _SPLIT = 1, 2, 3  # what a kernel may find wrong
 
 
@@ -130,36 +131,70 @@ def _out_dtype(table: torch.Tensor) -> torch.dtype:
     return torch.float64 if table.dtype == torch.float64 else torch.float32
 
 
-def _cpu(
+def _run(
     table: torch.Tensor,
     format: int,
     header: int,
     dim: int,
     indices: torch.Tensor,
     offsets: torch.Tensor | None,
-    per_sample_weights: torch.Tensor | None,
+    weights: torch.Tensor | None,
     first: torch.Tensor | None,
     feature_rows: torch.Tensor | None,
     splits: torch.Tensor | None,
     mode: str,
     skip_missing: bool,
     check: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    table, indices = _dense_rows(table), indices.contiguous()
-    weights, wide = _contiguous(per_sample_weights), _widened(offsets)
-    first, feature_rows, splits = _contiguous(first), _contiguous(feature_rows), _contiguous(splits)
+    argmax: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The kernel on tensors of the CPU; fills `argmax` if given."""
+    if table.stride(1) != 1 or table.stride(0) < table.shape[1]:  # rows may be any distance apart, columns may not
+        table = table.contiguous()
+    if not indices.is_contiguous():
+        indices = indices.contiguous()
+    weights = _contiguous(weights)
+    if offsets is not None and (offsets.dtype != torch.int64 or not offsets.is_contiguous()):
+        offsets = _widened(offsets)
+    if first is not None:
+        first, feature_rows, splits = first.contiguous(), feature_rows.contiguous(), _contiguous(splits)
     rows = table.shape[0]
-    bags = indices.numel() if wide is None else wide.numel() - 1
+    bags = indices.numel() if offsets is None else offsets.shape[0] - 1
     out = torch.empty(bags, dim, dtype=_out_dtype(table))
-    argmax = torch.empty(bags if mode == "max" else 0, dim, dtype=torch.int32)
     wrong = _kernel(
         table.data_ptr(), rows, dim, table.stride(0) * table.element_size(), format, header,
-        *_lookups(indices, wide, first, feature_rows, splits, skip_missing), _pointer(weights), _MODE[mode],
-        out.data_ptr(), argmax.data_ptr() if mode == "max" else 0,
+        *_lookups(indices, offsets, first, feature_rows, splits, skip_missing), _pointer(weights), _MODE[mode],
+        out.data_ptr(), _pointer(argmax),
     )  # fmt: skip
     if wrong is not None and (check or wrong[0] != _INDEX):
-        raise lookup_error("embedding_bag", wrong, rows, indices, wide, Features(first, feature_rows, splits))
+        raise lookup_error("embedding_bag", wrong, rows, indices, offsets, Features(first, feature_rows, splits))
+    return out
+
+
+def _cpu(
+    table, format, header, dim, indices, offsets, per_sample_weights, first, feature_rows, splits, mode, skip_missing,
+    check,
+):  # fmt: skip
+    bags = indices.shape[0] if offsets is None else offsets.shape[0] - 1
+    argmax = torch.empty(bags if mode == "max" else 0, dim, dtype=torch.int32)
+    out = _run(
+        table, format, header, dim, indices, offsets, per_sample_weights, first, feature_rows, splits, mode,
+        skip_missing, check, argmax if mode == "max" else None,
+    )  # fmt: skip
     return out, argmax
+
+
+def _plain_call(table: torch.Tensor, weights: torch.Tensor | None, device: torch.device) -> bool:
+    """Whether nobody watches: no gradient, no tracing, no transform. Then the dispatcher may be left out, which costs
+    more than the kernel does for a small batch.
+    """
+    return (
+        device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not ((table.requires_grad or (weights is not None and weights.requires_grad)) and torch.is_grad_enabled())
+        and type(table) in _EAGER_TYPES
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _fake(
@@ -558,12 +593,13 @@ def embedding_bag(
     if width == 0:
         raise ValueError(f"{op}: table must have at least one column, got shape {list(stored.shape)}")
     check_lookups(op, indices, offsets, per_sample_weights, mode, dtype=dtype, device=stored.device, features=features)
-    more = *(features or _NO_FEATURES), mode, skip_missing, check
-    if offsets is not None or indices.dim() == 1:
-        return _op(*arguments, indices, offsets, per_sample_weights, *more)[0]
-    weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
-    out = _op(*arguments, indices.reshape(-1), None, weights, *more)[0]
-    return out.reshape(*indices.shape, width)
+    weights, shape = per_sample_weights, None
+    if offsets is None and indices.dim() != 1:
+        shape, indices = (*indices.shape, width), indices.reshape(-1)
+        weights = None if weights is None else weights.reshape(-1)
+    arguments = *arguments, indices, offsets, weights, *(features or _NO_FEATURES), mode, skip_missing, check
+    out = _run(*arguments) if _plain_call(stored, weights, stored.device) else _op(*arguments)[0]
+    return out if shape is None else out.reshape(shape)
 
 
 embedding_bag.reference = reference

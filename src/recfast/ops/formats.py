@@ -269,7 +269,7 @@ class QuantizedTable:
         if self.rows.device.type != "cpu":
             return self.reference_values(slice(None) if rows is None else rows.long())
         table = self._table()
-        out = torch.empty(len(self) if rows is None else len(rows), self.dim)
+        out = empty_table(len(self) if rows is None else len(rows), 4 * self.dim, torch.float32)
         if rows is None:
             _dequantize(*table, out.data_ptr())
             return out
