@@ -53,16 +53,20 @@ class Lookups:
         self.bags = [cuts.shape[0] - 1 for cuts in offsets] or self.lengths
         self.weights = None if weights is None else weights.split(self.lengths)
         for name, cuts, length in zip(names, offsets, self.lengths, strict=bool(offsets)):
-            ends = cuts[[0, -1]].tolist()
-            if ends != [0, length]:
+            if int(cuts[0]) != 0 or int(cuts[-1]) != length:
                 _check.offsets(f"{place}: {name}", "offsets", cuts, length)
 
     def joined(
         self, places: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-        """Ids, offsets, weights and splits (see `ops.Features`) of some of the requests."""
-        chosen = [self.indices[i] for i in places]
-        ids = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Ids, offsets, weights and splits (see `ops.Features`; None for the bags of one) of some of the requests."""
+        if len(places) == 1:
+            (i,) = places
+            weights = None if self.weights is None else self.weights[i]
+            if self.offsets:
+                return self.indices[i], self.offsets[i], weights, None
+            return self.indices[i], None, weights, torch.tensor([0, self.bags[i]])
+        ids = torch.cat([self.indices[i] for i in places])
         splits, total = [0], 0
         for i in places:
             total += self.bags[i]
@@ -246,7 +250,7 @@ class TableLookups(nn.Module):
             _check.tensor(self.place, name, ids, dtypes=_check.INDEX_DTYPES)
         indices = [ids.reshape(-1) for _, ids in requests]
         out = self._look(indices, [], None, [self._number(name) for name, _ in requests], "none")
-        parts = out.split([ids.shape[0] for ids in indices])
+        parts = [out] if len(indices) == 1 else out.split([ids.shape[0] for ids in indices])
         return [part.reshape(*ids.shape, self.dim) for part, (_, ids) in zip(parts, requests, strict=True)]
 
     def _bags(self, inputs: Mapping[str, tuple[torch.Tensor, ...]], mode: str) -> dict[str, torch.Tensor]:
@@ -272,7 +276,9 @@ class TableLookups(nn.Module):
         offsets = [entry[1] for entry in inputs.values()]
         weights = torch.cat([entry[2] for entry in inputs.values()]) if with_weights == {3} else None
         out = self._look(indices, offsets, weights, [self._number(name) for name in inputs], mode)
-        return dict(zip(inputs, out.split([cuts.shape[0] - 1 for cuts in offsets]), strict=True))
+        # The gradient of a split is copied together again, which one table alone is spared.
+        parts = [out] if len(offsets) == 1 else out.split([cuts.shape[0] - 1 for cuts in offsets])
+        return dict(zip(inputs, parts, strict=True))
 
     def _look(
         self,
