@@ -149,7 +149,8 @@ void sum_bags(const Args& args, std::int64_t first, std::int64_t last, FirstErro
     }
     [[maybe_unused]] Real bias{0};
     // The lines of a bag some way on, which will be written.
-    const auto later = reinterpret_cast<std::uintptr_t>(out) + static_cast<std::uintptr_t>(kOutAhead * width) * sizeof(Real);
+    const auto later =
+        reinterpret_cast<std::uintptr_t>(out) + static_cast<std::uintptr_t>(kOutAhead * width) * sizeof(Real);
     for (std::uintptr_t at = 0; at < kGroups * C::kPer * sizeof(typename V::Reg); at += 64) {
       __builtin_prefetch(reinterpret_cast<const void*>(later + at), 1, 3);
     }
