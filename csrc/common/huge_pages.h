@@ -1,4 +1,4 @@
-// Asking the system to back memory by pages of 2 MB, so that random rows of a big table miss fewer address translations.
+// Asking for pages of 2 MB, so that random rows of a big table miss fewer address translations.
 #pragma once
 
 #include <cstddef>

@@ -140,16 +140,19 @@ void sum_bags(const Args& args, std::int64_t first, std::int64_t last, FirstErro
   constexpr std::uintptr_t kInside = inside_of<V, C, kGroups>();
   // Rows of whole lines, of which each is asked for once.
   constexpr bool kLines = C::kHeader == Header::kNone && kGroups * G::kBytes % 64 == 0;
-  const bool lines = kLines && whole && reinterpret_cast<std::uintptr_t>(args.table.data) % 64 == 0 && args.table.stride % 64 == 0;
+  const auto place = reinterpret_cast<std::uintptr_t>(args.table.data) | static_cast<std::uintptr_t>(args.table.stride);
+  const bool lines = kLines && whole && place % 64 == 0;
   for (std::int64_t bag = first; bag < last; ++bag, out += width) {
     typename V::Reg sum[kGroups][C::kPer];
     for (auto& group : sum) {
       for (auto& x : group) x = V::zero();
     }
     [[maybe_unused]] Real bias{0};
-    // The line of a bag some way on, which will be written.
+    // The lines of a bag some way on, which will be written.
+    const auto later =
+        reinterpret_cast<std::uintptr_t>(out) + static_cast<std::uintptr_t>(kOutAhead * width) * sizeof(Real);
     for (std::uintptr_t at = 0; at < kGroups * C::kPer * sizeof(typename V::Reg); at += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(out + kOutAhead * width) + at), 1, 3);
+      __builtin_prefetch(reinterpret_cast<const void*>(later + at), 1, 3);
     }
     const std::int64_t end = offsets == nullptr ? bag + 1 : offsets[bag + 1];
     std::int64_t count = end - position;

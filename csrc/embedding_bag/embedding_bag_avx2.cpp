@@ -46,7 +46,7 @@ struct Vector {
     }
   }
 
-  // The first `bytes` bytes of a group, of which nothing behind may be touched; `before` bytes lie before it in the row.
+  // The first `bytes` bytes of a group, nothing behind them being touched; `before` bytes of the row lie before it.
   template <class C>
   static auto raw_part(const std::uint8_t* p, int bytes, std::int64_t before) noexcept {
     if constexpr (C::kBits == 32) {

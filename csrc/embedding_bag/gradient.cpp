@@ -62,7 +62,8 @@ void max_gradient(const T* grad, const std::int32_t* argmax, const std::int64_t*
                   std::int64_t width, T* out) noexcept {
   // Threads share columns out, not bags: two bags may point at one row.
   constexpr std::int64_t kColumns = 16;
-  parallel_for((width + kColumns - 1) / kColumns, std::max<std::int64_t>(1, (1 << 16) / std::max<std::int64_t>(bags, 1)),
+  const std::int64_t grain = std::max<std::int64_t>(1, (1 << 16) / std::max<std::int64_t>(bags, 1));
+  parallel_for((width + kColumns - 1) / kColumns, grain,
                [&](std::int64_t first, std::int64_t last) {
                  const std::int64_t end = std::min(last * kColumns, width);
                  for (std::int64_t bag = 0; bag < bags; ++bag) {

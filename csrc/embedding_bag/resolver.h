@@ -1,6 +1,6 @@
-// The first stage of a bag kernel: ids become addresses of rows, and the rows are asked for ahead of their use. It knows
-// nothing of formats, and the second stage nothing of ids, so that neither multiplies the other. Included inside an
-// instruction set's region of embedding_bag_*.cpp, in an unnamed namespace.
+// The first stage of a bag kernel: ids become addresses of rows. It knows nothing of formats, and the second stage
+// nothing of ids, so that neither multiplies the other. Included inside an instruction set's region of
+// embedding_bag_*.cpp, in an unnamed namespace.
 
 class Resolver {
  public:
