@@ -269,5 +269,8 @@ def test_convert(model):
         torch.testing.assert_close(converted(batch), trained(batch), rtol=0.02, atol=2e-3)
     with pytest.raises((InputError, RuntimeError), match=r"'user' is int8 in the state, expected float32: .*convert"):
         trained.load_state_dict(converted.state_dict())
+    trained.tables.lr, trained.tables.grad_scale = 0.125, 0.5  # as a schedule and a scaler set them
+    kept = models.convert(trained, "int8").tables
+    assert (kept.lr, kept.grad_scale) == (0.125, 0.5)
     with pytest.raises(InputError, match="has no option 'precision'"):
         models.convert(models.build("SimpleX", schema), "int8")

@@ -560,3 +560,11 @@ def test_refuses_gradients_that_are_not_finite():
     with pytest.raises(ValueError, match="grad must be finite, got nan"):
         (out * torch.nan).sum().backward()
     assert equal(state(table), before)
+
+
+def test_a_state_of_negative_counters_is_refused():
+    table = make()
+    given = table.state_dict()
+    given["counters"] = torch.tensor([-5, 0, 0, 0])
+    with pytest.raises(InputError, match="counters must not be negative"):
+        table.load_state_dict(given)

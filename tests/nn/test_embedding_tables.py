@@ -1,10 +1,13 @@
 """The module over embedding_bag and embedding_update_."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from recfast.errors import InputError
 from recfast.nn import EmbeddingTables, FrozenTables, second_pass
@@ -478,7 +481,7 @@ def test_second_pass_leaves_other_tables_alone():
     with second_pass(model):
         (two(ids) + one(ids)).sum().backward()
     assert equal(state(one), before)
-    assert two.updates == 2
+    assert two.updates == 1  # a step in two passes is one update
 
 
 @pytest.mark.parametrize("precision", ["float32", "int4", MIXED])
@@ -535,3 +538,144 @@ def test_one_step_for_a_table(passes, step_optimizer):
     assert equal(state(tables), state(other))
     with pytest.raises(ValueError, match="step_per='table' goes with step_range='clip', got 'grow'"):
         make("int4", step_per="table")
+
+
+@pytest.mark.parametrize("step_per", ["row", "table"])
+def test_two_passes_count_as_one_update(step_per):
+    # Adam's correction goes by that number: on one gradient both forms are the same.
+    options = {"step_optimizer": "adam", "optimizer": "adam", "step_range": "clip", "rounding": "nearest"}
+    one, two = (make(passes=passes, step_per=step_per, **options) for passes in (1, 2))
+    ids, grad = torch.tensor([[1, 2, 0], [1, 3, 2]]), torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    for number in range(1, 4):
+        (one(ids) * grad).sum().backward()
+        (two(ids) * grad).sum().backward()
+        with second_pass(two):
+            (two(ids) * grad).sum().backward()
+        assert two.updates == number
+    assert equal(state(one), state(two))
+
+
+def test_second_pass_refuses_other_ids():
+    tables = make(passes=2)
+    for ids in ([[2, 2, 0]], [[1, 2, 1]]):
+        tables(torch.tensor([[1, 2, 0]])).sum().backward()
+        with pytest.raises(RuntimeError, match="another lookup than the first"), second_pass(tables):
+            tables(torch.tensor(ids)).sum().backward()
+    tables.lookup([("user", torch.tensor([1]))])[0].sum().backward()
+    with pytest.raises(RuntimeError, match="another lookup than the first"), second_pass(tables):
+        tables.lookup([("city", torch.tensor([1]))])[0].sum().backward()
+
+
+def test_second_pass_that_failed_is_forgotten():
+    tables = make(passes=2)
+    tables(torch.tensor([[1, 2, 0]])).sum().backward()
+    with pytest.raises(KeyError), second_pass(tables):
+        raise KeyError
+    tables(torch.tensor([[1, 2, 0]])).sum().backward()
+    with second_pass(tables):
+        tables(torch.tensor([[1, 2, 0]])).sum().backward()
+    assert tables.updates == 1
+
+
+def test_a_refused_gradient_writes_no_group():
+    tables = make(MIXED)
+    before = state(tables)
+    for place in range(3):
+        grad = torch.ones(1, 3, 6)
+        grad[0, place, 2] = float("nan")
+        with pytest.raises(ValueError, match=f"must be finite, got nan at flat position {6 * place + 2}; nothing was"):
+            tables(torch.tensor([[1, 2, 0]])).backward(grad)
+        assert equal(state(tables), before)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "dtype", "counters"])
+def test_a_refused_state_writes_nothing(change):
+    tables, other = make(), make(seed=6)
+    train(other, 1)
+    given = state(other)
+    if change == "missing":
+        del given["city.rows"]
+    elif change == "unexpected":
+        given["town.rows"] = torch.zeros(3)
+    elif change == "dtype":
+        given["city.rows"] = given["city.rows"].float()
+    else:
+        given["counters"] = torch.zeros(4, dtype=torch.int64)
+    before = state(tables)
+    with pytest.raises(RuntimeError, match=r"city\.rows|town\.rows|counters"):
+        tables.load_state_dict(given)
+    assert equal(state(tables), before)
+
+
+@pytest.mark.parametrize("name", ["groups", "groups.0", "counters", "_extra_state", "a.b", ""])
+def test_any_name_will_do(name, tmp_path):
+    tables, other = (EmbeddingTables([(name, 3), ("city", 4)], 5, seed=seed) for seed in (0, 1))
+    other.load_state_dict(tables.state_dict())
+    nested = torch.nn.Sequential(EmbeddingTables([(name, 3), ("city", 4)], 5, seed=2))
+    nested.load_state_dict(torch.nn.Sequential(tables).state_dict())
+    tables.save(tmp_path / "tables.safetensors")
+    for copied in (other, nested[0], EmbeddingTables.load(tmp_path / "tables.safetensors")):
+        assert equal(state(copied), state(tables))
+
+
+def edit(path, change):
+    """Change what the header of a file says."""
+    with safe_open(path, framework="pt") as handle:
+        tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+        facts = json.loads(handle.metadata()["recfast.tables"])
+    text = change if isinstance(change, str) else json.dumps(change(facts))
+    save_file(tensors, path, metadata={"recfast.tables": text})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "{",
+        "[1]",
+        lambda facts: {k: v for k, v in facts.items() if k not in ("layout", "dim")},
+        lambda facts: facts | {"aliases": [1]},
+        lambda facts: facts | {"tables": 3},
+        lambda facts: (
+            facts | {"tables": [["user", 2**60, "int8"] if len(t) == 3 else ["user", 2**60] for t in facts["tables"]]}
+        ),
+        lambda facts: facts | {"dim": "6", "options": {"zz": 1}},
+        lambda facts: facts | {"dim": [6], "options": facts.get("options", {}) | {"optimizer": "zz"}},
+        lambda facts: facts | {"dim": None, "options": facts.get("options", {}) | {"betas": 3}},
+    ],
+)
+@pytest.mark.parametrize("kind", [EmbeddingTables, FrozenTables])
+def test_an_edited_header_is_refused(kind, change, tmp_path):
+    path = tmp_path / "tables.safetensors"
+    tables = EmbeddingTables([("user", 7)], 6, "int8")
+    (tables if kind is EmbeddingTables else tables.freeze()).save(path)
+    edit(path, change)
+    with pytest.raises(InputError, match="damaged"):
+        kind.load(path)
+
+
+def test_rows_with_steps_are_aligned_in_memory(tmp_path):
+    frozen = EmbeddingTables([("user", 3), ("item", 5)], 3, {"user": "float16", "item": "int8"}).freeze()
+    frozen.save(tmp_path / "tables.safetensors")
+    loaded = FrozenTables.load(tmp_path / "tables.safetensors")
+    assert all(group.rows.data_ptr() % 4 == 0 for group in loaded.groups if group.bits)
+    assert torch.equal(loaded(torch.tensor([[2, 4]])), frozen(torch.tensor([[2, 4]])))
+
+
+@pytest.mark.parametrize("options", [{}, {"step_per": "table", "step_range": "clip"}, {"optimizer": "adam"}])
+def test_convert_to_the_same_precision_goes_on_exactly(options):
+    tables = make(**options)
+    tables.grad_scale = 0.5
+    train(tables, 3)
+    converted = tables.convert("int8")
+    assert converted.grad_scale == 0.5
+    for each in (tables, converted):
+        train(each, 2, first=3)
+    assert equal(state(converted), state(tables))
+    assert not tables.eval().convert("int8").training
+
+
+def test_convert_tells_states_of_one_form_apart():
+    # One float a row both times: of the step sizes before, of the rows after.
+    tables = make(optimizer="sgd")
+    train(tables, 2)
+    assert not tables.convert("int8", optimizer="rowwise_adagrad", step="fixed").state_dict()["user.row_state"].any()

@@ -801,3 +801,23 @@ def test_memory_of_an_int8_table_in_training():
     state = UpdateState.zeros(table, optimizer="rowwise_adagrad", step_optimizer="adagrad")
     size = sum(part.numel() * part.element_size() for part in tensors(table, state))
     assert size / (10 * 64) <= 1.2
+
+
+def test_second_phase_refuses_another_table():
+    # Its rows would be written beyond the end of this one.
+    large, small = (ops.quantize(torch.randn(rows, 8), bits=8) for rows in (300, 2))
+    narrow, wide = ops.quantize(torch.randn(300, 7), bits=8), ops.quantize(torch.randn(300, 16), bits=4)
+    pending = ops.embedding_update_first_(large, torch.arange(300), None, torch.ones(300, 8), lr=0.1)
+    for other in (small, narrow, wide):
+        before = other.rows.clone()
+        grad = torch.ones(300, other.dim)
+        for call in (
+            lambda other=other, grad=grad: ops.embedding_update_second_(other, pending, grad),
+            lambda other=other, grad=grad: ops.embedding_step_gradient(other, pending, grad),
+            lambda other=other: ops.requantize_(other, 0.1, pending=pending),
+        ):
+            with pytest.raises(ValueError, match="table must have"):
+                call()
+        assert torch.equal(other.rows, before)
+    with pytest.raises(TypeError, match="pending must be"):
+        ops.requantize_(large, 0.1, pending=7)

@@ -327,3 +327,14 @@ def test_draws_match_the_kernels():
     for d, word in enumerate(words):
         plain = _C.philox4x32(2**40 + 7, 3, 5, 11, d // 8)[d % 8 // 2]
         assert word == (plain if d % 2 == 0 else (plain << 16 | plain >> 16) & 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dequantize_of_rows_that_are_not_dense(bits):
+    table = ops.quantize(torch.randn(6, 9, generator=torch.Generator().manual_seed(0)), bits=bits)
+    apart = torch.zeros(6, 2 * table.rows.shape[1], dtype=torch.uint8)
+    apart[:, ::2] = table.rows
+    for rows in (apart[:, ::2], table.rows.t().contiguous().t()):
+        view = formats.QuantizedTable(rows, bits, 9)
+        assert torch.equal(view.dequantize(), table.reference_values())
+        assert torch.equal(view.dequantize(torch.tensor([4, 1])), table.reference_values()[[4, 1]])

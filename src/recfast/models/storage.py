@@ -168,7 +168,11 @@ def convert_model(model: nn.Module, precision: str, **options: Any) -> nn.Module
     }
     new.load_state_dict(dense, strict=False)
     for name in converted:
-        new.get_submodule(name).take(model.get_submodule(name))
+        mine, theirs = new.get_submodule(name), model.get_submodule(name)
+        mine.take(theirs)
+        mine.grad_scale, mine.check_finite = theirs.grad_scale, theirs.check_finite
+        if "lr" not in options:
+            mine.lr = theirs.lr  # which may have been set since the model was built
     return new.train(model.training)
 
 

@@ -49,9 +49,16 @@ def read(place: str, path: str | os.PathLike[str], *, mmap: bool) -> tuple[dict[
         ) from None
     if text is None:
         raise InputError(f"{place}: {file} holds no tables that recfast wrote")
-    facts = json.loads(text)
+    try:
+        facts = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place}: {file} is damaged, its header is not JSON ({error})") from None
+    if not isinstance(facts, dict):
+        raise InputError(f"{place}: {file} is damaged, its header must hold an object, got {type(facts).__name__}")
     if facts.get("format") != FORMAT:
         raise InputError(f"{place}: {file} has the format version {facts.get('format')}, expected {FORMAT}")
     if facts.get("kind") != place:
         raise InputError(f"{place}: {file} holds {facts.get('kind')}, expected {place}")
-    return tensors if mmap else {name: tensor.clone() for name, tensor in tensors.items()}, facts
+    # After an odd number of 16-bit weights, rows with steps begin where no float may: such a table is read.
+    aligned = {name: x.dtype != torch.uint8 or x.data_ptr() % 4 == 0 for name, x in tensors.items()}
+    return {name: x if mmap and aligned[name] else x.clone() for name, x in tensors.items()}, facts

@@ -155,6 +155,8 @@ class TableGroup(nn.Module):
             for a, b in pairs:
                 if a is not None:
                     a[mine] = b[theirs]
+            if self.one_step and other.one_step:
+                self.step_state.copy_(other.step_state)
         return same
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:

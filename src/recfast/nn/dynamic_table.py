@@ -364,7 +364,8 @@ step_floor, step_range
         TypeError, ValueError
             Wrong dtypes, shapes, offsets, mode.
         InputError
-            No row left, with full="error". In every case nothing was written.
+            No row left, with full="error". In every case nothing was written; but where it was time to search for
+            ids that have expired, they are forgotten, which comes before.
         """
         self._checked(ids)
         _check.choice(_PLACE, "mode", mode, ("sum", "mean"))
@@ -541,6 +542,8 @@ step_floor, step_range
         if used < 1:
             raise InputError(f"{_PLACE}: the state must have the default row, got no rows")
         _check.tensor(_PLACE, "counters", found["counters"], dtypes=[torch.int64], shape=[4])
+        if int(found["counters"].min()) < 0:
+            raise InputError(f"{_PLACE}: counters must not be negative, got {found['counters'].tolist()}")
         lr = self._checked_lr(float(found["learning_rate"]))
         self._map.restore({name: found[f"map.{name}"].cpu() for name in _ENTRIES}, used)
         self._rows.grow(used)

@@ -27,7 +27,7 @@ _STATE_VERSION = 2
 
 
 class _Lookup(torch.autograd.Function):
-    """What `ops.embedding_tables` is to a compiler, at a fifth of its cost a call."""
+    """What the op `embedding_tables` is to a compiler, without the way through the dispatcher."""
 
     @staticmethod
     def forward(ctx, anchor, weights, tables, indices, offsets, features, pooling):
@@ -306,9 +306,15 @@ class EmbeddingTables(TableLookups):
             names = [self.specs[number][0] for number in features]
             call = Lookups(self.place, names, indices, offsets, weights)
             bags = call.bags
+        if self.check_finite and len(plan) > 1:
+            # Each group's update refuses what is not finite in its own part, when those before it have been written.
+            self._check_finite("grad", grad)
+            if weights is not None:
+                self._check_finite("weights", weights)
         of_weight = grad.new_empty(0)
         if of_weights:
             of_weight = self._weight_gradient(grad, plan, call, pooling)
+        waiting = len(self._pending)
         for number, part in enumerate(plan):
             if call is None:
                 ids = indices[0] if len(plan) == 1 else indices[0][:, part.index].contiguous()
@@ -324,8 +330,18 @@ class EmbeddingTables(TableLookups):
                     ]
                 arguments = (ids, cuts, pieces[0], factors, part.features._replace(splits=splits), pieces[1])
             self._update_group(number, part.group, pooling if offsets else "none", *arguments)
-        self.counters[0] += 1
+        # An update in two passes is one update: draws and Adam's correction of its moments go by their number.
+        if len(self._pending) < waiting if self._second else not self._pending:
+            self.counters[0] += 1
         return of_weight
+
+    @staticmethod
+    def _check_finite(name: str, tensor: torch.Tensor) -> None:
+        finite = torch.isfinite(tensor)
+        if not bool(finite.all()):
+            at = int((~finite).reshape(-1).nonzero()[0])
+            found = float(tensor.reshape(-1)[at])
+            raise ValueError(f"{_PLACE}: {name} must be finite, got {found} at flat position {at}; nothing was updated")
 
     def _update_group(self, number, group: TableGroup, mode, ids, offsets, grad, weights, features, argmax) -> None:
         learns = self._learns(group)
@@ -371,7 +387,8 @@ class EmbeddingTables(TableLookups):
                 self._pending.append((number, pending))
                 return
         else:
-            if not self._pending or self._pending[0][0] != number:
+            known = self._pending and self._pending[0][0] == number
+            if not known or not _same_lookup(self._pending[0][1], ids, offsets, features):
                 raise RuntimeError(f"{_PLACE}: the second pass has another lookup than the first")
             _, pending = self._pending.pop(0)
         if group.one_step:
@@ -420,6 +437,9 @@ class EmbeddingTables(TableLookups):
         """Whether the step sizes of a group are trained; those of float8 are scales and only grow."""
         return self.step == "learned" and group.bits in (8, 4, 2)
 
+    def _step_rule(self, group: TableGroup) -> str | None:
+        return self.step_optimizer if self._learns(group) else None
+
     # ------------------------------------------------------------------ other forms
 
     def convert(
@@ -441,7 +461,8 @@ class EmbeddingTables(TableLookups):
         """
         new = EmbeddingTables(self.names(), self.dim, precision, **{**self.options(), **options})
         new.take(self, rounding)
-        return new
+        new.grad_scale, new.check_finite = self.grad_scale, self.check_finite
+        return new.train(self.training)
 
     @classmethod
     def from_embeddings(
@@ -518,18 +539,21 @@ class EmbeddingTables(TableLookups):
             The file is missing, truncated, damaged or of another kind.
         """
         tensors, facts = _table_files.read(cls.place, path, mmap=True)
-        layout, options = facts["layout"], facts["options"]
-        tables = cls(
-            Names(facts["tables"], facts["aliases"]),
-            layout["dim"],
-            {name: table["precision"] for name, table in layout["tables"].items()},
-            # The rows come from the file: none need to be drawn.
-            **{**options, "betas": tuple(options["betas"]), "init_std": 0.0, "init_step": 1.0},
-        )
-        tables.init_std, tables.init_step = options["init_std"], options["init_step"]
         try:
+            layout, options = facts["layout"], facts["options"]
+            for name, rows in facts["tables"]:
+                if len(tensors[f"{name}.rows"]) != rows:  # before memory is asked for
+                    raise InputError(f"table {name!r} has {len(tensors[f'{name}.rows'])} rows, expected {rows}")
+            tables = cls(
+                Names(facts["tables"], facts["aliases"]),
+                layout["dim"],
+                {name: table["precision"] for name, table in layout["tables"].items()},
+                # The rows come from the file: none need to be drawn.
+                **{**options, "betas": tuple(options["betas"]), "init_std": 0.0, "init_step": 1.0},
+            )
+            tables.init_std, tables.init_step = options["init_std"], options["init_step"]
             tables.load_state_dict({**tensors, "_extra_state": layout})
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{cls.place}: {path} is damaged, its header does not fit its tensors ({error})") from None
         return tables
 
@@ -548,7 +572,8 @@ class EmbeddingTables(TableLookups):
         for name, _ in self.specs:
             mine, theirs = self._group(name)[0], other._group(name)[0]
             mine.copy_rows(name, theirs, rounding=rounding, seed=seed)
-            mine.copy_state(name, theirs)
+            if (self.optimizer, self._step_rule(mine)) == (other.optimizer, other._step_rule(theirs)):
+                mine.copy_state(name, theirs)
         self.counters[:2] = other.counters[:2]
 
     # ------------------------------------------------------------------ state
@@ -623,7 +648,8 @@ class EmbeddingTables(TableLookups):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        own = {prefix + name: tensor for name, tensor in self._named_tensors()}
+        # Also the buffers of this module itself: all is compared before anything is written.
+        own = {prefix + name: x for name, x in (*self._named_tensors(), *self.named_buffers(recurse=False))}
         try:
             if (extra := state_dict.get(prefix + "_extra_state")) is not None:
                 self.check_state(extra)
@@ -635,22 +661,36 @@ class EmbeddingTables(TableLookups):
                 error_msgs.append(
                     f"{_PLACE}: {name!r} has the shape {list(state_dict[name].shape)}, expected {list(tensor.shape)}"
                 )
-        if error_msgs:
+            elif name in state_dict and state_dict[name].dtype != tensor.dtype:
+                error_msgs.append(f"{_PLACE}: {name!r} is {state_dict[name].dtype}, expected {tensor.dtype}")
+        expected = {*own, prefix + "_extra_state"}
+        given = {name for name in state_dict if name.startswith(prefix)}
+        if strict:
+            missing_keys.extend(sorted(expected - given))
+            unexpected_keys.extend(sorted(given - expected))
+        if error_msgs or (strict and expected != given):
             return
-        rest = {name: value for name, value in state_dict.items() if name not in own}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         with torch.no_grad():
-            for name, tensor in own.items():
-                if name in state_dict:
-                    tensor.copy_(state_dict[name])
-                elif strict:
-                    missing_keys.append(name)
+            for name in own.keys() & given:
+                own[name].copy_(state_dict[name])
+        # What a table of the name "groups" has is nothing of the modules in `self.groups`.
+        for name in given:
+            if name.startswith(f"{prefix}groups."):
+                del state_dict[name]
         self._pending.clear()
 
     def _apply(self, fn, recurse=True):
         applied = super()._apply(fn, recurse)
         self._anchor = torch.empty(0, device=self.counters.device, requires_grad=True)
         return applied
+
+
+def _same_lookup(pending: Any, ids: torch.Tensor, offsets: torch.Tensor | None, features: ops.Features) -> bool:
+    """Whether the first pass was over these very ids."""
+    pairs = [(pending.indices, ids), (pending.offsets, offsets), *zip(pending.features, features, strict=True)]
+    return all(
+        a is b or (a is not None and b is not None and a.shape == b.shape and bool((a == b).all())) for a, b in pairs
+    )
 
 
 def takes_two_passes(model: nn.Module) -> bool:
@@ -679,9 +719,9 @@ def second_pass(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        left = any(each._pending for each in tables)
         for each in tables:
             each._second = False
-    for each in tables:
-        if each._pending:
             each._pending.clear()
-            raise RuntimeError(f"{_PLACE}: the second pass did not come to every lookup of the first")
+    if left:
+        raise RuntimeError(f"{_PLACE}: the second pass did not come to every lookup of the first")

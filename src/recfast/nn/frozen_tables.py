@@ -62,6 +62,6 @@ class FrozenTables(TableLookups):
                 skip_missing=facts["skip_missing"],
                 storage=tensors,
             )
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{cls.place}: {path} is damaged, its header does not fit its tensors ({error})") from None
         return tables.eval()

@@ -135,6 +135,7 @@ class Pending:
     features: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None
     skip_missing: bool
     mode: str
+    table_rows: int
 
     def rows(self) -> torch.Tensor:
         """The rows that occurred, ascending: Tensor [runs], int64."""
@@ -1105,6 +1106,19 @@ def _integer_table(op: str, table: object) -> QuantizedTable:
     return table
 
 
+def _check_pending(op: str, table: QuantizedTable, pending: Pending) -> None:
+    """Refuse what was left by the first phase of another table: its rows would lie outside this one."""
+    if not isinstance(pending, Pending):
+        raise TypeError(f"{op}: pending must be what embedding_update_first_ gave, got {type(pending).__name__}")
+    _check.tensor(op, "table", table.rows, shape=["T", row_bytes(table.format, pending.floats.shape[1])])
+    for what, wanted, found in (
+        ("rows", pending.table_rows, len(table)),
+        ("columns", pending.floats.shape[1], table.dim),
+    ):
+        if found != wanted:
+            raise ValueError(f"{op}: table must have the {wanted} {what} of the one pending is of, got {found}")
+
+
 def embedding_update_first_(
     table: QuantizedTable,
     indices: torch.Tensor,
@@ -1162,7 +1176,7 @@ def embedding_update_first_(
     pending = Pending(
         groups, floats, indices.contiguous(), None if offsets is None else offsets.to(torch.int64).contiguous(),
         None if per_sample_weights is None else per_sample_weights.detach().contiguous(),
-        None if argmax is None else argmax.contiguous(), features, skip_missing, mode,
+        None if argmax is None else argmax.contiguous(), features, skip_missing, mode, len(table),
     )  # fmt: skip
     _call(
         op, "first", pending, table, pending.indices, pending.offsets, grad, state, optimizer=optimizer, lr=lr,
@@ -1220,9 +1234,7 @@ def embedding_update_second_(
     """
     op = "embedding_update_second_"
     _integer_table(op, table)
-    if not isinstance(pending, Pending):
-        raise TypeError(f"{op}: pending must be what embedding_update_first_ gave, got {type(pending).__name__}")
-    _check.tensor(op, "table", table.rows, shape=["T", row_bytes(table.format, pending.floats.shape[1])])
+    _check_pending(op, table, pending)
     # The weights' optimiser has done its work; of its state only the place of the step's moments still counts.
     ahead = int(optimizer in _ROWWISE)
     columns = ahead + (_step_columns(step_optimizer) if step_lr is not None else 0)
@@ -1278,9 +1290,7 @@ def embedding_step_gradient(
     """
     op = "embedding_step_gradient"
     _integer_table(op, table)
-    if not isinstance(pending, Pending):
-        raise TypeError(f"{op}: pending must be what embedding_update_first_ gave, got {type(pending).__name__}")
-    _check.tensor(op, "table", table.rows, shape=["T", row_bytes(table.format, pending.floats.shape[1])])
+    _check_pending(op, table, pending)
     _check_table(op, table.rows, table.dim)
     _check_lookups(
         op, pending.indices, pending.offsets, grad, pending.per_sample_weights, pending.mode, pending.features,
@@ -1343,7 +1353,7 @@ def requantize_(
     _check_key(op, seed, step_count, table_id)
     groups = floats = None
     if pending is not None:
-        _check.tensor(op, "table", stored, shape=["T", row_bytes(form, pending.floats.shape[1])])
+        _check_pending(op, table, pending)
         groups, floats = pending.groups, pending.floats
     total = 0 if pending is None else pending.indices.numel()
     return _requantize_op(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -268,7 +268,9 @@ class QuantizedTable:
             _check.tensor(op, "rows", rows, dtypes=_check.INDEX_DTYPES, shape=["R"], device=self.rows.device)
         if self.rows.device.type != "cpu":
             return self.reference_values(slice(None) if rows is None else rows.long())
-        table = self._table()
+        # The kernels know rows at any distance, but the bytes of a row next to each other.
+        dense = self if self.rows.stride(1) == 1 else replace(self, rows=self.rows.contiguous())
+        table = dense._table()
         out = empty_table(len(self) if rows is None else len(rows), 4 * self.dim, torch.float32)
         if rows is None:
             _dequantize(*table, out.data_ptr())
