@@ -407,6 +407,8 @@ def test_from_embeddings():
     exact = EmbeddingTables.from_embeddings(layers)
     ids = torch.tensor([[8, 3], [0, 0]])
     assert torch.equal(exact(ids)[:, 0], layers["a"](ids[:, 0]))
+    with pytest.raises(ValueError, match="'a' has padding_idx = 0, which these tables do not have"):
+        EmbeddingTables.from_embeddings({"a": torch.nn.Embedding(3, 5, padding_idx=0)})
     with pytest.raises(ValueError, match="all tables must have one width"):
         EmbeddingTables.from_embeddings({"a": torch.zeros(2, 3), "b": torch.zeros(2, 4)})
 
@@ -679,3 +681,15 @@ def test_convert_tells_states_of_one_form_apart():
     tables = make(optimizer="sgd")
     train(tables, 2)
     assert not tables.convert("int8", optimizer="rowwise_adagrad", step="fixed").state_dict()["user.row_state"].any()
+
+
+@pytest.mark.parametrize("kind", [EmbeddingTables, FrozenTables])
+def test_a_flipped_bit_is_told(kind, tmp_path):
+    path = tmp_path / "tables.safetensors"
+    tables = make("int8")
+    (tables if kind is EmbeddingTables else tables.freeze()).save(path)
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 4
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=f"{kind.__name__}: .* is damaged, expected the checksum"):
+        kind.load(path, **({} if kind is EmbeddingTables else {"verify": True}))

@@ -476,7 +476,19 @@ class EmbeddingTables(TableLookups):
             All of one width.
         precision, **options
             As in the constructor. Steps are the smallest that clip nothing.
+
+        Raises
+        ------
+        ValueError
+            Different widths, or a layer with `padding_idx`, `max_norm` or `scale_grad_by_freq`.
         """
+        for name, given in embeddings.items():
+            for option, plain in (("padding_idx", None), ("max_norm", None), ("scale_grad_by_freq", False)):
+                if (found := getattr(given, option, plain)) != plain:
+                    raise ValueError(
+                        f"{_PLACE}: {name!r} has {option} = {found}, which these tables do not have: clear it, and see "
+                        "`skip_missing` for ids that stand for nothing"
+                    )
         weights = {
             name: (given if isinstance(given, torch.Tensor) else given.weight).detach()
             for name, given in embeddings.items()
@@ -538,7 +550,7 @@ class EmbeddingTables(TableLookups):
         InputError
             The file is missing, truncated, damaged or of another kind.
         """
-        tensors, facts = _table_files.read(cls.place, path, mmap=True)
+        tensors, facts = _table_files.read(cls.place, path, mmap=True, verify=True)
         try:
             layout, options = facts["layout"], facts["options"]
             for name, rows in facts["tables"]:

@@ -39,7 +39,7 @@ class FrozenTables(TableLookups):
         _table_files.write(self.place, path, {group.precision: group.rows for group in self.groups}, facts)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, mmap: bool = True) -> FrozenTables:
+    def load(cls, path: str | os.PathLike[str], *, mmap: bool = True, verify: bool | None = None) -> FrozenTables:
         """Read what `save` wrote.
 
         Parameters
@@ -47,13 +47,15 @@ class FrozenTables(TableLookups):
         path
         mmap : bool
             Leave the rows in the file and let the system fetch the pages that are asked for. False: read all now.
+        verify : bool or None
+            Compare the checksum of the rows, which takes reading them once. None: where they are read anyway.
 
         Raises
         ------
         InputError
             The file is missing, truncated, damaged or of another kind.
         """
-        tensors, facts = _table_files.read(cls.place, path, mmap=mmap)
+        tensors, facts = _table_files.read(cls.place, path, mmap=mmap, verify=not mmap if verify is None else verify)
         try:
             tables = cls(
                 Names([(name, rows) for name, rows, _ in facts["tables"]], facts["aliases"]),
