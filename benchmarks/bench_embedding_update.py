@@ -148,5 +148,6 @@ def test_embedding_training_step(race, rows, width, kind):
         f"{rows}x{width} {kind}",
         BAGS * LENGTH,
         {name: rotate(function) for name, function in columns.items()},
-        seconds=0.7,
+        seconds=1.5,
+        settle=True,
     )
