@@ -5,13 +5,16 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "code_rows/code_rows.h"
 #include "code_search/code_search.h"
+#include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/random.h"
@@ -19,9 +22,12 @@
 #include "embedding_bag/embedding_bag.h"
 #include "embedding_bag/gather_probe.h"
 #include "embedding_bag/gradient.h"
+#include "embedding_bag/quantize.h"
 #include "embedding_update/embedding_update.h"
 #include "dpp_greedy/dpp_greedy.h"
 #include "example_axpy/example_axpy.h"
+#include "id_map/id_map.h"
+#include "initial_rows/initial_rows.h"
 
 namespace py = pybind11;
 
@@ -303,87 +309,148 @@ void bind_din_attention(py::module_& m) {
   });
 }
 
-template <class Value, class Index>
-recfast::embedding_bag::Args<Value, Index> bag_args(Address table, Address step, std::int64_t rows, std::int64_t width,
-                                                    Address indices, std::int64_t total, Address offsets,
-                                                    std::int64_t bags, Address weights, bool mean, Address out) {
-  using recfast::embedding_bag::Real;
-  return {.table = {at<const Value>(table), rows, width, width},
-          .step = at<const float>(step),
-          .indices = span_at<const Index>(indices, total),
+recfast::embedding_bag::Table table_at(Address rows, std::int64_t count, std::int64_t width, std::int64_t stride,
+                                       int format, int header) {
+  return {.data = at<const std::uint8_t>(rows),
+          .rows = count,
+          .width = width,
+          .stride = stride,
+          .format = static_cast<recfast::Format>(format),
+          .header = static_cast<recfast::Header>(header)};
+}
+
+// What the ids of a call stand for, made once and passed on.
+recfast::embedding_bag::Lookups lookups_at(Address indices, bool wide, std::int64_t total, Address offsets,
+                                           std::int64_t bags, std::int64_t rows, std::int64_t features, Address first,
+                                           Address feature_rows, Address splits, bool skip_missing) {
+  return {.indices = at<const void>(indices),
+          .wide = wide,
+          .total = total,
           .offsets = at<const std::int64_t>(offsets),
           .bags = bags,
-          .weights = at<const Real<Value>>(weights),
-          .mean = mean,
-          .out = at<Real<Value>>(out)};
+          .rows = rows,
+          .features = features,
+          .feature_first = at<const std::int64_t>(first),
+          .feature_rows = at<const std::int64_t>(feature_rows),
+          .bag_splits = at<const std::int64_t>(splits),
+          .skip_missing = skip_missing};
 }
 
-// -1: done. p >= 0: indices[p] is wrong. -2 - p: offsets[p] is wrong.
-template <class Value, class Index>
-std::int64_t embedding_bag(Address table, Address step, std::int64_t rows, std::int64_t width, Address indices,
-                           std::int64_t total, Address offsets, std::int64_t bags, Address weights, bool mean,
-                           Address out) {
-  py::gil_scoped_release unlocked;
-  const auto status = recfast::embedding_bag::run(
-      bag_args<Value, Index>(table, step, rows, width, indices, total, offsets, bags, weights, mean, out));
-  return status.bad_offset >= 0 ? -2 - status.bad_offset : status.bad_index;
+// None, or (kind, position) of what is wrong.
+py::object as_object(const recfast::embedding_bag::Status& status) {
+  if (status.kind == recfast::embedding_bag::Status::Kind::kDone) return py::none();
+  return py::make_tuple(static_cast<int>(status.kind), status.position);
 }
 
-// grad [bags, width] -> out [total]
-template <class Value, class Index>
-void embedding_bag_weight_gradient(Address table, Address step, std::int64_t rows, std::int64_t width, Address indices,
-                                   std::int64_t total, Address offsets, std::int64_t bags, bool mean, Address grad,
+py::object embedding_bag(Address table, std::int64_t rows, std::int64_t width, std::int64_t stride, int format,
+                         int header, Address indices, bool wide, std::int64_t total, Address offsets,
+                         std::int64_t bags, std::int64_t features, Address first, Address feature_rows, Address splits,
+                         bool skip_missing, Address weights, int mode, Address out, Address argmax) {
+  using namespace recfast::embedding_bag;
+  Status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = run({.table = table_at(table, rows, width, stride, format, header),
+                  .lookups = lookups_at(indices, wide, total, offsets, bags, rows, features, first, feature_rows, splits,
+                                        skip_missing),
+                  .weights = at<const void>(weights),
+                  .mode = static_cast<Mode>(mode),
+                  .out = at<void>(out),
+                  .argmax = at<std::int32_t>(argmax)});
+  }
+  return as_object(status);
+}
+
+// grad [bags, width] -> out [total]. The lookups have been through the forward pass.
+void embedding_bag_weight_gradient(Address table, std::int64_t rows, std::int64_t width, std::int64_t stride,
+                                   int format, int header, Address indices, bool wide, std::int64_t total,
+                                   Address offsets, std::int64_t bags, std::int64_t features, Address first,
+                                   Address feature_rows, Address splits, bool skip_missing, int mode, Address grad,
                                    Address out) {
-  using recfast::embedding_bag::Real;
-  py::gil_scoped_release unlocked;
-  recfast::embedding_bag::weight_gradient(
-      bag_args<Value, Index>(table, step, rows, width, indices, total, offsets, bags, 0, mean, 0),
-      at<const Real<Value>>(grad), at<Real<Value>>(out));
-}
-
-// Scratch: keys [2 total], starts [total + 1], bag_of [total] (with offsets), coefficient [total] (weights or mean).
-// Returns -1, or the position of the first id outside the table.
-template <class T, class Index>
-std::int64_t embedding_bag_table_gradient(Address grad, std::int64_t rows, std::int64_t width, Address indices,
-                                          std::int64_t total, Address offsets, std::int64_t bags, Address weights,
-                                          bool mean, Address keys, Address starts, Address bag_of, Address coefficient,
-                                          Address out) {
   using namespace recfast::embedding_bag;
   py::gil_scoped_release unlocked;
-  recfast::FirstError error;
-  auto* words = at<std::uint64_t>(keys);
-  const auto ids = span_at<const Index>(indices, total);
-  const std::uint64_t* sorted = recfast::sort_ids(ids, rows, words, words + total, error);
-  if (error.position() >= 0) return error.position();
-  PositionGradient<T> gradient{at<const T>(grad), width, nullptr, at<const T>(weights)};
-  if (offsets != 0) {
-    spread_bags(at<const std::int64_t>(offsets), bags, at<const T>(weights), mean, at<std::int32_t>(bag_of),
-                at<T>(coefficient));
-    gradient.bag_of = at<const std::int32_t>(bag_of);
-    gradient.coefficient = at<const T>(coefficient);
-  }
-  const std::int64_t runs = recfast::find_runs(sorted, total, at<std::int64_t>(starts));
-  table_gradient(gradient, sorted, at<const std::int64_t>(starts), runs, at<T>(out));
-  return -1;
+  weight_gradient({.table = table_at(table, rows, width, stride, format, header),
+                   .lookups = lookups_at(indices, wide, total, offsets, bags, rows, features, first, feature_rows,
+                                         splits, skip_missing),
+                   .weights = nullptr,
+                   .mode = static_cast<Mode>(mode),
+                   .out = nullptr,
+                   .argmax = nullptr},
+                  at<const void>(grad), at<void>(out));
+}
+
+// Scratch: row_of [total], keys [2 total], starts [total + 1], bag_of [total] (with offsets), coefficient [total]
+// (weights or mean); of mode max only row_of. `out` holds zeros.
+template <class T>
+py::object embedding_bag_table_gradient(Address grad, std::int64_t rows, std::int64_t width, Address indices, bool wide,
+                                        std::int64_t total, Address offsets, std::int64_t bags, std::int64_t features,
+                                        Address first, Address feature_rows, Address splits, bool skip_missing,
+                                        Address weights, int mode, Address argmax, Address row_of, Address keys,
+                                        Address starts, Address bag_of, Address coefficient, Address out) {
+  using namespace recfast::embedding_bag;
+  const auto work = [&]() -> Status {
+    py::gil_scoped_release unlocked;
+    const Lookups lookups = lookups_at(indices, wide, total, offsets, bags, rows, features, first, feature_rows, splits,
+                                       skip_missing);
+    const Status status = check_lookups(lookups);
+    if (status.kind != Status::Kind::kDone) return status;
+    recfast::FirstError error;
+    resolve_rows(lookups, at<std::int64_t>(row_of), error);
+    if (error.position() >= 0) return {Status::Kind::kIndex, error.position()};
+    if (static_cast<Mode>(mode) == Mode::kMax) {
+      max_gradient(at<const T>(grad), at<const std::int32_t>(argmax), at<const std::int64_t>(row_of), bags, width,
+                   at<T>(out));
+      return {};
+    }
+    PositionGradient<T> gradient{at<const T>(grad), width, nullptr, at<const T>(weights)};
+    if (offsets != 0) {
+      spread_bags(lookups.offsets, bags, at<const T>(weights), static_cast<Mode>(mode) == Mode::kMean,
+                  at<std::int32_t>(bag_of), at<T>(coefficient), at<const std::int64_t>(row_of), rows);
+      gradient.bag_of = at<const std::int32_t>(bag_of);
+      gradient.coefficient = at<const T>(coefficient);
+    }
+    // A missing id has row number `rows`, and so the last run, which is left out.
+    auto* words = at<std::uint64_t>(keys);
+    const std::uint64_t* sorted =
+        recfast::sort_ids(span_at<const std::int64_t>(row_of, total), rows + 1, words, words + total, error);
+    std::int64_t runs = recfast::find_runs(sorted, total, at<std::int64_t>(starts));
+    if (runs > 0 && recfast::group_row(sorted[total - 1]) == rows) --runs;
+    table_gradient(gradient, sorted, at<const std::int64_t>(starts), runs, at<T>(out));
+    return {};
+  };
+  return as_object(work());
 }
 
 void bind_embedding_bag(py::module_& m) {
-  m.def("embedding_bag_float32_int32", &embedding_bag<float, std::int32_t>);
-  m.def("embedding_bag_float32_int64", &embedding_bag<float, std::int64_t>);
-  m.def("embedding_bag_float64_int32", &embedding_bag<double, std::int32_t>);
-  m.def("embedding_bag_float64_int64", &embedding_bag<double, std::int64_t>);
-  m.def("embedding_bag_int8_int32", &embedding_bag<std::int8_t, std::int32_t>);
-  m.def("embedding_bag_int8_int64", &embedding_bag<std::int8_t, std::int64_t>);
-  m.def("embedding_bag_weight_gradient_float32_int32", &embedding_bag_weight_gradient<float, std::int32_t>);
-  m.def("embedding_bag_weight_gradient_float32_int64", &embedding_bag_weight_gradient<float, std::int64_t>);
-  m.def("embedding_bag_weight_gradient_float64_int32", &embedding_bag_weight_gradient<double, std::int32_t>);
-  m.def("embedding_bag_weight_gradient_float64_int64", &embedding_bag_weight_gradient<double, std::int64_t>);
-  m.def("embedding_bag_weight_gradient_int8_int32", &embedding_bag_weight_gradient<std::int8_t, std::int32_t>);
-  m.def("embedding_bag_weight_gradient_int8_int64", &embedding_bag_weight_gradient<std::int8_t, std::int64_t>);
-  m.def("embedding_bag_table_gradient_float32_int32", &embedding_bag_table_gradient<float, std::int32_t>);
-  m.def("embedding_bag_table_gradient_float32_int64", &embedding_bag_table_gradient<float, std::int64_t>);
-  m.def("embedding_bag_table_gradient_float64_int32", &embedding_bag_table_gradient<double, std::int32_t>);
-  m.def("embedding_bag_table_gradient_float64_int64", &embedding_bag_table_gradient<double, std::int64_t>);
+  m.def("embedding_bag", &embedding_bag);
+  m.def("embedding_bag_weight_gradient", &embedding_bag_weight_gradient);
+  m.def("embedding_bag_table_gradient_float32", &embedding_bag_table_gradient<float>);
+  m.def("embedding_bag_table_gradient_float64", &embedding_bag_table_gradient<double>);
+  // (flat position of the first value that is not finite or -1, how many were saturated)
+  m.def("quantize", [](Address source, int source_format, std::int64_t rows, std::int64_t width, Address target,
+                       std::int64_t stride, int format, Address step, bool stochastic, std::uint64_t seed) {
+    recfast::embedding_bag::QuantizeOutcome outcome{};
+    {
+      py::gil_scoped_release unlocked;
+      outcome = recfast::embedding_bag::quantize({.source = at<const void>(source),
+                                                  .source_format = static_cast<recfast::Format>(source_format),
+                                                  .rows = rows,
+                                                  .width = width,
+                                                  .target = at<std::uint8_t>(target),
+                                                  .stride = stride,
+                                                  .format = static_cast<recfast::Format>(format),
+                                                  .step = at<const float>(step),
+                                                  .stochastic = stochastic,
+                                                  .seed = seed});
+    }
+    return py::make_tuple(outcome.not_finite, outcome.saturated);
+  });
+  m.def("dequantize", [](Address table, std::int64_t rows, std::int64_t width, std::int64_t stride, int format,
+                         int header, Address out) {
+    py::gil_scoped_release unlocked;
+    recfast::embedding_bag::dequantize(table_at(table, rows, width, stride, format, header), at<float>(out));
+  });
+  m.def("advise_huge_pages", &recfast::advise_huge_pages);
   m.def("gather_probe", [](Address table, std::int64_t row_bytes, Address ids, std::int64_t total, std::int64_t ahead,
                            bool near) {
     py::gil_scoped_release unlocked;
@@ -392,78 +459,230 @@ void bind_embedding_bag(py::module_& m) {
   });
 }
 
-enum UpdateOutcome { kUpdated, kBadIndex, kBadOffset, kBadGradient, kBadWeight };
+// The arguments of embedding_update come in tuples, in the order of the fields they fill.
+class Fields {
+ public:
+  explicit Fields(const py::tuple& values) : values_(values) {}
 
-// Scratch: as for the table gradient, and rows [max_threads, 2 * padded(width)]. Nothing is written to the table unless
-// all arguments are sound. Returns (outcome, clipped codes or the position of what is wrong).
-template <class Value, class Index>
-py::tuple embedding_update(Address table, Address step, Address moment, Address step_moment, std::int64_t rows,
-                           std::int64_t width, Address indices, std::int64_t total, Address offsets, std::int64_t bags,
-                           Address grad, Address weights, bool mean, int optimizer, float lr, float eps,
-                           float weight_decay, float grad_scale, int step_rule, float step_lr, float step_scale,
-                           bool grow, bool stochastic, std::uint64_t seed, std::uint32_t step_count,
-                           std::uint32_t table_id, bool check, Address keys, Address starts, Address bag_of,
-                           Address coefficient, Address scratch) {
+  template <class T>
+  [[nodiscard]] T next() {
+    if constexpr (std::is_pointer_v<T>) {
+      return reinterpret_cast<T>(values_[at_++].cast<Address>());  // NOLINT: an address is what Python has
+    } else if constexpr (std::is_enum_v<T>) {
+      return static_cast<T>(values_[at_++].cast<int>());
+    } else {
+      return values_[at_++].cast<T>();
+    }
+  }
+
+ private:
+  const py::tuple& values_;
+  std::size_t at_ = 0;
+};
+
+recfast::embedding_update::Table update_table(const py::tuple& values) {
+  Fields in(values);
+  return {.data = in.next<std::uint8_t*>(),
+          .rows = in.next<std::int64_t>(),
+          .width = in.next<std::int64_t>(),
+          .stride = in.next<std::int64_t>(),
+          .format = in.next<recfast::Format>()};
+}
+
+recfast::embedding_update::State update_state(const py::tuple& values) {
+  Fields in(values);
+  return {.row = in.next<float*>(),
+          .row_stride = in.next<std::int64_t>(),
+          .second_column = in.next<int>(),
+          .step_second_column = in.next<int>(),
+          .step_first_column = in.next<int>(),
+          .moment = in.next<std::uint8_t*>(),
+          .moment_stride = in.next<std::int64_t>(),
+          .moment_short = in.next<bool>(),
+          .second = in.next<float*>()};
+}
+
+recfast::embedding_update::Call update_call(const py::tuple& lookups, const py::tuple& gradient,
+                                            const py::tuple& memory) {
+  using recfast::embedding_update::Phase;
+  Fields ids(lookups);
+  Fields grad(gradient);
+  Fields kept(memory);
+  return {.lookups = {.indices = ids.next<const std::uint8_t*>(),
+                      .wide = ids.next<bool>(),
+                      .total = ids.next<std::int64_t>(),
+                      .offsets = ids.next<const std::int64_t*>(),
+                      .bags = ids.next<std::int64_t>(),
+                      .rows = ids.next<std::int64_t>(),
+                      .features = ids.next<std::int64_t>(),
+                      .feature_first = ids.next<const std::int64_t*>(),
+                      .feature_rows = ids.next<const std::int64_t*>(),
+                      .bag_splits = ids.next<const std::int64_t*>(),
+                      .skip_missing = ids.next<bool>()},
+          .grad = grad.next<const float*>(),
+          .weights = grad.next<const float*>(),
+          .argmax = grad.next<const std::int32_t*>(),
+          .mean = grad.next<bool>(),
+          .check = grad.next<bool>(),
+          .phase = grad.next<Phase>(),
+          .keys = kept.next<std::uint64_t*>(),
+          .starts = kept.next<std::int32_t*>(),
+          .counts = kept.next<std::int64_t*>(),
+          .floats = kept.next<float*>(),
+          .scratch = kept.next<std::uint8_t*>()};
+}
+
+recfast::embedding_update::Rule update_rule(const py::tuple& values) {
   using namespace recfast::embedding_update;
-  const auto work = [&]() -> std::pair<UpdateOutcome, std::int64_t> {
+  Fields in(values);
+  Rule rule{};
+  rule.optimizer = in.next<Optimizer>();
+  const auto lr = in.next<double>();
+  const auto beta1 = in.next<double>();
+  const auto beta2 = in.next<double>();
+  rule.eps = in.next<float>();
+  const auto decay = in.next<double>();
+  const bool decoupled = in.next<bool>();
+  rule.grad_scale = in.next<float>();
+  rule.step_rule = in.next<StepRule>();
+  rule.step_lr = in.next<float>();
+  rule.step_scale = in.next<float>();
+  rule.step_floor = in.next<StepFloor>();
+  rule.grow = in.next<bool>();
+  rule.stochastic = in.next<bool>();
+  rule.seed = in.next<std::uint64_t>();
+  rule.step_count = in.next<std::uint32_t>();
+  rule.table_id = in.next<std::uint32_t>();
+
+  const double time = static_cast<double>(rule.step_count) + 1.0;
+  const double correction1 = 1.0 - std::pow(beta1, time);
+  const double correction2 = 1.0 - std::pow(beta2, time);
+  rule.lr = static_cast<float>(lr);
+  rule.adam_rate = static_cast<float>(lr * std::sqrt(correction2) / correction1);
+  rule.beta1 = static_cast<float>(beta1);
+  rule.beta2 = static_cast<float>(beta2);
+  rule.one_less_beta1 = static_cast<float>(1.0 - beta1);
+  rule.one_less_beta2 = static_cast<float>(1.0 - beta2);
+  rule.step_correction1 = static_cast<float>(1.0 / correction1);
+  rule.step_correction2 = static_cast<float>(1.0 / correction2);
+  rule.decay = decoupled ? 0.0f : static_cast<float>(decay);
+  rule.keep = decoupled ? static_cast<float>(1.0 - lr * decay) : 1.0f;
+  return rule;
+}
+
+// Returns (outcome, clipped values or the position of what is wrong).
+py::tuple embedding_update(const py::tuple& table, const py::tuple& state, const py::tuple& lookups,
+                           const py::tuple& gradient, const py::tuple& rule, const py::tuple& memory) {
+  const auto table_args = update_table(table);
+  const auto state_args = update_state(state);
+  const auto rule_args = update_rule(rule);
+  const auto call = update_call(lookups, gradient, memory);
+  recfast::embedding_update::Result result;
+  {
     py::gil_scoped_release unlocked;
-    if (offsets != 0) {
-      const auto* o = at<const std::int64_t>(offsets);
-      const std::int64_t wrong = recfast::embedding_bag::first_bad_offset(o, bags, total);
-      if (wrong >= 0) return {kBadOffset, wrong};
-    }
-    recfast::FirstError error;
-    auto* words = at<std::uint64_t>(keys);
-    const auto ids = span_at<const Index>(indices, total);
-    const std::uint64_t* sorted = recfast::sort_ids(ids, rows, words, words + total, error);
-    if (error.position() >= 0) return {kBadIndex, error.position()};
-    if (check) {
-      std::int64_t wrong = first_not_finite(at<const float>(grad), bags * width);
-      if (wrong >= 0) return {kBadGradient, wrong};
-      wrong = weights == 0 ? -1 : first_not_finite(at<const float>(weights), total);
-      if (wrong >= 0) return {kBadWeight, wrong};
-    }
-    recfast::embedding_bag::PositionGradient<float> gradient{at<const float>(grad), width, nullptr,
-                                                             at<const float>(weights)};
-    if (offsets != 0) {
-      recfast::embedding_bag::spread_bags(at<const std::int64_t>(offsets), bags, at<const float>(weights), mean,
-                                          at<std::int32_t>(bag_of), at<float>(coefficient));
-      gradient.bag_of = at<const std::int32_t>(bag_of);
-      gradient.coefficient = at<const float>(coefficient);
-    }
-    const std::int64_t runs = recfast::find_runs(sorted, total, at<std::int64_t>(starts));
-    return {kUpdated, run(Args<Value>{.table = {at<Value>(table), rows, width, width},
-                                      .step = at<float>(step),
-                                      .moment = at<float>(moment),
-                                      .step_moment = at<float>(step_moment),
-                                      .gradient = gradient,
-                                      .sorted = sorted,
-                                      .starts = at<const std::int64_t>(starts),
-                                      .runs = runs,
-                                      .optimizer = static_cast<Optimizer>(optimizer),
-                                      .lr = lr,
-                                      .eps = eps,
-                                      .weight_decay = weight_decay,
-                                      .grad_scale = grad_scale,
-                                      .step_rule = static_cast<StepRule>(step_rule),
-                                      .step_lr = step_lr,
-                                      .step_scale = step_scale,
-                                      .grow = grow,
-                                      .stochastic = stochastic,
-                                      .seed = seed,
-                                      .step_count = step_count,
-                                      .table_id = table_id,
-                                      .scratch = at<float>(scratch)})};
-  };
-  const auto [outcome, value] = work();
-  return py::make_tuple(static_cast<int>(outcome), value);
+    result = recfast::embedding_update::run(table_args, state_args, rule_args, call);
+  }
+  return py::make_tuple(static_cast<int>(result.outcome), result.value);
+}
+
+// Returns (outcome, position of what is wrong, the gradient).
+py::tuple embedding_step_gradient(const py::tuple& table, const py::tuple& lookups, const py::tuple& gradient,
+                                  const py::tuple& rule, const py::tuple& memory) {
+  const auto table_args = update_table(table);
+  const auto rule_args = update_rule(rule);
+  const auto call = update_call(lookups, gradient, memory);
+  double sum = 0.0;
+  recfast::embedding_update::Result result;
+  {
+    py::gil_scoped_release unlocked;
+    result = recfast::embedding_update::table_step_gradient(table_args, rule_args, call, &sum);
+  }
+  return py::make_tuple(static_cast<int>(result.outcome), result.value, sum);
+}
+
+std::int64_t requantize(const py::tuple& table, const py::tuple& lookups, const py::tuple& gradient,
+                        const py::tuple& rule, const py::tuple& memory, float step) {
+  const auto table_args = update_table(table);
+  const auto rule_args = update_rule(rule);
+  const auto call = update_call(lookups, gradient, memory);
+  py::gil_scoped_release unlocked;
+  return recfast::embedding_update::requantize(table_args, rule_args, step, call);
 }
 
 void bind_embedding_update(py::module_& m) {
-  m.def("embedding_update_float32_int32", &embedding_update<float, std::int32_t>);
-  m.def("embedding_update_float32_int64", &embedding_update<float, std::int64_t>);
-  m.def("embedding_update_int8_int32", &embedding_update<std::int8_t, std::int32_t>);
-  m.def("embedding_update_int8_int64", &embedding_update<std::int8_t, std::int64_t>);
+  m.def("embedding_update", &embedding_update);
+  m.def("embedding_step_gradient", &embedding_step_gradient);
+  m.def("requantize", &requantize);
+  m.def("embedding_update_scratch", &recfast::embedding_update::scratch_bytes);
+}
+
+template <class S, class T>
+recfast::id_map::Map<S, T> id_map(Address slots, Address seen, std::int64_t size) {
+  return {.slots = span_at<S>(slots, size), .seen = span_at<T>(seen, seen == 0 ? 0 : size)};
+}
+
+void bind_id_map(py::module_& m) {
+  using namespace recfast::id_map;
+  m.attr("ID_MAP_MAX_ROWS") = kMaxRows;
+  m.def("id_map_find",
+        [](Address slots, std::int64_t size, Address ids, std::int64_t total, bool slot_numbers, Address out) {
+          py::gil_scoped_release unlocked;
+          find({.map = id_map<const Slot, const std::int32_t>(slots, 0, size),
+                .ids = span_at<const std::int64_t>(ids, total),
+                .slot_numbers = slot_numbers,
+                .out = at<std::int64_t>(out)});
+        });
+  // Returns (reached, slots taken, free rows left, next row, admitted, late).
+  m.def("id_map_observe",
+        [](Address slots, Address seen, std::int64_t size, Address ids, std::int64_t total, std::int64_t first,
+           std::int32_t now, std::int64_t min_count, std::int64_t taken, std::int64_t limit, Address free_rows,
+           std::int64_t free, std::int64_t next_row, std::int64_t max_rows, Address out, Address admitted) {
+          Observed done{};
+          {
+            py::gil_scoped_release unlocked;
+            done = observe({.map = id_map<Slot, std::int32_t>(slots, seen, size),
+                            .ids = span_at<const std::int64_t>(ids, total),
+                            .first = first,
+                            .now = now,
+                            .min_count = min_count,
+                            .size = taken,
+                            .limit = limit,
+                            .free_rows = at<const std::int64_t>(free_rows),
+                            .free = free,
+                            .next_row = next_row,
+                            .max_rows = max_rows,
+                            .out = at<std::int64_t>(out),
+                            .admitted = at<std::int64_t>(admitted)});
+          }
+          return py::make_tuple(done.reached, done.size, done.free, done.next_row, done.admitted, done.late);
+        });
+  // Returns (ids kept, rows freed).
+  m.def("id_map_rebuild", [](Address slots, Address seen, std::int64_t size, Address new_slots, Address new_seen,
+                             std::int64_t new_size, std::int32_t before, Address freed) {
+    Rebuilt done{};
+    {
+      py::gil_scoped_release unlocked;
+      done = rebuild({.from = id_map<const Slot, const std::int32_t>(slots, seen, size),
+                      .to = id_map<Slot, std::int32_t>(new_slots, new_seen, new_size),
+                      .before = before,
+                      .freed = at<std::int64_t>(freed)});
+    }
+    return py::make_tuple(done.kept, done.freed);
+  });
+}
+
+void bind_initial_rows(py::module_& m) {
+  m.def("initial_rows", [](Address ids, std::int64_t total, std::int64_t width, double deviation, std::uint64_t seed,
+                           bool uniform, Address out) {
+    using namespace recfast::initial_rows;
+    py::gil_scoped_release unlocked;
+    run({.ids = span_at<const std::int64_t>(ids, total),
+         .width = width,
+         .kind = uniform ? Kind::kUniform : Kind::kNormal,
+         .scale = static_cast<float>(deviation / (uniform ? kUniformDeviation : kNormalDeviation)),
+         .seed = seed,
+         .out = at<float>(out)});
+  });
 }
 
 }  // namespace
@@ -478,4 +697,6 @@ PYBIND11_MODULE(_C, m) {
   bind_din_attention(m);
   bind_embedding_bag(m);
   bind_embedding_update(m);
+  bind_id_map(m);
+  bind_initial_rows(m);
 }

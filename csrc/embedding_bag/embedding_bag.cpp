@@ -4,21 +4,72 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "embedding_bag/gradient.h"
 
 namespace recfast::embedding_bag {
 namespace {
 
+#include "embedding_bag/resolver.h"
+
+#include "embedding_bag/bag_kernels.h"
+
+// One column (or one byte of columns) at a time.
+template <class Value>
+struct Scalar {
+  using Real = Value;
+  using Reg = Value;
+  static constexpr int kLanes = 1;
+  static constexpr int kMostRegs = 0;  // bags stand in memory, where the compiler may still use vectors
+
+  static Reg zero() noexcept { return 0; }
+  static Reg set(Value x) noexcept { return x; }
+  static Reg add(Reg a, Reg b) noexcept { return a + b; }
+  static Reg div(Reg a, Reg b) noexcept { return a / b; }
+  static void store(Value* p, Reg x) noexcept { *p = x; }
+  static void store_part(Value*, Reg, int) noexcept {}
+  static float half(std::uint16_t bits) noexcept { return float16_to_float(bits); }
+
+  template <class C>
+  static const std::uint8_t* raw(const std::uint8_t* p) noexcept {
+    return p;
+  }
+  template <class C>
+  static const std::uint8_t* raw_part(const std::uint8_t* p, int, std::int64_t) noexcept {
+    return p;
+  }
+  template <class C>
+  static Reg prepare(Value factor) noexcept {
+    return factor;
+  }
+
+  template <class C>
+  static void expand(Reg scale, const std::uint8_t* raw, Reg (&x)[C::kPer]) noexcept {
+    if constexpr (C::kFormat == Format::kFloat32) {
+      x[0] = scale * read_at<float>(raw);
+    } else if constexpr (C::kFormat == Format::kFloat64) {
+      x[0] = scale * static_cast<Value>(read_at<double>(raw));
+    } else if constexpr (C::kFormat == Format::kBFloat16) {
+      x[0] = scale * bfloat16_to_float(read_at<std::uint16_t>(raw));
+    } else if constexpr (C::kFormat == Format::kFloat16) {
+      x[0] = scale * float16_to_float(read_at<std::uint16_t>(raw));
+    } else if constexpr (C::kFormat == Format::kFloat8) {
+      x[0] = scale * float8_to_float(*raw);
+    } else {
+      for (int k = 0; k < C::kPer; ++k) {
+        x[k] = scale * static_cast<float>(code_at(C::kFormat, raw, k, C::kHeader == Header::kStep));
+      }
+    }
+  }
+
+  template <int kPer>
+  static void interleave(Reg (&)[kPer]) noexcept {}
+};
+
 // Below this many lookups a second thread costs more than it brings.
 constexpr std::int64_t kGrain = 4096;
 
-template <class Value>
-void prefetch_row(const Value* table, std::uint64_t row, std::int64_t stride, std::int64_t bytes) noexcept {
-  // By integers: the id is not checked yet, and a pointer outside the table may not even be formed.
-  const auto start = reinterpret_cast<std::uintptr_t>(table) + row * static_cast<std::uint64_t>(stride) * sizeof(Value);
-  for (std::int64_t at = 0; at < bytes; at += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(start + static_cast<std::uint64_t>(at)), 0, 2);
-  }
-}
+// Lookups and bags before a bag, which is about the work before it.
+std::int64_t work_before(const Lookups& lookups, std::int64_t bag) noexcept { return lookups.begin(bag) + bag; }
 
 }  // namespace
 
@@ -30,71 +81,113 @@ std::int64_t first_bad_offset(const std::int64_t* offsets, std::int64_t bags, st
   return offsets[bags] == total ? -1 : bags;
 }
 
-template <class Value, class Index>
-void bags_scalar(const Args<Value, Index>& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept {
-  const std::int64_t width = args.table.width;
-  const auto rows = static_cast<std::uint64_t>(args.table.rows);
-  const std::int64_t bytes = width * static_cast<std::int64_t>(sizeof(Value));
-  const std::int64_t stop = args.begin(last);
-  const Index* ids = args.indices.data();
-  for (std::int64_t bag = first; bag < last; ++bag) {
-    Real<Value>* out = args.out + bag * width;
-    std::fill(out, out + width, Real<Value>{0});
-    const std::int64_t begin = args.begin(bag);
-    const std::int64_t end = args.begin(bag + 1);
-    for (std::int64_t i = begin; i < end; ++i) {
-      if (i + kAhead < stop) {
-        prefetch_row(args.table.data, static_cast<std::uint64_t>(ids[i + kAhead]), args.table.stride, bytes);
-      }
-      const auto id = static_cast<std::uint64_t>(static_cast<std::int64_t>(ids[i]));
-      if (id >= rows) {
-        error.report(i);
-        continue;
-      }
-      const Value* row = args.table[static_cast<std::int64_t>(id)];
-      if constexpr (std::is_same_v<Value, std::int8_t>) {
-        const float scale = args.weights == nullptr ? args.step[id] : args.step[id] * args.weights[i];
-        for (std::int64_t d = 0; d < width; ++d) out[d] += scale * static_cast<float>(row[d]);
-      } else if (args.weights == nullptr) {
-        for (std::int64_t d = 0; d < width; ++d) out[d] += row[d];
+Status check_lookups(const Lookups& lookups) noexcept {
+  if (lookups.offsets != nullptr) {
+    const std::int64_t wrong = first_bad_offset(lookups.offsets, lookups.bags, lookups.total);
+    if (wrong >= 0) return {Status::Kind::kOffset, wrong};
+  }
+  for (std::int64_t f = 0; f < lookups.features; ++f) {
+    const std::int64_t first = lookups.feature_first[f];
+    const std::int64_t rows = lookups.feature_rows[f];
+    if (first < 0 || rows < 0 || first > lookups.rows || rows > lookups.rows - first) {
+      return {Status::Kind::kFeature, f};
+    }
+  }
+  if (lookups.bag_splits != nullptr) {
+    const std::int64_t wrong = first_bad_offset(lookups.bag_splits, lookups.features, lookups.bags);
+    if (wrong >= 0) return {Status::Kind::kSplit, wrong};
+  }
+  return {};
+}
+
+BagRange piece_of_bags(const Lookups& lookups, std::int64_t part, std::int64_t parts) noexcept {
+  const auto bag_at = [&](std::int64_t piece) {
+    if (piece == 0) return std::int64_t{0};
+    if (piece == parts) return lookups.bags;
+    const std::int64_t work = work_before(lookups, lookups.bags) / parts * piece;
+    std::int64_t low = 0;
+    std::int64_t high = lookups.bags;
+    while (low < high) {
+      const std::int64_t middle = low + (high - low) / 2;
+      if (work_before(lookups, middle) < work) {
+        low = middle + 1;
       } else {
-        const Real<Value> weight = args.weights[i];
-        for (std::int64_t d = 0; d < width; ++d) out[d] += weight * row[d];
+        high = middle;
       }
     }
-    if (args.mean && end > begin) {
-      const auto length = static_cast<Real<Value>>(end - begin);
-      for (std::int64_t d = 0; d < width; ++d) out[d] /= length;
-    }
+    return low;
+  };
+  return {bag_at(part), bag_at(part + 1)};
+}
+
+void bags_scalar(const Args& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept {
+  if (args.table.format == Format::kFloat64) {  // serves gradcheck, not speed
+    using C = Code<Format::kFloat64, Header::kNone>;
+    (args.mode == Mode::kMax ? &wide_bags<Scalar<double>, C, true> : &wide_bags<Scalar<double>, C, false>)(
+        args, first, last, error);
+  } else {
+    bags<Scalar<float>>(args, first, last, error);
   }
 }
 
-template <class Value, class Index>
-Status run(const Args<Value, Index>& args) noexcept {
-  const auto total = static_cast<std::int64_t>(args.indices.size());
-  if (args.offsets != nullptr) {
-    const std::int64_t wrong = first_bad_offset(args.offsets, args.bags, total);
-    if (wrong >= 0) return {.bad_offset = wrong};
+void decode_scalar(const Table& table, const std::uint8_t* row, std::int64_t column, std::int64_t count,
+                   float* out) noexcept {
+  pick_decode<Scalar<float>>(table)(table, row, column, count, out);
+}
+
+void weights_scalar(const Args& args, const void* grad, void* out, std::int64_t first, std::int64_t last) noexcept {
+  if (args.table.format == Format::kFloat64) {
+    dots<Scalar<double>, Code<Format::kFloat64, Header::kNone>>(args, grad, out, first, last);
+  } else {
+    pick_dots<Scalar<float>>(args.table)(args, grad, out, first, last);
   }
-  auto form = &bags_scalar<Value, Index>;
+}
+
+DecodeForm* decoder() noexcept {
 #if defined(__x86_64__)
-  if constexpr (!std::is_same_v<Value, double>) {  // double precision serves gradcheck, not speed
-    constexpr IsaTable<std::remove_pointer_t<decltype(form)>> kForms{
-        .scalar = &bags_scalar<Value, Index>, .avx2 = &bags_avx2<Value, Index>, .avx512 = &bags_avx512<Value, Index>};
+  constexpr IsaTable<DecodeForm> kForms{.scalar = &decode_scalar, .avx2 = &decode_avx2, .avx512 = &decode_avx512};
+  return kForms.pick();
+#else
+  return &decode_scalar;
+#endif
+}
+
+Status run(const Args& args) noexcept {
+  const Lookups& lookups = args.lookups;
+  const Status status = check_lookups(lookups);
+  if (status.kind != Status::Kind::kDone || args.table.width == 0) return status;
+  Form* form = &bags_scalar;
+#if defined(__x86_64__)
+  if (args.table.format != Format::kFloat64) {
+    constexpr IsaTable<Form> kForms{.scalar = &bags_scalar, .avx2 = &bags_avx2, .avx512 = &bags_avx512};
     form = kForms.pick();
   }
 #endif
   FirstError error;
-  const std::int64_t grain = std::max<std::int64_t>(1, kGrain * args.bags / std::max<std::int64_t>(total, 1));
-  parallel_for(args.bags, grain, [&](std::int64_t first, std::int64_t last) { form(args, first, last, error); });
-  return {.bad_index = error.position()};
+  const std::int64_t pieces =
+      std::clamp<std::int64_t>(work_before(lookups, lookups.bags) / kGrain, 1, std::max(1, max_threads()));
+  parallel_for(pieces, 1, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t piece = first; piece < last; ++piece) {
+      const BagRange range = piece_of_bags(lookups, piece, pieces);
+      if (range.first < range.last) form(args, range.first, range.last, error);
+    }
+  });
+  if (error.position() >= 0) return {Status::Kind::kIndex, error.position()};
+  return {};
 }
 
-template Status run(const Args<float, std::int32_t>&) noexcept;
-template Status run(const Args<float, std::int64_t>&) noexcept;
-template Status run(const Args<double, std::int32_t>&) noexcept;
-template Status run(const Args<double, std::int64_t>&) noexcept;
-template Status run(const Args<std::int8_t, std::int32_t>&) noexcept;
-template Status run(const Args<std::int8_t, std::int64_t>&) noexcept;
+void dequantize(const Table& table, float* out) noexcept {
+  constexpr std::int64_t kColumns = 1024;
+  DecodeForm* decode = decoder();
+  parallel_for(table.rows, std::max<std::int64_t>(1, (1 << 16) / std::max<std::int64_t>(table.width, 1)),
+               [&](std::int64_t first, std::int64_t last) {
+                 for (std::int64_t row = first; row < last; ++row) {
+                   for (std::int64_t column = 0; column < table.width; column += kColumns) {
+                     decode(table, table.row(row), column, std::min(kColumns, table.width - column),
+                            out + row * table.width + column);
+                   }
+                 }
+               });
+}
 
 }  // namespace recfast::embedding_bag

@@ -1,72 +1,98 @@
-// embedding_bag: out[b] = sum of c_i * row(indices[i]) over i in offsets[b] .. offsets[b + 1], and its gradients.
+// embedding_bag: out[b] = sum of c_i * row(i) over the positions i of bag b, for tables in eight formats and for many
+// tables in one call; its gradients stand in gradient.h.
 //
-// Formula      row(r) = table[r] (float), or step[r] * table[r] (int8 codes, symmetric: no zero point)
-//              c_i = weights[i], or 1; mode mean divides by offsets[b + 1] - offsets[b]; an empty bag gives zeros
-// Shapes       table [T, D], step [T], indices [n], offsets [B + 1] or none (then B = n, one id a bag),
-//              weights [n] or none, out [B, D]; all contiguous
-// Dtypes       table float32, float64 or int8 (+ float32 step); indices int32 or int64; offsets int64;
-//              weights and out in the table's float type (float32 for int8)
-// Accumulator  the type of out, from zero, in the order of the positions; for int8 the factor step[r] * weights[i] is
-//              rounded first. Products and sums are rounded apart (no FMA): equal bits on every instruction set and for
-//              any number of threads
-// Error bound  |out - exact| <= (k + 3) * eps * sum |terms| for a bag of k rows
-// Limits       gradients: n <= 2^31 - 1 and T <= 2^32, since (row, position) is sorted as one 64-bit word
-// Bad ids      are found in the kernel's own pass; such a row counts as zeros and the lowest position is returned
+// Formula      row(i) is the row that indices[i] stands for (lookups.h); its values are those of row_format.h
+//              c_i = weights[i], or 1
+//              sum   the sum of c_i * row(i);  none is the same with one id a bag
+//              mean  the sum over the number of ids that stand for a row
+//              max   the largest value of each column and, if asked, the position it came from; without weights. The
+//                    first position wins among equals; NaN is larger than anything, the first one stays
+//              A bag without rows gives zeros (argmax -1)
+// Shapes       table [T, D] in rows of `stride` bytes, indices [n], offsets [B + 1] or none (then B = n), weights [n]
+//              or none, out [B, D], argmax [B, D] or none; all but the table contiguous
+// Dtypes       table in any format; out and weights float64 for a float64 table, else float32; indices int32 or int64
+// Accumulator  the type of out, from zero, in the order of the positions. With a header the factor step * weight is
+//              rounded first; affine rows sum scale_i * c_i * code and, apart, bias_i * c_i, which is added at the end
+//              (max takes scale * code + bias of each row). Products and sums are rounded apart (no FMA): equal bits on
+//              every instruction set and for any number of threads
+// Error bound  |out - exact| <= (k + 3) * eps * sum |terms| for a bag of k rows; affine: scale * code and bias are two
+//              terms
+// Ids outside  are found in the kernel's own pass: such a row counts as zeros (max leaves it out) and the lowest
+//              position is returned. With skip_missing an id of -1 stands for nothing: no row, not counted by mean
+// Reads        never beyond the last byte of a row's codes: a table may end where its page ends
 // Source       EmbeddingBag: Naumov et al., "Deep Learning Recommendation Model", arXiv:1906.00091
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
-#include "common/span.h"
+#include "common/row_format.h"
 #include "common/status.h"
+#include "embedding_bag/lookups.h"
 
 namespace recfast::embedding_bag {
 
-// The type of outputs, weights and gradients of a table of Value.
-template <class Value>
-using Real = std::conditional_t<std::is_same_v<Value, double>, double, float>;
+struct Table {
+  const std::uint8_t* data;
+  std::int64_t rows;
+  std::int64_t width;   // D
+  std::int64_t stride;  // bytes from one row to the next; any number that holds a row
+  Format format;
+  Header header;
 
-template <class Value, class Index>
-struct Args {
-  Rows<const Value> table;
-  const float* step;  // only with int8
-  Span<const Index> indices;
-  const std::int64_t* offsets;  // null: one id a bag
-  std::int64_t bags;
-  const Real<Value>* weights;  // may be null
-  bool mean;
-  Real<Value>* out;
-
-  [[nodiscard]] std::int64_t begin(std::int64_t bag) const noexcept { return offsets == nullptr ? bag : offsets[bag]; }
+  [[nodiscard]] const std::uint8_t* row(std::int64_t index) const noexcept { return data + index * stride; }
+  // The bytes of a row that are read.
+  [[nodiscard]] std::int64_t used_bytes() const noexcept {
+    return code_bytes(format, width) + (header == Header::kNone ? 0 : kHeaderBytes);
+  }
 };
 
-// What a call may find wrong. Indices: the lowest position with an id outside [0, T). Offsets: the first wrong entry.
+enum class Mode : int { kSum = 0, kMean = 1, kMax = 2, kNone = 3 };
+
+struct Args {
+  Table table;
+  Lookups lookups;
+  const void* weights;   // float, or double for a float64 table; may be null
+  Mode mode;
+  void* out;             // float, or double for a float64 table
+  std::int32_t* argmax;  // only with max; may be null
+};
+
+// What a call may find wrong, and where: the lowest position of an id outside its table, the first wrong entry of the
+// offsets or of the features' bag_splits, or the first feature whose rows do not lie in the table.
 struct Status {
-  std::int64_t bad_index = -1;
-  std::int64_t bad_offset = -1;
+  enum class Kind : int { kDone, kIndex, kOffset, kSplit, kFeature } kind = Kind::kDone;
+  std::int64_t position = -1;
 };
 
 // The first entry that is not 0 (at 0), falls, or (at the end) is not `total`; -1 where all is well.
 [[nodiscard]] std::int64_t first_bad_offset(const std::int64_t* offsets, std::int64_t bags,
                                             std::int64_t total) noexcept;
 
-// Threaded over bags, dispatched by instruction set. With a bad offset nothing is computed.
-template <class Value, class Index>
-[[nodiscard]] Status run(const Args<Value, Index>& args) noexcept;
+// What is wrong with the lookups apart from the ids themselves.
+[[nodiscard]] Status check_lookups(const Lookups& lookups) noexcept;
+
+// Threaded over bags, dispatched by instruction set. Nothing is computed unless check_lookups is content.
+[[nodiscard]] Status run(const Args& args) noexcept;
+
+// The bags of piece `part` of `parts` with about as many positions as any other piece: [first, last).
+struct BagRange {
+  std::int64_t first;
+  std::int64_t last;
+};
+[[nodiscard]] BagRange piece_of_bags(const Lookups& lookups, std::int64_t part, std::int64_t parts) noexcept;
 
 // The forms behind it, one thread each, for bags [first, last).
-template <class Value, class Index>
-void bags_scalar(const Args<Value, Index>& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept;
-template <class Value, class Index>
-void bags_avx2(const Args<Value, Index>& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept;
-template <class Value, class Index>
-void bags_avx512(const Args<Value, Index>& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept;
+using Form = void(const Args& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept;
+Form bags_scalar, bags_avx2, bags_avx512;
 
-// How far ahead of the row in use rows are asked for, in lookups, across the borders of bags. The hint is "into L2" for
-// tables in memory, where into L1 the few outstanding misses of one core are the limit; "into L1" for tables that the
-// last cache holds.
-inline constexpr std::int64_t kAhead = 24;
-inline constexpr std::uint64_t kNearBytes = std::uint64_t{8} << 20;
+// Columns [column, column + count) of a row as floats; `column` is a multiple of 64. Not for float64.
+using DecodeForm = void(const Table& table, const std::uint8_t* row, std::int64_t column, std::int64_t count,
+                        float* out) noexcept;
+DecodeForm decode_scalar, decode_avx2, decode_avx512;
+[[nodiscard]] DecodeForm* decoder() noexcept;
+
+// Rows [0, T) as floats [T, D]; threaded. Not for float64.
+void dequantize(const Table& table, float* out) noexcept;
 
 }  // namespace recfast::embedding_bag

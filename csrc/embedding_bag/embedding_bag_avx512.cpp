@@ -1,49 +1,158 @@
 #include "embedding_bag/embedding_bag.h"
 
 #if defined(__x86_64__)
+// GCC 12 takes the undefined registers of its own header for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <algorithm>
+
+#include "embedding_bag/gradient.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c")
 
 namespace recfast::embedding_bag {
 namespace {
 
+#include "embedding_bag/resolver.h"
+
+#include "embedding_bag/bag_kernels.h"
+
 struct Vector {
+  using Real = float;
   using Reg = __m512;
   static constexpr int kLanes = 16;
+  static constexpr int kMostRegs = 8;
 
   static __mmask16 mask(int count) noexcept { return static_cast<__mmask16>((1u << count) - 1u); }
   static Reg zero() noexcept { return _mm512_setzero_ps(); }
   static Reg set(float x) noexcept { return _mm512_set1_ps(x); }
   static Reg add(Reg a, Reg b) noexcept { return _mm512_add_ps(a, b); }
-  static Reg mul(Reg a, Reg b) noexcept { return _mm512_mul_ps(a, b); }
   static Reg div(Reg a, Reg b) noexcept { return _mm512_div_ps(a, b); }
-  static Reg load(const float* p) noexcept { return _mm512_loadu_ps(p); }
-  static Reg load_part(const float* p, int count) noexcept { return _mm512_maskz_loadu_ps(mask(count), p); }
-  static Reg load(const std::int8_t* p) noexcept {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  }
-  static Reg load_part(const std::int8_t* p, int count) noexcept {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask(count), p)));
-  }
   static void store(float* p, Reg x) noexcept { _mm512_storeu_ps(p, x); }
   static void store_part(float* p, Reg x, int count) noexcept { _mm512_mask_storeu_ps(p, mask(count), x); }
-};
+  static float half(std::uint16_t bits) noexcept { return _cvtsh_ss(bits); }
 
-#include "embedding_bag/embedding_bag_simd.h"
+  template <class C>
+  static auto raw(const std::uint8_t* p) noexcept {
+    if constexpr (C::kBits == 32) {
+      return _mm512_loadu_si512(p);
+    } else if constexpr (C::kBits == 16) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    } else {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    }
+  }
+
+  // The first `bytes` bytes of a group; a masked load touches no others.
+  template <class C>
+  static auto raw_part(const std::uint8_t* p, int bytes, std::int64_t) noexcept {
+    if constexpr (C::kBits == 32) {
+      return _mm512_maskz_loadu_epi32(mask(bytes / 4), p);
+    } else if constexpr (C::kBits == 16) {
+      return _mm256_maskz_loadu_epi16(mask(bytes / 2), p);
+    } else {
+      return _mm_maskz_loadu_epi8(mask(bytes), p);
+    }
+  }
+
+  // What the codes are multiplied by; for 4 and 2 bits the products of all codes.
+  template <class C>
+  static Reg prepare(float factor) noexcept {
+    if constexpr (C::kBits == 4 && C::kHeader == Header::kStep) {
+      return _mm512_mul_ps(set(factor), _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+    } else if constexpr (C::kBits == 4) {
+      return _mm512_mul_ps(set(factor), _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    } else if constexpr (C::kBits == 2 && C::kHeader == Header::kStep) {
+      return _mm512_mul_ps(set(factor), _mm512_setr4_ps(0, 1, -2, -1));
+    } else if constexpr (C::kBits == 2) {
+      return _mm512_mul_ps(set(factor), _mm512_setr4_ps(0, 1, 2, 3));
+    } else {
+      return set(factor);
+    }
+  }
+
+  template <class C, class Raw>
+  static void expand(Reg scale, Raw raw, Reg (&x)[C::kPer]) noexcept {
+    if constexpr (C::kFormat == Format::kFloat32) {
+      x[0] = _mm512_mul_ps(scale, _mm512_castsi512_ps(raw));
+    } else if constexpr (C::kFormat == Format::kBFloat16) {
+      x[0] = _mm512_mul_ps(scale, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)));
+    } else if constexpr (C::kFormat == Format::kFloat16) {
+      x[0] = _mm512_mul_ps(scale, _mm512_cvtph_ps(raw));
+    } else if constexpr (C::kFormat == Format::kFloat8) {
+      // As float16 bits a code is 2^-8 of its value; only the NaN code has no such form.
+      const __m256i wide = _mm256_cvtepu8_epi16(raw);
+      const __m256i magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x7F));
+      const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(wide, magnitude), 8);
+      const Reg value = _mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7)));
+      const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7F));
+      const Reg number = _mm512_mask_mov_ps(_mm512_mul_ps(value, set(256.0f)), nan, set(__builtin_nanf("")));
+      x[0] = _mm512_mul_ps(scale, number);
+    } else if constexpr (C::kFormat == Format::kInt8) {
+      const __m512i code = C::kHeader == Header::kStep ? _mm512_cvtepi8_epi32(raw) : _mm512_cvtepu8_epi32(raw);
+      x[0] = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(code));
+    } else {  // the permutation reads the low four bits of each lane; of 2-bit codes every table repeats
+      const __m512i bytes = _mm512_cvtepu8_epi32(raw);
+      x[0] = _mm512_permutexvar_ps(bytes, scale);
+      for (int k = 1; k < C::kPer; ++k) {
+        x[k] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, static_cast<unsigned>(k * C::kBits)), scale);
+      }
+    }
+  }
+
+  static Reg low_pairs(Reg a, Reg b) noexcept {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static Reg high_pairs(Reg a, Reg b) noexcept {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static void interleave(Reg (&)[1]) noexcept {}
+  static void interleave(Reg (&x)[2]) noexcept {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const Reg first = _mm512_permutex2var_ps(x[0], low, x[1]);
+    x[1] = _mm512_permutex2var_ps(x[0], high, x[1]);
+    x[0] = first;
+  }
+  static void interleave(Reg (&x)[4]) noexcept {
+    const Reg low01 = _mm512_unpacklo_ps(x[0], x[1]);
+    const Reg high01 = _mm512_unpackhi_ps(x[0], x[1]);
+    const Reg low23 = _mm512_unpacklo_ps(x[2], x[3]);
+    const Reg high23 = _mm512_unpackhi_ps(x[2], x[3]);
+    const Reg r0 = low_pairs(low01, low23);  // lane l: the four columns of byte 4 l
+    const Reg r1 = high_pairs(low01, low23);   // of byte 4 l + 1
+    const Reg r2 = low_pairs(high01, high23);
+    const Reg r3 = high_pairs(high01, high23);
+    const Reg a = _mm512_shuffle_f32x4(r0, r1, 0x44);
+    const Reg b = _mm512_shuffle_f32x4(r2, r3, 0x44);
+    const Reg c = _mm512_shuffle_f32x4(r0, r1, 0xEE);
+    const Reg d = _mm512_shuffle_f32x4(r2, r3, 0xEE);
+    x[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+    x[1] = _mm512_shuffle_f32x4(a, b, 0xDD);
+    x[2] = _mm512_shuffle_f32x4(c, d, 0x88);
+    x[3] = _mm512_shuffle_f32x4(c, d, 0xDD);
+  }
+};
 
 }  // namespace
 
-template <class Value, class Index>
-void bags_avx512(const Args<Value, Index>& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept {
+void bags_avx512(const Args& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept {
   bags<Vector>(args, first, last, error);
 }
 
-template void bags_avx512(const Args<float, std::int32_t>&, std::int64_t, std::int64_t, FirstError&) noexcept;
-template void bags_avx512(const Args<float, std::int64_t>&, std::int64_t, std::int64_t, FirstError&) noexcept;
-template void bags_avx512(const Args<std::int8_t, std::int32_t>&, std::int64_t, std::int64_t, FirstError&) noexcept;
-template void bags_avx512(const Args<std::int8_t, std::int64_t>&, std::int64_t, std::int64_t, FirstError&) noexcept;
+void decode_avx512(const Table& table, const std::uint8_t* row, std::int64_t column, std::int64_t count,
+                   float* out) noexcept {
+  pick_decode<Vector>(table)(table, row, column, count, out);
+}
+
+void weights_avx512(const Args& args, const void* grad, void* out, std::int64_t first, std::int64_t last) noexcept {
+  pick_dots<Vector>(args.table)(args, grad, out, first, last);
+}
 
 }  // namespace recfast::embedding_bag
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "common/isa.h"
 #include "common/parallel.h"
 
 namespace recfast::embedding_bag {
@@ -11,13 +12,31 @@ constexpr std::int64_t kGrain = 1024;
 
 }  // namespace
 
+void resolve_rows(const Lookups& lookups, std::int64_t* rows, FirstError& error) noexcept {
+  parallel_for(lookups.bags, kGrain, [&](std::int64_t first, std::int64_t last) {
+    std::int64_t feature = 0;
+    for (std::int64_t bag = first; bag < last; ++bag) {
+      feature = lookups.feature_of(bag, feature);
+      for (std::int64_t i = lookups.begin(bag); i < lookups.begin(bag + 1); ++i) {
+        const std::int64_t row = lookups.row(lookups.id(i), feature);
+        if (row == Lookups::kOutside) error.report(i);
+        rows[i] = row < 0 ? lookups.rows : row;
+      }
+    }
+  });
+}
+
 template <class T>
 void spread_bags(const std::int64_t* offsets, std::int64_t bags, const T* weights, bool mean, std::int32_t* bag_of,
-                 T* coefficient) noexcept {
+                 T* coefficient, const std::int64_t* rows, std::int64_t missing) noexcept {
   parallel_for(bags, kGrain, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t bag = first; bag < last; ++bag) {
-      const auto length = static_cast<T>(offsets[bag + 1] - offsets[bag]);
-      for (std::int64_t i = offsets[bag]; i < offsets[bag + 1]; ++i) {
+      const std::int64_t begin = offsets[bag];
+      const std::int64_t end = offsets[bag + 1];
+      std::int64_t count = end - begin;
+      if (mean && rows != nullptr) count -= std::count(rows + begin, rows + end, missing);
+      const auto length = static_cast<T>(std::max<std::int64_t>(count, 1));
+      for (std::int64_t i = begin; i < end; ++i) {
         bag_of[i] = static_cast<std::int32_t>(bag);
         if (coefficient == nullptr) continue;
         const T weight = weights == nullptr ? T{1} : weights[i];
@@ -38,42 +57,47 @@ void table_gradient(const PositionGradient<T>& gradient, const std::uint64_t* so
   });
 }
 
-template <class Value, class Index>
-void weight_gradient(const Args<Value, Index>& args, const Real<Value>* grad, Real<Value>* out) noexcept {
-  using T = Real<Value>;
-  const auto rows = static_cast<std::uint64_t>(args.table.rows);
-  const std::int64_t width = args.table.width;
-  const Index* ids = args.indices.data();
-  parallel_for(args.bags, kGrain, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t bag = first; bag < last; ++bag) {
-      const T* g = grad + bag * width;
-      const std::int64_t begin = args.begin(bag);
-      const std::int64_t end = args.begin(bag + 1);
-      for (std::int64_t i = begin; i < end; ++i) {
-        const auto id = static_cast<std::uint64_t>(static_cast<std::int64_t>(ids[i]));
-        T sum{0};
-        if (id < rows) {
-          const Value* row = args.table[static_cast<std::int64_t>(id)];
-          for (std::int64_t d = 0; d < width; ++d) sum += static_cast<T>(row[d]) * g[d];
-          if constexpr (std::is_same_v<Value, std::int8_t>) sum *= args.step[id];
-        }
-        out[i] = args.mean ? sum / static_cast<T>(end - begin) : sum;
-      }
-    }
-  });
+template <class T>
+void max_gradient(const T* grad, const std::int32_t* argmax, const std::int64_t* rows, std::int64_t bags,
+                  std::int64_t width, T* out) noexcept {
+  // Threads share columns out, not bags: two bags may point at one row.
+  constexpr std::int64_t kColumns = 16;
+  parallel_for((width + kColumns - 1) / kColumns, std::max<std::int64_t>(1, (1 << 16) / std::max<std::int64_t>(bags, 1)),
+               [&](std::int64_t first, std::int64_t last) {
+                 const std::int64_t end = std::min(last * kColumns, width);
+                 for (std::int64_t bag = 0; bag < bags; ++bag) {
+                   for (std::int64_t d = first * kColumns; d < end; ++d) {
+                     const std::int32_t position = argmax[bag * width + d];
+                     if (position >= 0) out[rows[position] * width + d] += grad[bag * width + d];
+                   }
+                 }
+               });
 }
 
-template void spread_bags(const std::int64_t*, std::int64_t, const float*, bool, std::int32_t*, float*) noexcept;
-template void spread_bags(const std::int64_t*, std::int64_t, const double*, bool, std::int32_t*, double*) noexcept;
+void weight_gradient(const Args& args, const void* grad, void* out) noexcept {
+  WeightForm* form = &weights_scalar;
+#if defined(__x86_64__)
+  if (args.table.format != Format::kFloat64) {
+    constexpr IsaTable<WeightForm> kForms{
+        .scalar = &weights_scalar, .avx2 = &weights_avx2, .avx512 = &weights_avx512};
+    form = kForms.pick();
+  }
+#endif
+  parallel_for(args.lookups.bags, kGrain,
+               [&](std::int64_t first, std::int64_t last) { form(args, grad, out, first, last); });
+}
+
+template void spread_bags(const std::int64_t*, std::int64_t, const float*, bool, std::int32_t*, float*,
+                          const std::int64_t*, std::int64_t) noexcept;
+template void spread_bags(const std::int64_t*, std::int64_t, const double*, bool, std::int32_t*, double*,
+                          const std::int64_t*, std::int64_t) noexcept;
 template void table_gradient(const PositionGradient<float>&, const std::uint64_t*, const std::int64_t*, std::int64_t,
                              float*) noexcept;
 template void table_gradient(const PositionGradient<double>&, const std::uint64_t*, const std::int64_t*, std::int64_t,
                              double*) noexcept;
-template void weight_gradient(const Args<float, std::int32_t>&, const float*, float*) noexcept;
-template void weight_gradient(const Args<float, std::int64_t>&, const float*, float*) noexcept;
-template void weight_gradient(const Args<double, std::int32_t>&, const double*, double*) noexcept;
-template void weight_gradient(const Args<double, std::int64_t>&, const double*, double*) noexcept;
-template void weight_gradient(const Args<std::int8_t, std::int32_t>&, const float*, float*) noexcept;
-template void weight_gradient(const Args<std::int8_t, std::int64_t>&, const float*, float*) noexcept;
+template void max_gradient(const float*, const std::int32_t*, const std::int64_t*, std::int64_t, std::int64_t,
+                           float*) noexcept;
+template void max_gradient(const double*, const std::int32_t*, const std::int64_t*, std::int64_t, std::int64_t,
+                           double*) noexcept;
 
 }  // namespace recfast::embedding_bag

@@ -1,9 +1,13 @@
-// The gradients of embedding_bag: of the table (dense, float tables) and of the weights.
+// The gradients of embedding_bag: of the table (dense) and of the weights.
 //
-// Formula      dL/dtable[r] = sum over positions i with indices[i] = r, ascending, of c_i * grad[bag(i)]
-//              dL/dweights[i] = <row(indices[i]), grad[bag(i)]>, over the bag's length in mode mean
-// where c_i = weights[i] (or 1), over the bag's length in mode mean.
-// Rounding     one order of summation: no dependence on threads or on the instruction set
+// Formula      dL/dtable[r] = sum over positions i that stand for row r, ascending, of c_i * grad[bag(i)]
+//              dL/dweights[i] = <row(i), grad[bag(i)]>, over the bag's number of rows in mode mean
+//              max: dL/dtable[row(argmax[b, d]), d] += grad[b, d], bags ascending
+// where c_i = weights[i] (or 1), over the bag's number of rows in mode mean. Missing ids take no part.
+// Dtypes       of T = float (double for float64 tables); gradients of 16-bit tables are summed in float
+// Rounding     one order of summation: no dependence on threads or on the instruction set. <row, grad> is summed in 16
+//              lanes, column d in lane d % 16, which are then added in pairs
+// Limits       n <= 2^31 - 1 and T < 2^32, since (row, position) is sorted as one 64-bit word
 #pragma once
 
 #include "common/group_ids.h"
@@ -24,10 +28,14 @@ struct PositionGradient {
   }
 };
 
-// Writes bag_of [n] and, unless null, coefficient [n]. The offsets must have been checked.
+// Writes the row of each position to `rows` [n], `lookups.rows` for a missing id. An id outside is reported.
+void resolve_rows(const Lookups& lookups, std::int64_t* rows, FirstError& error) noexcept;
+
+// Writes bag_of [n] and, unless null, coefficient [n]. The offsets must have been checked. With `rows` (as resolve_rows
+// writes them, `missing` for a missing id) a mean does not count the missing ones.
 template <class T>
 void spread_bags(const std::int64_t* offsets, std::int64_t bags, const T* weights, bool mean, std::int32_t* bag_of,
-                 T* coefficient) noexcept;
+                 T* coefficient, const std::int64_t* rows = nullptr, std::int64_t missing = 0) noexcept;
 
 // out[d] = sum of the run's gradients, in order.
 template <class T>
@@ -52,8 +60,16 @@ template <class T>
 void table_gradient(const PositionGradient<T>& gradient, const std::uint64_t* sorted, const std::int64_t* starts,
                     std::int64_t runs, T* out) noexcept;
 
-// Writes out [n]. Ids outside the table give zero.
-template <class Value, class Index>
-void weight_gradient(const Args<Value, Index>& args, const Real<Value>* grad, Real<Value>* out) noexcept;
+// Mode max: adds grad [B, D] to the rows of `out` [T, D], which must hold zeros, that argmax [B, D] points at.
+template <class T>
+void max_gradient(const T* grad, const std::int32_t* argmax, const std::int64_t* rows, std::int64_t bags,
+                  std::int64_t width, T* out) noexcept;
+
+// Writes out [n], of the type of grad [B, D]: double for a float64 table, else float. Ids without a row give zero.
+void weight_gradient(const Args& args, const void* grad, void* out) noexcept;
+
+// The forms behind it, one thread each.
+using WeightForm = void(const Args& args, const void* grad, void* out, std::int64_t first, std::int64_t last) noexcept;
+WeightForm weights_scalar, weights_avx2, weights_avx512;
 
 }  // namespace recfast::embedding_bag

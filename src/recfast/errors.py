@@ -10,4 +10,17 @@ class InputError(ValueError):
 
 
 class OutOfRange(InputError, IndexError):
-    """An index into a table, a vocabulary or a list that has no such row."""
+    """An index into a table, a vocabulary or a list that has no such row.
+
+    Attributes
+    ----------
+    position, value, rows : int or None
+        Where ids are looked up: the flat position of the id, the id, and the number of rows it looks into.
+    feature : int or None
+        The feature whose rows those are, where there are several.
+    """
+
+    position: int | None = None
+    value: int | None = None
+    rows: int | None = None
+    feature: int | None = None

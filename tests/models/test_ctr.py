@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from recfast import models
 from recfast.data import Batch, Categorical, Jagged, Numeric, Schema, Sequence, Vector
 from recfast.errors import InputError
 from recfast.models.ctr.dcn_v2 import DCNv2
@@ -249,3 +250,24 @@ def test_bad_input():
     ranker = DeepFM(schema)
     with pytest.raises(ValueError, match="the batch has no label"):
         ranker.loss(ranker(batch), batch)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_convert(model):
+    """A trained float model in 8 bits answers nearly the same, and a state of the other precision is refused."""
+    schema = make_schema()
+    trained = model(schema, dim=8)
+    batch = make_batch(schema, [3, 0, 5], [2, 1, 4])
+    for _ in range(3):
+        trained.loss(trained(batch), batch).backward()
+    trained.eval()
+    converted = models.convert(trained, "int8", lr=0.02)
+    assert not converted.training
+    assert converted.config() == {**trained.config(), "precision": "int8", "tables": {"lr": 0.02}}
+    assert converted.tables.lr == 0.02
+    with torch.no_grad():
+        torch.testing.assert_close(converted(batch), trained(batch), rtol=0.02, atol=2e-3)
+    with pytest.raises((InputError, RuntimeError), match=r"'user' is int8 in the state, expected float32: .*convert"):
+        trained.load_state_dict(converted.state_dict())
+    with pytest.raises(InputError, match="has no option 'precision'"):
+        models.convert(models.build("SimpleX", schema), "int8")

@@ -138,7 +138,7 @@ def test_missing(folder, tiny_data, tiny_models):
         train.fit(make(tiny_data), tiny_data, out=folder, resume=folder / "nowhere", **SETTINGS)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\x01", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\x01", '{"format": 2}'])
 def test_damaged_state_json(text, folder, tiny_models):
     (folder / "state.json").write_text(text)
     with pytest.raises(InputError, match=r"checkpoint: .*state.json is damaged, expected"):
@@ -150,14 +150,14 @@ def test_foreign_and_other_versions(folder, tiny_data, tiny_models):
     with pytest.raises(InputError, match="was not written by recfast, expected a format version, found none"):
         resume(folder, tiny_data)
     save_file({"weight": torch.zeros(3)}, folder / "optimizer.safetensors", metadata={"format": "99"})
-    with pytest.raises(InputError, match="has the format version 99, expected 1"):
+    with pytest.raises(InputError, match="has the format version 99, expected 2"):
         resume(folder, tiny_data)
     shutil.copyfile(folder / "model.safetensors", folder / "optimizer.safetensors")
     with pytest.raises(InputError, match="holds no training state"):
         resume(folder, tiny_data)
     state = storage.read_json(folder / "state.json")
     (folder / "state.json").write_text(json.dumps({**state, "format": 99}))
-    with pytest.raises(InputError, match=r"state.json has the format version 99, expected 1"):
+    with pytest.raises(InputError, match=r"state.json has the format version 99, expected 2"):
         models.load(folder)
     (folder / "state.json").write_text(json.dumps({**state, "model": {"name": "TinyRankr", "config": {}}}))
     with pytest.raises(InputError, match="model 'TinyRankr' is unknown, did you mean 'TinyRanker'"):

@@ -38,6 +38,7 @@ __all__ = [
     "SimpleX",
     "TwoTower",
     "build",
+    "convert",
     "load",
     "names",
     "options",
@@ -117,3 +118,25 @@ def load(run: str | os.PathLike[str]) -> nn.Module:
     from recfast.models import storage
 
     return storage.load_model(run)
+
+
+def convert(model: nn.Module, precision: str, **options: Any) -> nn.Module:
+    """Return a copy of a trained model whose embedding tables have another precision.
+
+    Parameters
+    ----------
+    model
+        A model with the option `precision`.
+    precision
+        As `nn.EmbeddingTables` takes it.
+    **options
+        Options of the tables to change, for training on.
+
+    Raises
+    ------
+    InputError
+        The model has no such option.
+    """
+    from recfast.models import storage
+
+    return storage.convert_model(model, precision, **options)

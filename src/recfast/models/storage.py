@@ -21,20 +21,22 @@ from recfast.files import atomic_path, disk_errors, write_json
 if TYPE_CHECKING:
     from recfast.data import Schema
 
-FORMAT = 1
+FORMAT = 2
 """Version of the run folder; raised when an older reader would misread a newer folder."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
     """Write named tensors, and JSON-able metadata in the file's header, to `path` (which is not made atomic here)."""
-    seen: set[int] = set()
+    # The format holds no aliases: a tied weight is written twice and stays tied in the model that reads it. Tensors that
+    # lie side by side in one storage, as embedding tables do, are no aliases.
+    seen: dict[int, list[tuple[int, int]]] = {}
     plain: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         host = tensor.detach().to("cpu").contiguous()
-        # The format holds no aliases: a tied weight is written twice and stays tied in the model that reads it.
-        place = host.untyped_storage().data_ptr()
-        plain[name] = host.clone() if place in seen else host
-        seen.add(place)
+        begin, end = host.data_ptr(), host.data_ptr() + host.numel() * host.element_size()
+        places = seen.setdefault(host.untyped_storage().data_ptr(), [])
+        plain[name] = host.clone() if any(a < end and begin < b for a, b in places) else host
+        places.append((begin, end))
     header = {"format": FORMAT, "crc32": _checksum(plain), **metadata}
     path.touch()
     mode = path.stat().st_mode
@@ -120,19 +122,54 @@ def restore_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], extra: 
     """
     expected, expected_extra = split_state(model)
     place = f"checkpoint: {path}"
+    for name, module in model.named_modules():
+        # Embedding tables know better than a shape what does not fit, and what to call.
+        if hasattr(module, "check_state"):
+            try:
+                module.check_state(extra.get(f"{name}._extra_state" if name else "_extra_state"))
+            except InputError as error:
+                raise InputError(f"{place} does not fit: {error}") from None
     for name in sorted(expected.keys() - tensors.keys()) + sorted(expected_extra.keys() - extra.keys()):
         raise InputError(f"{place} is of another model: expected the tensor {name!r}, found none of that name")
     for name in sorted(tensors.keys() - expected.keys()) + sorted(extra.keys() - expected_extra.keys()):
         raise InputError(f"{place} is of another model: found the tensor {name!r}, which this model does not have")
+    # Tables that grow take as many rows as were saved.
+    growing = tuple(
+        f"{name}." if name else "" for name, part in model.named_modules() if getattr(part, "resizable_state", False)
+    )
     for name, tensor in expected.items():
-        if tensor.shape != tensors[name].shape:
+        wanted, found = list(tensor.shape), list(tensors[name].shape)
+        if name.startswith(growing) and len(found) == len(wanted):
+            wanted[:1] = found[:1]
+        if wanted != found:
             raise InputError(
-                f"{place} does not fit: {name!r} has the shape {list(tensors[name].shape)}, expected "
-                f"{list(tensor.shape)} (another vocabulary, or other options of the model)"
+                f"{place} does not fit: {name!r} has the shape {found}, expected "
+                f"{wanted} (another vocabulary, or other options of the model)"
             )
         if tensor.dtype != tensors[name].dtype:
             raise InputError(f"{place} does not fit: {name!r} is {tensors[name].dtype}, expected {tensor.dtype}")
     model.load_state_dict({**tensors, **extra})
+
+
+def convert_model(model: nn.Module, precision: str, **options: Any) -> nn.Module:
+    """See `recfast.models.convert`."""
+    from recfast.nn import EmbeddingTables
+
+    config = model.config()
+    if "precision" not in config:
+        raise InputError(f"models.convert: {type(model).__name__} has no option 'precision'")
+    changed = {"precision": precision, "tables": {**config.get("tables", {}), **options}}
+    new = models.build(type(model).__name__, model.schema, {**config, **changed})
+    converted = [name for name, module in new.named_modules() if isinstance(module, EmbeddingTables)]
+    dense = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not any(name.startswith(f"{tables}.") for tables in converted)
+    }
+    new.load_state_dict(dense, strict=False)
+    for name in converted:
+        new.get_submodule(name).take(model.get_submodule(name))
+    return new.train(model.training)
 
 
 def save_model(model: nn.Module, schema: Schema, folder: str | os.PathLike[str]) -> None:

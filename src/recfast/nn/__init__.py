@@ -10,6 +10,8 @@ from recfast.nn.compressed import (
     SparseTables,
     best_step,
 )
+from recfast.nn.blocks import MLP, Dice, fm_interaction
+from recfast.nn.dynamic_table import DynamicTable
 from recfast.nn.embedding_tables import EmbeddingTables
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.target_attention import TargetAttention
@@ -29,4 +31,17 @@ __all__ = [
     "TargetAttention",
     "best_step",
     "fm_interaction",
+__all__ = ["MLP", "Dice", "DynamicTable", "EmbeddingTables", "ProductQuantizer", "TargetAttention", "fm_interaction"]
+from recfast.nn.embedding_tables import second_pass
+from recfast.nn.frozen_tables import FrozenTables
+
+__all__ = [
+    "MLP",
+    "Dice",
+    "EmbeddingTables",
+    "FrozenTables",
+    "ProductQuantizer",
+    "TargetAttention",
+    "fm_interaction",
+    "second_pass",
 ]

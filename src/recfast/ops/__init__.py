@@ -1,17 +1,32 @@
 """Functions on tensors with a compiled kernel behind each. `<op>.reference` is the same call in plain torch."""
 
+from recfast.ops import embedding_tables  # noqa: F401  (its op is for modules)
 from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
 from recfast.ops.din_attention import DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
-from recfast.ops.embedding_bag import QuantizedTable, embedding_bag, quantize
-from recfast.ops.embedding_update import UpdateState, embedding_update_
+from recfast.ops.embedding_bag import Features, embedding_bag
+from recfast.ops.embedding_update import (
+    Pending,
+    UpdateState,
+    embedding_step_gradient,
+    embedding_update_,
+    embedding_update_first_,
+    embedding_update_second_,
+    requantize_,
+)
 from recfast.ops.example_axpy import example_axpy
+from recfast.ops.formats import QuantizedTable, quantize, round_to
+from recfast.ops.id_map import IdMap
+from recfast.ops.initial_rows import initial_rows
 
 __all__ = [
     "Codes",
     "DINWeights",
     "DPPResult",
+    "Features",
+    "IdMap",
+    "Pending",
     "QuantizedTable",
     "RowsIndex",
     "UpdateState",
@@ -20,7 +35,13 @@ __all__ = [
     "din_attention",
     "dpp_greedy",
     "embedding_bag",
+    "embedding_step_gradient",
     "embedding_update_",
+    "embedding_update_first_",
+    "embedding_update_second_",
     "example_axpy",
+    "initial_rows",
     "quantize",
+    "requantize_",
+    "round_to",
 ]

@@ -21,6 +21,7 @@ from torch import nn
 
 from recfast.data import Loader
 from recfast.errors import InputError
+from recfast.nn.embedding_tables import second_pass, takes_two_passes
 from recfast.train import checkpoint
 from recfast.train.checkpoint import State
 from recfast.train.config import TrainConfig
@@ -163,6 +164,7 @@ class _Training:
             self.module, self.stepper = fabric.setup(model, self.optimizer)
         else:
             model.to(fabric.device)
+        self.two_passes = takes_two_passes(model)
         self.state, self.tally = State(), _Tally(fabric.device)
         self.loader_state: dict[str, Any] | None = None
         self.best_weights: dict[str, torch.Tensor] | None = None
@@ -241,6 +243,12 @@ class _Training:
             if options.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
             self.stepper.step()
+            if self.two_passes:
+                with second_pass(self.model):
+                    output = self.module(batch)
+                    with self.fabric.autocast():
+                        again = self.model.loss(output, batch)
+                    self._backward(again)
             self.stepper.zero_grad()
             state.step += 1
             state.batch += 1

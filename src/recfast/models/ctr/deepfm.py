@@ -37,8 +37,9 @@ class DeepFM(nn.Module):
     hidden : widths of the MLP
     activation : {"relu", "prelu", "dice"}
         Of the MLP.
-    precision : {"float32", "int8"}
-        How the tables are stored and trained. The weights of the linear part, one number an id, stay float32.
+    precision : str or {column: str}
+        How the tables are stored and trained, see `nn.EmbeddingTables`. The weights of the linear part, one number an
+        id, stay float32.
     tables : dict, optional
         Further options of `nn.EmbeddingTables`.
     dropout : float
@@ -54,7 +55,7 @@ class DeepFM(nn.Module):
         dim: int = 16,
         hidden: Sequence[int] = (200, 80),
         activation: str = "relu",
-        precision: str = "float32",
+        precision: str | Mapping[str, str] = "float32",
         tables: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
     ) -> None:
@@ -64,7 +65,7 @@ class DeepFM(nn.Module):
             "dim": dim,
             "hidden": list(hidden),
             "activation": activation,
-            "precision": precision,
+            "precision": precision if isinstance(precision, str) else dict(precision),
             "tables": dict(tables or {}),
             "dropout": dropout,
         }

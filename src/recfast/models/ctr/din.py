@@ -43,8 +43,8 @@ class DIN(nn.Module):
     attention_activation : {"prelu", "relu", "sigmoid", "silu"}
     attention_mode : {"sum", "sigmoid", "softmax"}
         The paper's is "sum".
-    precision : {"float32", "int8"}
-        How the tables are stored and trained.
+    precision : str or {column: str}
+        How the tables are stored and trained, see `nn.EmbeddingTables`.
     tables : dict, optional
         Further options of `nn.EmbeddingTables`.
     dropout : float
@@ -63,7 +63,7 @@ class DIN(nn.Module):
         attention_hidden: Sequence[int] = (80, 40),
         attention_activation: str = "prelu",
         attention_mode: str = "sum",
-        precision: str = "float32",
+        precision: str | Mapping[str, str] = "float32",
         tables: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
     ) -> None:
@@ -78,7 +78,7 @@ class DIN(nn.Module):
             "attention_hidden": list(attention_hidden),
             "attention_activation": attention_activation,
             "attention_mode": attention_mode,
-            "precision": precision,
+            "precision": precision if isinstance(precision, str) else dict(precision),
             "tables": dict(tables or {}),
             "dropout": dropout,
         }
