@@ -10,9 +10,9 @@ from recfast.nn.compressed import (
     SparseTables,
     best_step,
 )
-from recfast.nn.blocks import MLP, Dice, fm_interaction
 from recfast.nn.dynamic_table import DynamicTable
-from recfast.nn.embedding_tables import EmbeddingTables
+from recfast.nn.embedding_tables import EmbeddingTables, second_pass
+from recfast.nn.frozen_tables import FrozenTables
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.target_attention import TargetAttention
 
@@ -20,7 +20,9 @@ __all__ = [
     "MLP",
     "CrossNetV2",
     "Dice",
+    "DynamicTable",
     "EmbeddingTables",
+    "FrozenTables",
     "HashedTables",
     "PostTrainingTables",
     "ProductQuantizer",
@@ -30,18 +32,6 @@ __all__ = [
     "SparseTables",
     "TargetAttention",
     "best_step",
-    "fm_interaction",
-__all__ = ["MLP", "Dice", "DynamicTable", "EmbeddingTables", "ProductQuantizer", "TargetAttention", "fm_interaction"]
-from recfast.nn.embedding_tables import second_pass
-from recfast.nn.frozen_tables import FrozenTables
-
-__all__ = [
-    "MLP",
-    "Dice",
-    "EmbeddingTables",
-    "FrozenTables",
-    "ProductQuantizer",
-    "TargetAttention",
     "fm_interaction",
     "second_pass",
 ]
