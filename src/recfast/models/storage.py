@@ -27,8 +27,8 @@ FORMAT = 2
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
     """Write named tensors, and JSON-able metadata in the file's header, to `path` (which is not made atomic here)."""
-    # The format holds no aliases: a tied weight is written twice and stays tied in the model that reads it. Tensors that
-    # lie side by side in one storage, as embedding tables do, are no aliases.
+    # The format holds no aliases: a tied weight is written twice and stays tied in the model that reads it. Tensors
+    # that lie side by side in one storage, as embedding tables do, are no aliases.
     seen: dict[int, list[tuple[int, int]]] = {}
     plain: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
