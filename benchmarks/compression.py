@@ -321,8 +321,7 @@ class Study:
 def serving_bytes(tables: torch.nn.Module) -> int:
     """Bytes of the D-wide tables as they are served."""
     if isinstance(tables, nn.EmbeddingTables):
-        rows = sum(rows for _, rows in tables.specs)
-        return rows * row_bytes(tables.precision, tables.dim)
+        return tables.freeze().memory_bytes()
     return tables.memory_bytes()
 
 
