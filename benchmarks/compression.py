@@ -8,7 +8,7 @@ OUT/compression.png are written at the end (`--report` writes them from what is 
 The protocol, the same for every method: the published split; the model, its dense optimiser (Adam) and the tables of
 DeepFM's linear part (float32) are fixed, only the D-wide tables change. The options of a method are chosen by the AUC
 on the validation split with the first seed, from the grid in `METHODS`, the epoch by the same AUC in every run. The
-test split is read once an epoch and takes part in no choice.
+test split takes part in no choice.
 
 A point of memory is the bytes that rows of 8, 4 or 2 bits take with their step sizes; hashing, quotient-remainder,
 ROBE and pruning get at most the same bytes, with all that they need to serve.
@@ -103,13 +103,13 @@ def each(**values: Iterable[Any]) -> list[dict[str, Any]]:
 # The highest weight that the initial step can hold; as many choices for the fixed step as for the learned one.
 FIXED = {
     "8": each(init_range=(0.5, 1.0)),
-    "4": each(init_range=(0.125, 0.25, 0.5, 1.0)),
-    "2": each(init_range=(0.1, 0.15, 0.2, 0.3)),
+    "4": each(init_range=(0.125, 0.25, 0.5)),
+    "2": each(init_range=(0.1, 0.15, 0.2)),
 }
 LEARNED = {
     "8": each(init_range=(0.5,), step_lr=(0.003, 0.01)),
-    "4": each(init_range=(0.125, 0.25), step_lr=(0.003, 0.01)),
-    "2": each(init_range=(0.1, 0.15), step_lr=(0.003, 0.01)),
+    "4": each(init_range=(0.25,), step_lr=(0.003, 0.01)) + each(init_range=(0.125,), step_lr=(0.01,)),
+    "2": each(init_range=(0.1,), step_lr=(0.003, 0.01)) + each(init_range=(0.15,), step_lr=(0.003,)),
 }
 
 
@@ -136,8 +136,8 @@ METHODS = [
     Method("pruning", pruning, tuned_at="4", note=f"gradual, global; {PARAMETERS}"),
     in_bits("LPT", "fixed step, stochastic", halves=True, step="fixed", rounding="stochastic"),
     in_bits("ALPT", "learned step, stochastic", halves=True, step="learned", rounding="stochastic"),
-    in_bits("LPT, nearest", "fixed step", step="fixed", rounding="nearest"),
-    in_bits("ALPT, nearest", "learned step", step="learned", rounding="nearest"),
+    in_bits("LPT, nearest", "options of LPT", like="LPT", step="fixed", rounding="nearest"),
+    in_bits("ALPT, nearest", "options of ALPT", like="ALPT", step="learned", rounding="nearest"),
     in_bits("ALPT, two passes", "options of ALPT", like="ALPT", step="learned", rounding="stochastic", passes=2),
     Method("ALPT, defaults", embedding_tables, lr_of_float32=True, note="of nn.EmbeddingTables: rows never clipped"),
 ]
@@ -163,7 +163,12 @@ class Study:
         self.path = self.out / "runs.jsonl"
         self.out.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self.runs = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            text = self.path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                # Stopped while writing: the run of the broken line is done again.
+                write_text(self.path, whole)
+            self.runs = [json.loads(line) for line in whole.splitlines()]
 
     def find(self, **wanted: Any) -> list[dict[str, Any]]:
         settings = {"dim": self.dim, "batch_size": self.batch_size, "epochs": self.epochs, "patience": self.patience}
@@ -482,9 +487,9 @@ weights and of the optimiser's state, gradients aside. Methods other than quanti
 
 Options are chosen with the first seed on the validation split. lr is one of {", ".join(f"{lr:g}" for lr in LR)} (for
 hashing, quotient-remainder, ROBE and pruning at the 4-bit budget). Tables trained in 8, 4 or 2 bits take the lr of
-float32 and choose the initial range (fixed step), or initial range and learning rate of the step (learned step), from
-as many pairs; then LPT and ALPT try half the lr, as long as it helps. s/epoch is the median, on one thread of a shared
-machine: a rough size only.
+float32; LPT chooses the initial range, ALPT the initial range and the learning rate of the step, out of as many
+choices; then both try half the lr, as long as it helps. Rounding to nearest and two passes take these options over.
+s/epoch is the median, on one thread of a shared machine: a rough size only.
 
 {table(cells, names, study.dim)}
 

@@ -36,13 +36,20 @@ def finished(compression, data_cache, tmp_path_factory):
     return study, methods
 
 
-def test_nothing_is_trained_twice(compression, finished, monkeypatch):
+def test_nothing_is_trained_twice(compression, finished, monkeypatch, tmp_path):
     study, methods = finished
     before = study.path.read_text()
     again = compression.Study(study.dataset, study.out, 8, 512, 4, 2)
     monkeypatch.setattr(again, "_train", lambda *_: pytest.fail("trained again"))
     again.everything(["DeepFM"], methods, 2)
     assert study.path.read_text() == before
+    # A line that was cut off is a run that was not done; what is whole stays.
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "runs.jsonl").write_text(before[:-30])
+    left = compression.Study(study.dataset, cut, 8, 512, 4, 2).runs
+    assert left == study.runs[:-1]
+    assert (cut / "runs.jsonl").read_text().splitlines() == before.splitlines()[:-1]
     # Another length of training is another run.
     other = compression.Study(study.dataset, study.out, 8, 512, 5, 2, trains=False)
     assert other.run("DeepFM", methods[0], "32", 0, {"lr": 0.1}) is None
