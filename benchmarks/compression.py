@@ -37,6 +37,8 @@ from recfast.ops.formats import row_bytes
 POINTS = ("32", "8", "4", "2")
 LR = (0.05, 0.1, 0.2, 0.4)
 DENSE_LR, LINEAR_LR = 1e-3, 0.1
+# Initial ranges and learning rates of steps are chosen with this model for all.
+TUNED_WITH = "DeepFM"
 
 
 @dataclass(frozen=True)
@@ -164,11 +166,16 @@ class Study:
         self.out.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             text = self.path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
+            if not text.endswith("\n"):
                 # Stopped while writing: the run of the broken line is done again.
-                write_text(self.path, whole)
-            self.runs = [json.loads(line) for line in whole.splitlines()]
+                write_text(self.path, text[: text.rfind("\n") + 1])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what is there; other processes may work in the same folder, on other models or methods."""
+        if self.path.exists():
+            text = self.path.read_text(encoding="utf-8")
+            self.runs = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def find(self, **wanted: Any) -> list[dict[str, Any]]:
         settings = {"dim": self.dim, "batch_size": self.batch_size, "epochs": self.epochs, "patience": self.patience}
@@ -176,15 +183,15 @@ class Study:
         return [run for run in self.runs if all(run[key] == value for key, value in wanted.items())]
 
     def run(self, model: str, method: Method, point: str, seed: int, options: dict[str, Any]) -> dict[str, Any] | None:
-        known = self.find(model=model, method=method.name, point=point, seed=seed, options=options)
+        wanted = {"model": model, "method": method.name, "point": point, "seed": seed, "options": options}
+        known = self.find(**wanted)
+        if self.trains and not known:
+            self.refresh()
+            known = self.find(**wanted)
         if known or not self.trains:
             return known[0] if known else None
         about = {
-            "model": model,
-            "method": method.name,
-            "point": point,
-            "seed": seed,
-            "options": options,
+            **wanted,
             "dim": self.dim,
             "batch_size": self.batch_size,
             "epochs": self.epochs,
@@ -299,7 +306,13 @@ class Study:
             if options is None:
                 return None
             rates = (options["lr"],)
-        candidates = [{**options, "lr": lr} for options in method.grid.get(point, [{}]) for lr in rates]
+        grid = method.grid.get(point, [{}])
+        if model != TUNED_WITH and len(grid) > 1:
+            found = self.choose(TUNED_WITH, method, point)
+            if found is None:
+                return None
+            grid = [{key: value for key, value in found.items() if key != "lr"}]
+        candidates = [{**options, "lr": lr} for options in grid for lr in rates]
         tried = [self.run(model, method, point, 0, options) for options in candidates]
         if any(run is None for run in tried):
             return None
@@ -362,6 +375,8 @@ class Cell:
         return statistics.stdev(self.values(key)) if len(self.runs) > 1 else 0.0
 
     def text(self, key: str) -> str:
+        if len(self.runs) == 1:
+            return f"{self.mean(key):.4f} (one seed)"
         return f"{self.mean(key):.4f} ± {self.deviation(key):.4f}"
 
 
@@ -369,7 +384,7 @@ Cells = dict[tuple[str, str, str], Cell]
 
 
 def collect(study: Study, names: list[str], seeds: int) -> Cells:
-    """(model, method, point) -> its runs, where all seeds are there."""
+    """(model, method, point) -> its runs; a cell may have fewer seeds than were asked for."""
     cells = {}
     for model, method in itertools.product(names, METHODS):
         for point in method.points:
@@ -383,7 +398,7 @@ def collect(study: Study, names: list[str], seeds: int) -> Cells:
                     for seed in range(seeds)
                     for run in study.find(model=model, method=name, point=at, seed=seed, options=options)[:1]
                 ]
-                if len(runs) == seeds:
+                if runs:
                     cells[model, name, at] = Cell(runs)
     return cells
 
@@ -441,7 +456,7 @@ def compare(cells: Cells, names: list[str], title: str, pairs: list[tuple[str, s
         one, two = cells.get((model, ahead, point)), cells.get((model, behind, "32" if behind == "float32" else point))
         if one is None or two is None:
             continue
-        gaps = [a - b for a, b in zip(one.values("test_auc"), two.values("test_auc"), strict=True)]
+        gaps = [a - b for a, b in zip(one.values("test_auc"), two.values("test_auc"), strict=False)]
         lines.append(
             f"- {model}, {point} bits, {ahead} less {behind}: {statistics.fmean(gaps):+.4f} "
             f"(seeds {' '.join(f'{gap:+.4f}' for gap in gaps)}; float32 varies by {spread(cells, model):.4f})"
@@ -486,10 +501,10 @@ weights and of the optimiser's state, gradients aside. Methods other than quanti
 2-bit rows as their budget. In bold the best AUC at these bytes.
 
 Options are chosen with the first seed on the validation split. lr is one of {", ".join(f"{lr:g}" for lr in LR)} (for
-hashing, quotient-remainder, ROBE and pruning at the 4-bit budget). Tables trained in 8, 4 or 2 bits take the lr of
-float32; LPT chooses the initial range, ALPT the initial range and the learning rate of the step, out of as many
-choices; then both try half the lr, as long as it helps. Rounding to nearest and two passes take these options over.
-s/epoch is the median, on one thread of a shared machine: a rough size only.
+hashing, quotient-remainder, ROBE and pruning at the 4-bit budget). Tables trained in 8, 4 or 2 bits start from the lr
+of float32; LPT chooses the initial range, ALPT the initial range and the learning rate of the step, out of as many
+choices and with {TUNED_WITH}; then both try half the lr with each model, as long as it helps. Rounding to nearest and
+two passes take these options over. s/epoch is the median, on one thread of a shared machine: a rough size only.
 
 {table(cells, names, study.dim)}
 
