@@ -1,6 +1,8 @@
 """The table without a vocabulary: who gets a row, what is trained, what is forgotten, what is saved."""
 
 import copy
+import doctest
+import sys
 
 import pytest
 import torch
@@ -487,6 +489,13 @@ def test_learns(precision):
     assert len(table) == 60
     limit = 0.35 if precision == "int2" else 0.02  # of a variance of 1; four levels can say no more
     assert max(losses[140], losses[299]) < limit < losses[150]
+
+
+@pytest.mark.parametrize("documented", [DynamicTable, ops.IdMap])
+def test_docstring(documented):
+    found = doctest.testmod(sys.modules[documented.__module__], extraglobs={"torch": torch})
+    assert found.attempted >= 3
+    assert found.failed == 0
 
 
 def test_evaluation_compiles():
