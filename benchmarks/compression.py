@@ -37,8 +37,6 @@ from recfast.ops.formats import row_bytes
 POINTS = ("32", "8", "4", "2")
 LR = (0.05, 0.1, 0.2, 0.4)
 DENSE_LR, LINEAR_LR = 1e-3, 0.1
-# Initial ranges and learning rates of steps are chosen with this model for all.
-TUNED_WITH = "DeepFM"
 
 
 @dataclass(frozen=True)
@@ -306,13 +304,7 @@ class Study:
             if options is None:
                 return None
             rates = (options["lr"],)
-        grid = method.grid.get(point, [{}])
-        if model != TUNED_WITH and len(grid) > 1:
-            found = self.choose(TUNED_WITH, method, point)
-            if found is None:
-                return None
-            grid = [{key: value for key, value in found.items() if key != "lr"}]
-        candidates = [{**options, "lr": lr} for options in grid for lr in rates]
+        candidates = [{**options, "lr": lr} for options in method.grid.get(point, [{}]) for lr in rates]
         tried = [self.run(model, method, point, 0, options) for options in candidates]
         if any(run is None for run in tried):
             return None
@@ -503,8 +495,8 @@ weights and of the optimiser's state, gradients aside. Methods other than quanti
 Options are chosen with the first seed on the validation split. lr is one of {", ".join(f"{lr:g}" for lr in LR)} (for
 hashing, quotient-remainder, ROBE and pruning at the 4-bit budget). Tables trained in 8, 4 or 2 bits start from the lr
 of float32; LPT chooses the initial range, ALPT the initial range and the learning rate of the step, out of as many
-choices and with {TUNED_WITH}; then both try half the lr with each model, as long as it helps. Rounding to nearest and
-two passes take these options over. s/epoch is the median, on one thread of a shared machine: a rough size only.
+choices; then both try half the lr, as long as it helps. Rounding to nearest and two passes take these options over.
+s/epoch is the median, on one thread of a shared machine: a rough size only.
 
 {table(cells, names, study.dim)}
 
