@@ -37,6 +37,8 @@ from recfast.ops.formats import row_bytes
 POINTS = ("32", "8", "4", "2")
 LR = (0.05, 0.1, 0.2, 0.4)
 DENSE_LR, LINEAR_LR = 1e-3, 0.1
+# Trainings in 2 bits are the longest: what they choose beside lr is chosen with this model for all.
+SHARED = {"2": "DeepFM"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ FIXED = {
 }
 LEARNED = {
     "8": each(init_range=(0.5,), step_lr=(0.003, 0.01)),
-    "4": each(init_range=(0.25,), step_lr=(0.003, 0.01)) + each(init_range=(0.125,), step_lr=(0.01,)),
+    "4": each(init_range=(0.125, 0.25, 0.5), step_lr=(0.01,)),
     "2": each(init_range=(0.1,), step_lr=(0.003, 0.01)) + each(init_range=(0.15,), step_lr=(0.003,)),
 }
 
@@ -304,7 +306,13 @@ class Study:
             if options is None:
                 return None
             rates = (options["lr"],)
-        candidates = [{**options, "lr": lr} for options in method.grid.get(point, [{}]) for lr in rates]
+        grid = method.grid.get(point, [{}])
+        if point in SHARED and model != SHARED[point] and method.grid:
+            shared = self.choose(SHARED[point], method, point)
+            if shared is None:
+                return None
+            grid = [{key: value for key, value in shared.items() if key != "lr"}]
+        candidates = [{**options, "lr": lr} for options in grid for lr in rates]
         tried = [self.run(model, method, point, 0, options) for options in candidates]
         if any(run is None for run in tried):
             return None
@@ -495,8 +503,9 @@ weights and of the optimiser's state, gradients aside. Methods other than quanti
 Options are chosen with the first seed on the validation split. lr is one of {", ".join(f"{lr:g}" for lr in LR)} (for
 hashing, quotient-remainder, ROBE and pruning at the 4-bit budget). Tables trained in 8, 4 or 2 bits start from the lr
 of float32; LPT chooses the initial range, ALPT the initial range and the learning rate of the step, out of as many
-choices; then both try half the lr, as long as it helps. Rounding to nearest and two passes take these options over.
-s/epoch is the median, on one thread of a shared machine: a rough size only.
+choices (in 2 bits with {SHARED["2"]}, for both models); then both try half the lr, as long as it helps. Rounding to
+nearest and two passes take these options over. s/epoch is the median, on one thread of a shared machine: a rough size
+only.
 
 {table(cells, names, study.dim)}
 
