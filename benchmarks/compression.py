@@ -364,6 +364,7 @@ class Cell:
     """The runs of a method at a point of memory with one model, one a seed, with the options that were chosen."""
 
     runs: list[dict[str, Any]]
+    seeds: int
 
     def values(self, key: str) -> list[float]:
         return [run[key] for run in self.runs]
@@ -375,9 +376,8 @@ class Cell:
         return statistics.stdev(self.values(key)) if len(self.runs) > 1 else 0.0
 
     def text(self, key: str) -> str:
-        if len(self.runs) == 1:
-            return f"{self.mean(key):.4f} (one seed)"
-        return f"{self.mean(key):.4f} ± {self.deviation(key):.4f}"
+        both = f"{self.mean(key):.4f}" + (f" ± {self.deviation(key):.4f}" if len(self.runs) > 1 else "")
+        return both if len(self.runs) == self.seeds else f"{both} ({len(self.runs)} of {self.seeds} seeds)"
 
 
 Cells = dict[tuple[str, str, str], Cell]
@@ -399,7 +399,7 @@ def collect(study: Study, names: list[str], seeds: int) -> Cells:
                     for run in study.find(model=model, method=name, point=at, seed=seed, options=options)[:1]
                 ]
                 if runs:
-                    cells[model, name, at] = Cell(runs)
+                    cells[model, name, at] = Cell(runs, seeds)
     return cells
 
 
@@ -450,17 +450,20 @@ def table(cells: Cells, names: list[str], dim: int) -> str:
 
 
 def compare(cells: Cells, names: list[str], title: str, pairs: list[tuple[str, str]], points: Iterable[str]) -> str:
-    """Lines that say by how much the first method of each pair is ahead of the second, in AUC, seed by seed."""
+    """Lines that say by how much the first method of each pair is ahead of the second in test AUC, seed by seed."""
     lines = [f"{title}:", ""]
     for (ahead, behind), point, model in itertools.product(pairs, points, names):
         one, two = cells.get((model, ahead, point)), cells.get((model, behind, "32" if behind == "float32" else point))
         if one is None or two is None:
             continue
-        gaps = [a - b for a, b in zip(one.values("test_auc"), two.values("test_auc"), strict=False)]
-        lines.append(
-            f"- {model}, {point} bits, {ahead} less {behind}: {statistics.fmean(gaps):+.4f} "
-            f"(seeds {' '.join(f'{gap:+.4f}' for gap in gaps)}; float32 varies by {spread(cells, model):.4f})"
-        )
+        seconds = {run["seed"]: run["test_auc"] for run in two.runs}
+        gaps = [run["test_auc"] - seconds[run["seed"]] for run in one.runs if run["seed"] in seconds]
+        if gaps:
+            lines.append(
+                f"- {model}, {point} bits, {ahead} less {behind}: {statistics.fmean(gaps):+.5f} "
+                f"(seed by seed {' '.join(f'{gap:+.5f}' for gap in gaps)}; "
+                f"float32 deviates by {spread(cells, model):.5f})"
+            )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 

@@ -112,4 +112,4 @@ def test_table_and_plot(finished, compression, tmp_path, monkeypatch):
     # A method of which a seed is missing says so.
     silent.runs = [run for run in silent.runs if (run["method"], run["seed"]) != ("ROBE", 1)]
     text = compression.markdown(compression.collect(silent, ["DeepFM"], 2), ["DeepFM"], 2, silent)
-    assert [("one seed" in line) for line in text.splitlines() if "| ROBE" in line] == [True] * 3
+    assert [("(1 of 2 seeds)" in line) for line in text.splitlines() if "| ROBE" in line] == [True] * 3
