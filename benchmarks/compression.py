@@ -8,7 +8,7 @@ OUT/compression.png are written at the end (`--report` writes them from what is 
 The protocol, the same for every method: the published split; the model, its dense optimiser (Adam) and the tables of
 DeepFM's linear part (float32) are fixed, only the D-wide tables change. The options of a method are chosen by the AUC
 on the validation split with the first seed, from the grid in `METHODS`, the epoch by the same AUC in every run. The
-test split is read once an epoch and takes part in no choice.
+test split takes part in no choice.
 
 A point of memory is the bytes that rows of 8, 4 or 2 bits take with their step sizes; hashing, quotient-remainder,
 ROBE and pruning get at most the same bytes, with all that they need to serve.
@@ -37,6 +37,8 @@ from recfast.ops.formats import row_bytes
 POINTS = ("32", "8", "4", "2")
 LR = (0.05, 0.1, 0.2, 0.4)
 DENSE_LR, LINEAR_LR = 1e-3, 0.1
+# Trainings in 2 bits are the longest: what they choose beside lr is chosen with this model for all.
+SHARED = {"2": "DeepFM"}
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,13 @@ def each(**values: Iterable[Any]) -> list[dict[str, Any]]:
 # The highest weight that the initial step can hold; as many choices for the fixed step as for the learned one.
 FIXED = {
     "8": each(init_range=(0.5, 1.0)),
-    "4": each(init_range=(0.125, 0.25, 0.5, 1.0)),
-    "2": each(init_range=(0.1, 0.15, 0.2, 0.3)),
+    "4": each(init_range=(0.125, 0.25, 0.5)),
+    "2": each(init_range=(0.1, 0.15, 0.2)),
 }
 LEARNED = {
     "8": each(init_range=(0.5,), step_lr=(0.003, 0.01)),
-    "4": each(init_range=(0.125, 0.25), step_lr=(0.003, 0.01)),
-    "2": each(init_range=(0.1, 0.15), step_lr=(0.003, 0.01)),
+    "4": each(init_range=(0.125, 0.25, 0.5), step_lr=(0.01,)),
+    "2": each(init_range=(0.1,), step_lr=(0.003, 0.01)) + each(init_range=(0.15,), step_lr=(0.003,)),
 }
 
 
@@ -136,8 +138,8 @@ METHODS = [
     Method("pruning", pruning, tuned_at="4", note=f"gradual, global; {PARAMETERS}"),
     in_bits("LPT", "fixed step, stochastic", halves=True, step="fixed", rounding="stochastic"),
     in_bits("ALPT", "learned step, stochastic", halves=True, step="learned", rounding="stochastic"),
-    in_bits("LPT, nearest", "fixed step", step="fixed", rounding="nearest"),
-    in_bits("ALPT, nearest", "learned step", step="learned", rounding="nearest"),
+    in_bits("LPT, nearest", "options of LPT", like="LPT", step="fixed", rounding="nearest"),
+    in_bits("ALPT, nearest", "options of ALPT", like="ALPT", step="learned", rounding="nearest"),
     in_bits("ALPT, two passes", "options of ALPT", like="ALPT", step="learned", rounding="stochastic", passes=2),
     Method("ALPT, defaults", embedding_tables, lr_of_float32=True, note="of nn.EmbeddingTables: rows never clipped"),
 ]
@@ -163,7 +165,17 @@ class Study:
         self.path = self.out / "runs.jsonl"
         self.out.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self.runs = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            text = self.path.read_text(encoding="utf-8")
+            if not text.endswith("\n"):
+                # Stopped while writing: the run of the broken line is done again.
+                write_text(self.path, text[: text.rfind("\n") + 1])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what is there; other processes may work in the same folder, on other models or methods."""
+        if self.path.exists():
+            text = self.path.read_text(encoding="utf-8")
+            self.runs = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def find(self, **wanted: Any) -> list[dict[str, Any]]:
         settings = {"dim": self.dim, "batch_size": self.batch_size, "epochs": self.epochs, "patience": self.patience}
@@ -171,15 +183,15 @@ class Study:
         return [run for run in self.runs if all(run[key] == value for key, value in wanted.items())]
 
     def run(self, model: str, method: Method, point: str, seed: int, options: dict[str, Any]) -> dict[str, Any] | None:
-        known = self.find(model=model, method=method.name, point=point, seed=seed, options=options)
+        wanted = {"model": model, "method": method.name, "point": point, "seed": seed, "options": options}
+        known = self.find(**wanted)
+        if self.trains and not known:
+            self.refresh()
+            known = self.find(**wanted)
         if known or not self.trains:
             return known[0] if known else None
         about = {
-            "model": model,
-            "method": method.name,
-            "point": point,
-            "seed": seed,
-            "options": options,
+            **wanted,
             "dim": self.dim,
             "batch_size": self.batch_size,
             "epochs": self.epochs,
@@ -294,7 +306,13 @@ class Study:
             if options is None:
                 return None
             rates = (options["lr"],)
-        candidates = [{**options, "lr": lr} for options in method.grid.get(point, [{}]) for lr in rates]
+        grid = method.grid.get(point, [{}])
+        if point in SHARED and model != SHARED[point] and method.grid:
+            shared = self.choose(SHARED[point], method, point)
+            if shared is None:
+                return None
+            grid = [{key: value for key, value in shared.items() if key != "lr"}]
+        candidates = [{**options, "lr": lr} for options in grid for lr in rates]
         tried = [self.run(model, method, point, 0, options) for options in candidates]
         if any(run is None for run in tried):
             return None
@@ -321,8 +339,7 @@ class Study:
 def serving_bytes(tables: torch.nn.Module) -> int:
     """Bytes of the D-wide tables as they are served."""
     if isinstance(tables, nn.EmbeddingTables):
-        rows = sum(rows for _, rows in tables.specs)
-        return rows * row_bytes(tables.precision, tables.dim)
+        return tables.freeze().memory_bytes()
     return tables.memory_bytes()
 
 
@@ -347,6 +364,7 @@ class Cell:
     """The runs of a method at a point of memory with one model, one a seed, with the options that were chosen."""
 
     runs: list[dict[str, Any]]
+    seeds: int
 
     def values(self, key: str) -> list[float]:
         return [run[key] for run in self.runs]
@@ -358,14 +376,15 @@ class Cell:
         return statistics.stdev(self.values(key)) if len(self.runs) > 1 else 0.0
 
     def text(self, key: str) -> str:
-        return f"{self.mean(key):.4f} ± {self.deviation(key):.4f}"
+        both = f"{self.mean(key):.4f}" + (f" ± {self.deviation(key):.4f}" if len(self.runs) > 1 else "")
+        return both if len(self.runs) == self.seeds else f"{both} ({len(self.runs)} of {self.seeds} seeds)"
 
 
 Cells = dict[tuple[str, str, str], Cell]
 
 
 def collect(study: Study, names: list[str], seeds: int) -> Cells:
-    """(model, method, point) -> its runs, where all seeds are there."""
+    """(model, method, point) -> its runs; a cell may have fewer seeds than were asked for."""
     cells = {}
     for model, method in itertools.product(names, METHODS):
         for point in method.points:
@@ -379,8 +398,8 @@ def collect(study: Study, names: list[str], seeds: int) -> Cells:
                     for seed in range(seeds)
                     for run in study.find(model=model, method=name, point=at, seed=seed, options=options)[:1]
                 ]
-                if len(runs) == seeds:
-                    cells[model, name, at] = Cell(runs)
+                if runs:
+                    cells[model, name, at] = Cell(runs, seeds)
     return cells
 
 
@@ -431,17 +450,20 @@ def table(cells: Cells, names: list[str], dim: int) -> str:
 
 
 def compare(cells: Cells, names: list[str], title: str, pairs: list[tuple[str, str]], points: Iterable[str]) -> str:
-    """Lines that say by how much the first method of each pair is ahead of the second, in AUC, seed by seed."""
+    """Lines that say by how much the first method of each pair is ahead of the second in test AUC, seed by seed."""
     lines = [f"{title}:", ""]
     for (ahead, behind), point, model in itertools.product(pairs, points, names):
         one, two = cells.get((model, ahead, point)), cells.get((model, behind, "32" if behind == "float32" else point))
         if one is None or two is None:
             continue
-        gaps = [a - b for a, b in zip(one.values("test_auc"), two.values("test_auc"), strict=True)]
-        lines.append(
-            f"- {model}, {point} bits, {ahead} less {behind}: {statistics.fmean(gaps):+.4f} "
-            f"(seeds {' '.join(f'{gap:+.4f}' for gap in gaps)}; float32 varies by {spread(cells, model):.4f})"
-        )
+        seconds = {run["seed"]: run["test_auc"] for run in two.runs}
+        gaps = [run["test_auc"] - seconds[run["seed"]] for run in one.runs if run["seed"] in seconds]
+        if gaps:
+            lines.append(
+                f"- {model}, {point} bits, {ahead} less {behind}: {statistics.fmean(gaps):+.5f} "
+                f"(seed by seed {' '.join(f'{gap:+.5f}' for gap in gaps)}; "
+                f"float32 deviates by {spread(cells, model):.5f})"
+            )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -482,10 +504,11 @@ weights and of the optimiser's state, gradients aside. Methods other than quanti
 2-bit rows as their budget. In bold the best AUC at these bytes.
 
 Options are chosen with the first seed on the validation split. lr is one of {", ".join(f"{lr:g}" for lr in LR)} (for
-hashing, quotient-remainder, ROBE and pruning at the 4-bit budget). Tables trained in 8, 4 or 2 bits take the lr of
-float32 and choose the initial range (fixed step), or initial range and learning rate of the step (learned step), from
-as many pairs; then LPT and ALPT try half the lr, as long as it helps. s/epoch is the median, on one thread of a shared
-machine: a rough size only.
+hashing, quotient-remainder, ROBE and pruning at the 4-bit budget). Tables trained in 8, 4 or 2 bits start from the lr
+of float32; LPT chooses the initial range, ALPT the initial range and the learning rate of the step, out of as many
+choices (in 2 bits with {SHARED["2"]}, for both models); then both try half the lr, as long as it helps. Rounding to
+nearest and two passes take these options over. s/epoch is the median, on one thread of a shared machine: a rough size
+only.
 
 {table(cells, names, study.dim)}
 

@@ -36,13 +36,20 @@ def finished(compression, data_cache, tmp_path_factory):
     return study, methods
 
 
-def test_nothing_is_trained_twice(compression, finished, monkeypatch):
+def test_nothing_is_trained_twice(compression, finished, monkeypatch, tmp_path):
     study, methods = finished
     before = study.path.read_text()
     again = compression.Study(study.dataset, study.out, 8, 512, 4, 2)
     monkeypatch.setattr(again, "_train", lambda *_: pytest.fail("trained again"))
     again.everything(["DeepFM"], methods, 2)
     assert study.path.read_text() == before
+    # A line that was cut off is a run that was not done; what is whole stays.
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "runs.jsonl").write_text(before[:-30])
+    left = compression.Study(study.dataset, cut, 8, 512, 4, 2).runs
+    assert left == study.runs[:-1]
+    assert (cut / "runs.jsonl").read_text().splitlines() == before.splitlines()[:-1]
     # Another length of training is another run.
     other = compression.Study(study.dataset, study.out, 8, 512, 5, 2, trains=False)
     assert other.run("DeepFM", methods[0], "32", 0, {"lr": 0.1}) is None
@@ -102,6 +109,7 @@ def test_table_and_plot(finished, compression, tmp_path, monkeypatch):
     assert row.count("|") == text.splitlines()[text.splitlines().index(row) - 1].count("|")
     compression.plot(cells, ["DeepFM"], 8, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    # A method of which a seed is missing has no row.
+    # A method of which a seed is missing says so.
     silent.runs = [run for run in silent.runs if (run["method"], run["seed"]) != ("ROBE", 1)]
-    assert "ROBE" not in {name for _, name, _ in compression.collect(silent, ["DeepFM"], 2)}
+    text = compression.markdown(compression.collect(silent, ["DeepFM"], 2), ["DeepFM"], 2, silent)
+    assert [("(1 of 2 seeds)" in line) for line in text.splitlines() if "| ROBE" in line] == [True] * 3

@@ -306,8 +306,8 @@ def test_pruned_tables_are_served_as_they_were_trained():
 @pytest.mark.parametrize("step", ["max", "mse"])
 def test_post_training(bits, step):
     tables = EmbeddingTables(SPECS, DIM, init_std=0.3)
-    (group,) = tables.groups
-    group.rows[17] = 0.0
+    tables.groups[0].table[17] = 0.0
+    before = tables.dequantize("item")
     served = PostTrainingTables(tables, bits, step=step)
     assert served.memory_bytes() == 1313 * {8: 12, 4: 8, 2: 8}[bits]
     assert isinstance(served.table, QuantizedTable)
@@ -330,7 +330,9 @@ def test_post_training(bits, step):
     rows = [served.dequantize(name) for name, _ in SPECS]
     assert torch.equal(served(ids), torch.stack([rows[f][ids[:, f]] for f in range(4)], 1))
     assert not list(served.parameters())
-    assert torch.equal(group.rows[18], tables.dequantize("user")[18])
+    tables.groups[0].table.zero_()
+    assert not torch.equal(tables.dequantize("item"), before)
+    assert torch.equal(served(ids), torch.stack([rows[f][ids[:, f]] for f in range(4)], 1))
 
 
 def test_best_step_is_the_best():

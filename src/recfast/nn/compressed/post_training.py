@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from recfast import ops
 from recfast.nn.compressed._base import CompressedTables
 from recfast.ops import _check
 from recfast.ops.formats import FORMATS, QuantizedTable
@@ -48,7 +49,7 @@ class PostTrainingTables(CompressedTables):
         return QuantizedTable(self.stored, self.bits, self.dim)
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.table.reference_values(rows)
+        return ops.embedding_bag(self.table, rows)
 
     def memory_bytes(self) -> int:
         """Bytes of the rows: step size, codes and padding."""
