@@ -539,7 +539,7 @@ def test_one_step_for_a_table(passes, step_optimizer):
         (each(ids) * target).sum().backward()
     assert equal(state(tables), state(other))
     with pytest.raises(ValueError, match="step_per='table' goes with step_range='clip', got 'grow'"):
-        make("int4", step_per="table")
+        make("int4", step_per="table", step_range="grow")
 
 
 @pytest.mark.parametrize("step_per", ["row", "table"])

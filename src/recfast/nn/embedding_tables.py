@@ -24,6 +24,7 @@ from recfast.ops.formats import ROUNDINGS
 
 _PLACE = "EmbeddingTables"
 _STATE_VERSION = 2
+_LEAST_RANGE = {"int4": 0.25, "int2": 0.15}
 
 
 class _Lookup(torch.autograd.Function):
@@ -92,9 +93,11 @@ class EmbeddingTables(TableLookups):
         What a step's gradient is multiplied with, see `ops.embedding_update_`; of no effect under "adagrad" and "adam".
     step_floor : {"clamp", "abs", "none"}
         How steps stay positive.
-    step_range : {"grow", "clip"}
+    step_range : {"auto", "grow", "clip"}
         "grow": a step is never smaller than what its row needs, so rows may outgrow the initial range and nothing is
-        clipped. "clip": as published, weights outside the range are clipped and counted in `saturated`.
+        clipped. "clip": as published, weights outside the range are clipped and counted in `saturated`. "auto": "clip"
+        for int4 and int2, where a step that suits the largest weight leaves the others no codes, "grow" for int8 and
+        float8.
     step_per : {"row", "table"}
         "table": all rows of a table share one step, and the whole table is rounded anew whenever it changes, which is
         in every update; for comparison with publications that do so, not for large tables. Takes "clip".
@@ -108,7 +111,7 @@ class EmbeddingTables(TableLookups):
         The initial step of every row: `init_range` over the highest code; 2 E|w| / sqrt(2^(bits - 1)), the rule of LSQ;
         each row's own max |w| over the highest code; or a number.
     init_range : float or None
-        None: 4 * init_std.
+        None: 4 * init_std, but at least 0.25 for int4 and 0.15 for int2, which did best on Frappe's validation rows.
     skip_missing : bool
         An id of -1 stands for nothing: it gives zeros, and pooling passes over it. False: it is refused.
     seed : int
@@ -151,7 +154,7 @@ class EmbeddingTables(TableLookups):
         step_optimizer: str = "adagrad",
         step_scale: str | float = "batch",
         step_floor: str = "clamp",
-        step_range: str = "grow",
+        step_range: str = "auto",
         step_per: str = "row",
         passes: int = 1,
         init_std: float = 0.01,
@@ -167,10 +170,10 @@ class EmbeddingTables(TableLookups):
         _check.choice(_PLACE, "decay", decay, ("l2", "decoupled"))
         _check.choice(_PLACE, "step_optimizer", step_optimizer, STEP_OPTIMIZERS)
         _check.choice(_PLACE, "step_floor", step_floor, STEP_FLOORS)
-        _check.choice(_PLACE, "step_range", step_range, STEP_RANGES)
+        _check.choice(_PLACE, "step_range", step_range, ("auto", *STEP_RANGES))
         _check.choice(_PLACE, "step_per", step_per, ("row", "table"))
         _check.choice(_PLACE, "passes", passes, (1, 2))
-        if step_per == "table" and step == "learned" and step_range != "clip":
+        if step_per == "table" and step == "learned" and step_range == "grow":
             raise ValueError(f"{_PLACE}: step_per='table' goes with step_range='clip', got {step_range!r}")
         _check.at_least(_PLACE, "init_std", init_std, 0.0)
         _check.at_least(_PLACE, "step_lr", step_lr, 0.0)
@@ -185,10 +188,14 @@ class EmbeddingTables(TableLookups):
         self.step_lr, self.step_optimizer, self.step_scale = step_lr, step_optimizer, step_scale
         self.step_floor, self.step_range, self.step_per, self.passes = step_floor, step_range, step_per, passes
         self.init_std, self.init_step = init_std, init_step
-        self.init_range = 4 * init_std if init_range is None else init_range
+        self.init_range = init_range
         with_steps = [group for group in self.groups if group.bits is not None]
-        if with_steps and init_step == "range" and not 0 < self.init_range < math.inf:
-            raise ValueError(f"{_PLACE}: init_range must be positive and finite, got {self.init_range}")
+        if (
+            with_steps
+            and init_step == "range"
+            and not 0 < (4 * init_std if init_range is None else init_range) < math.inf
+        ):
+            raise ValueError(f"{_PLACE}: init_range must be positive and finite, got {init_range}, init_std {init_std}")
         self.grad_scale = 1.0
         self.check_finite = True
 
@@ -236,6 +243,8 @@ class EmbeddingTables(TableLookups):
         if self.init_step == "max":
             # The expected largest of D normal numbers, closely enough for what depends on it, the scale of `step_lr`.
             return max(self.init_std, 1e-12) * math.sqrt(2 * math.log(2 * self.dim + 1)) / info.highest
+        if self.init_range is None:
+            return max(4 * self.init_std, _LEAST_RANGE.get(precision, 0.0)) / info.highest
         return self.init_range / info.highest
 
     @property
@@ -371,7 +380,7 @@ class EmbeddingTables(TableLookups):
             "step_optimizer": self.step_optimizer,
             "step_scale": self.step_scale,
             "step_floor": self.step_floor,
-            "step_range": self.step_range,
+            "step_range": self._range_rule(group),
         }
         table, state, ids = group.table, group.state, ids.reshape(-1)
         in_two = self.passes == 2 and learns
@@ -432,6 +441,11 @@ class EmbeddingTables(TableLookups):
             for i, piece in zip(part.places, found.split([call.lengths[i] for i in part.places]), strict=True):
                 pieces[i].copy_(piece)
         return out
+
+    def _range_rule(self, group: TableGroup) -> str:
+        if self.step_range != "auto":
+            return self.step_range
+        return "clip" if group.bits in (4, 2) or group.one_step else "grow"
 
     def _learns(self, group: TableGroup) -> bool:
         """Whether the step sizes of a group are trained; those of float8 are scales and only grow."""
