@@ -10,14 +10,13 @@ from torch import nn
 
 from recfast import ops
 from recfast.errors import InputError
+from recfast.nn._table_group import BITS, PRECISIONS, default_range, range_rule
 from recfast.ops import UpdateState, _check, formats
 from recfast.ops._memory import zeros
 from recfast.ops.embedding_update import OPTIMIZERS, STEP_FLOORS, STEP_OPTIMIZERS, STEP_RANGES
 from recfast.ops.formats import ROUNDINGS
 
-PRECISIONS = ("float32", "bfloat16", "float16", "float8", "int8", "int4", "int2")
 DEFAULTS = ("zeros", "trained")
-_BITS = {"float8": "fp8", "int8": 8, "int4": 4, "int2": 2}
 _PLACE = "DynamicTable"
 _DEFAULT_ROW = 0
 _ENTRIES = ("ids", "rows", "counts", "last_seen")
@@ -43,7 +42,7 @@ class _Rows:
     ) -> None:
         self.dim, self.initial_step, self.dither = dim, initial_step, dither
         info = formats.FORMATS[precision]
-        self.dtype, self.bits = info.dtype, None if info.dtype is not None else _BITS[precision]
+        self.dtype, self.bits = info.dtype, None if info.dtype is not None else BITS[precision]
         if self.bits is None:
             self.tensors = {"rows": torch.zeros(0, dim, dtype=self.dtype)}
         else:
@@ -168,7 +167,7 @@ step_floor, step_range
     init_std : float
         Standard deviation of new rows, which depend on `seed` and the id alone (`ops.initial_rows`).
     init_range : float or None
-        New rows have the step size `init_range` over the highest code. None: 4 * init_std.
+        New rows have the step size `init_range` over the highest code. None: as `EmbeddingTables`.
     seed : int
         Of new rows and of stochastic rounding. Tables of one model want different ones, or equal ids start equal.
 
@@ -229,7 +228,7 @@ step_floor, step_range
         step_optimizer: str = "adagrad",
         step_scale: str | float = "batch",
         step_floor: str = "clamp",
-        step_range: str = "grow",
+        step_range: str = "auto",
         init_std: float = 0.01,
         init_range: float | None = None,
         seed: int = 0,
@@ -253,10 +252,10 @@ step_floor, step_range
         _check.choice(_PLACE, "decay", decay, ("l2", "decoupled"))
         _check.choice(_PLACE, "step_optimizer", step_optimizer, STEP_OPTIMIZERS)
         _check.choice(_PLACE, "step_floor", step_floor, STEP_FLOORS)
-        _check.choice(_PLACE, "step_range", step_range, STEP_RANGES)
+        _check.choice(_PLACE, "step_range", step_range, ("auto", *STEP_RANGES))
         for name, value in (("init_std", init_std), ("step_lr", step_lr)):
             _check.at_least(_PLACE, name, value, 0.0)
-        init_range = 4 * init_std if init_range is None else init_range
+        init_range = default_range(precision, init_std) if init_range is None else init_range
         highest = formats.FORMATS[precision].highest  # of a code; 0 without a step size
         if highest and not 0 < init_range < math.inf:
             raise ValueError(f"{_PLACE}: init_range must be positive, got {init_range}")
@@ -274,7 +273,8 @@ step_floor, step_range
         self._options = {
             "optimizer": optimizer, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay": decay,
             "step_lr": step_lr * relative if learned else None, "step_optimizer": step_optimizer,
-            "step_scale": step_scale, "step_floor": step_floor, "step_range": step_range, "rounding": rounding,
+            "step_scale": step_scale, "step_floor": step_floor, "step_range": range_rule(step_range, precision),
+            "rounding": rounding,
         }  # fmt: skip
         self.grad_scale = 1.0
         self.check_finite = True

@@ -14,7 +14,7 @@ from torch import nn
 from recfast import ops
 from recfast.errors import InputError
 from recfast.nn import _table_files
-from recfast.nn._table_group import Names, TableGroup
+from recfast.nn._table_group import Names, TableGroup, default_range, range_rule
 from recfast.nn._table_lookups import Lookups, TableLookups
 from recfast.nn.frozen_tables import FrozenTables
 from recfast.ops import _check, embedding_tables, formats
@@ -24,7 +24,6 @@ from recfast.ops.formats import ROUNDINGS
 
 _PLACE = "EmbeddingTables"
 _STATE_VERSION = 2
-_LEAST_RANGE = {"int4": 0.25, "int2": 0.15}
 
 
 class _Lookup(torch.autograd.Function):
@@ -244,7 +243,7 @@ class EmbeddingTables(TableLookups):
             # The expected largest of D normal numbers, closely enough for what depends on it, the scale of `step_lr`.
             return max(self.init_std, 1e-12) * math.sqrt(2 * math.log(2 * self.dim + 1)) / info.highest
         if self.init_range is None:
-            return max(4 * self.init_std, _LEAST_RANGE.get(precision, 0.0)) / info.highest
+            return default_range(precision, self.init_std) / info.highest
         return self.init_range / info.highest
 
     @property
@@ -380,7 +379,7 @@ class EmbeddingTables(TableLookups):
             "step_optimizer": self.step_optimizer,
             "step_scale": self.step_scale,
             "step_floor": self.step_floor,
-            "step_range": self._range_rule(group),
+            "step_range": "clip" if group.one_step else range_rule(self.step_range, group.precision),
         }
         table, state, ids = group.table, group.state, ids.reshape(-1)
         in_two = self.passes == 2 and learns
@@ -441,11 +440,6 @@ class EmbeddingTables(TableLookups):
             for i, piece in zip(part.places, found.split([call.lengths[i] for i in part.places]), strict=True):
                 pieces[i].copy_(piece)
         return out
-
-    def _range_rule(self, group: TableGroup) -> str:
-        if self.step_range != "auto":
-            return self.step_range
-        return "clip" if group.bits in (4, 2) or group.one_step else "grow"
 
     def _learns(self, group: TableGroup) -> bool:
         """Whether the step sizes of a group are trained; those of float8 are scales and only grow."""
