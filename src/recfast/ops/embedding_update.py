@@ -16,7 +16,7 @@ import torch
 from recfast import _C
 from recfast.ops import _check
 from recfast.ops._library import define, kernel
-from recfast.ops.formats import FORMATS, PLAIN, WITH_STEP, QuantizedTable, empty_table, row_bytes
+from recfast.ops.formats import FORMATS, PLAIN, WITH_STEP, QuantizedTable, empty_table, philox_words, row_bytes
 
 OPTIMIZERS = ("sgd", "rowwise_adagrad", "adagrad", "adam", "rowwise_adam")
 STEP_OPTIMIZERS = ("sgd", "adagrad", "adam")
@@ -460,23 +460,8 @@ def _pending_memory(total: int, width: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def philox_uniform(seed: int, step_count: int, table_id: int, rows: torch.Tensor, width: int) -> torch.Tensor:
-    """The draws in [0, 1) that the kernel makes for `rows` int64 [R]: Tensor [R, width], float64 (24 bits each).
-
-    Philox-4x32-7 in int64 arithmetic: products wrap, which leaves their low and high words right. A word serves two
-    columns, the odd one with its halves exchanged.
-    """
-    low = 0xFFFFFFFF
-    blocks = torch.arange(-(-width // 8))
-    c2, c3 = (x.reshape(-1) for x in torch.meshgrid(rows.long(), blocks, indexing="ij"))
-    c0, c1 = torch.full_like(c2, step_count), torch.full_like(c2, table_id)
-    k0, k1 = seed & low, seed >> 32 & low
-    for _ in range(7):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = p1 >> 32 & low ^ c1 ^ k0, p1 & low, p0 >> 32 & low ^ c3 ^ k1, p0 & low
-        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    words = torch.stack([c0, c1, c2, c3], 1)
-    words = torch.stack([words, (words << 16 | words >> 16) & low], 2)
-    return (words.reshape(len(rows), 8 * len(blocks))[:, :width] >> 8).double() / 2**24
+    """The draws in [0, 1) that the kernel makes for `rows` int64 [R]: Tensor [R, width], float64 (24 bits each)."""
+    return (philox_words(seed, step_count, table_id, rows, width) >> 8).double() / 2**24
 
 
 def _row_gradients(rows, width, indices, offsets, grad, weights, mode, features, skip_missing, argmax, grad_scale):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from recfast.nn._table_group import names_and_aliases
 from recfast.ops import _check
 
 
-class CompressedTables(nn.Module):
+class CompressedTables(nn.Module, abc.ABC):
     """Tables of (name, rows), looked up by name or all together; a method says what a row is.
 
     Rows of all tables are numbered through: row `id` of a table is row `start + id` of the whole.
@@ -29,7 +31,7 @@ class CompressedTables(nn.Module):
         super().__init__()
         place = type(self).__name__
         _check.at_least(place, "dim", dim, 1)
-        self.specs, aliases = _specs(place, schema_or_specs)
+        self.specs, aliases = names_and_aliases(schema_or_specs, place)
         self.dim = dim
         sizes = [rows for _, rows in self.specs]
         starts = [sum(sizes[:table]) for table in range(len(sizes))]
@@ -48,13 +50,13 @@ class CompressedTables(nn.Module):
         """Bytes of the same tables in float32."""
         return 4 * self.total_rows * self.dim
 
+    @abc.abstractmethod
     def memory_bytes(self) -> int:
         """Bytes needed to serve: what the rows are made of, and what finds it (hash seeds, sizes, masks, offsets)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows int64 [n], numbered through, checked -> their values float32 [n, D]."""
-        raise NotImplementedError
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up one id of every table.
@@ -226,21 +228,3 @@ def hashed(x: torch.Tensor, salt: torch.Tensor | int, ranges: torch.Tensor | int
     x = (x ^ _shift(x, 30)) * _FIRST
     x = (x ^ _shift(x, 27)) * _SECOND
     return (_shift(x ^ _shift(x, 31), 33) * ranges) >> 31
-
-
-def _specs(place: str, given: Any) -> tuple[list[tuple[str, int]], dict[str, str]]:
-    """The tables as (name, rows), and the other names that share one."""
-    if hasattr(given, "categorical"):
-        specs = [(column.name, given.rows(column.name)) for column in given.categorical]
-        aliases = {column.name: column.of for column in given.sequences}
-    else:
-        specs, aliases = [(str(name), int(rows)) for name, rows in given], {}
-    names = [name for name, _ in specs]
-    if not specs:
-        raise ValueError(f"{place}: there must be at least one table")
-    for position, (name, rows) in enumerate(specs):
-        if name in names[:position]:
-            raise ValueError(f"{place}: the name {name!r} stands twice")
-        if rows < 1:
-            raise ValueError(f"{place}: table {name!r} must have at least one row, got {rows}")
-    return specs, {name: of for name, of in aliases.items() if name not in names}
