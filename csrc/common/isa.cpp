@@ -47,8 +47,26 @@ Isa detected_isa() noexcept {
 
 bool has_vbmi() noexcept {
 #if defined(__x86_64__)
-  static const bool vbmi = __builtin_cpu_supports("avx512vbmi") != 0;
-  return vbmi && active_isa() == Isa::kAvx512;
+  static const bool offered = __builtin_cpu_supports("avx512vbmi") != 0;
+  return offered && active_isa() == Isa::kAvx512;
+#else
+  return false;
+#endif
+}
+
+bool has_bf16() noexcept {
+#if defined(__x86_64__)
+  static const bool offered = __builtin_cpu_supports("avx512bf16") != 0;
+  return offered && active_isa() == Isa::kAvx512;
+#else
+  return false;
+#endif
+}
+
+bool has_vpopcnt() noexcept {
+#if defined(__x86_64__)
+  static const bool offered = __builtin_cpu_supports("avx512vpopcntdq") != 0;
+  return offered && active_isa() == Isa::kAvx512;
 #else
   return false;
 #endif

@@ -17,6 +17,12 @@ inline constexpr std::array<std::string_view, 3> kIsaNames{"scalar", "avx2", "av
 // AVX-512 VBMI (byte permutes over 128 bytes), which kernels on kAvx512 must ask for apart.
 [[nodiscard]] bool has_vbmi() noexcept;
 
+// AVX-512 BF16 (products of pairs of bfloat16, summed in float32), likewise.
+[[nodiscard]] bool has_bf16() noexcept;
+
+// AVX-512 VPOPCNTDQ (bits counted in each 64-bit lane), likewise.
+[[nodiscard]] bool has_vpopcnt() noexcept;
+
 // The level in force: the detected one, lowered by RECFAST_ISA=scalar|avx2|avx512 or by set_isa.
 [[nodiscard]] Isa active_isa() noexcept;
 

@@ -1,12 +1,16 @@
 #include "din_attention/din_attention.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/simd_portable.h"
+#include "common/vectors.h"
 #include "din_attention/din_attention_kernel.h"
 
 namespace recfast::din_attention {
@@ -19,16 +23,6 @@ constexpr std::int64_t kMaxParts = 64;
 constexpr std::int64_t kPairsPerPart = 512;
 
 std::int64_t max_parts(const Shape& shape) noexcept { return std::clamp<std::int64_t>(shape.users, 1, kMaxParts); }
-
-// 16 bytes, which any 64-bit processor has; elsewhere the compiler takes it apart.
-template <class Value>
-struct Portable {
-  using T = Value;
-  typedef Value V __attribute__((vector_size(16)));
-  static constexpr int kMaxColumns = 3;
-  static constexpr int rows(int columns) { return columns == 3 ? 3 : 4; }
-  static V fma(V a, V b, V c) noexcept { return a * b + c; }
-};
 
 constexpr IsaTable<decltype(forward_avx2)> kForward{
     .scalar = forward_scalar<float>,
@@ -226,17 +220,6 @@ std::int64_t scratch_size(const Shape& shape, bool backward) noexcept {
   Arena<float> partial(nullptr);
   if (backward) static_cast<void>(Partial<float>(partial, shape));
   return shared.used() + max_threads() * work.used() + max_parts(shape) * partial.used();
-}
-
-std::int64_t check_offsets(Span<const std::int64_t> offsets, std::int64_t total, std::int64_t& longest) noexcept {
-  longest = 0;
-  if (offsets.empty() || offsets.front() != 0) return 0;
-  for (std::size_t i = 1; i < offsets.size(); ++i) {
-    const std::int64_t length = offsets[i] - offsets[i - 1];
-    if (length < 0) return static_cast<std::int64_t>(i);
-    longest = std::max(longest, length);
-  }
-  return offsets.back() == total ? -1 : static_cast<std::int64_t>(offsets.size()) - 1;
 }
 
 void forward(const Args<float>& args) noexcept { run_forward(args, kForward.pick()); }

@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/arena.h"
 #include "common/span.h"
 
 namespace recfast::din_attention {
@@ -80,11 +81,6 @@ struct Gradients {
 // How many values of scratch a call needs with the present number of threads.
 [[nodiscard]] std::int64_t scratch_size(const Shape& shape, bool backward) noexcept;
 
-// The first position where `offsets` [size] does not start at 0, falls, or does not end at `total`; -1 if none.
-// `longest` becomes the largest step.
-[[nodiscard]] std::int64_t check_offsets(Span<const std::int64_t> offsets, std::int64_t total,
-                                         std::int64_t& longest) noexcept;
-
 void forward(const Args<float>& args) noexcept;
 void forward(const Args<double>& args) noexcept;
 void backward(const Args<float>& args, const Gradients<float>& gradients) noexcept;
@@ -92,33 +88,8 @@ void backward(const Args<double>& args, const Gradients<double>& gradients) noex
 
 // --- what the forms share ---
 
-// Widths are padded to this many values, with zeros in the weights; dot products run in this many partial sums on
-// every instruction set.
-inline constexpr std::int64_t kLanes = 16;
-
-[[nodiscard]] constexpr std::int64_t padded(std::int64_t width) noexcept {
-  return (width + kLanes - 1) / kLanes * kLanes;
-}
-
 // History rows that go through the layers together.
 inline constexpr std::int64_t kTileRows = 20;
-
-// Hands out pieces of scratch, or only counts them (base null).
-template <class T>
-class Arena {
- public:
-  explicit Arena(T* base) noexcept : base_(base) {}
-  [[nodiscard]] T* take(std::int64_t size) noexcept {
-    T* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += padded(size);
-    return piece;
-  }
-  [[nodiscard]] std::int64_t used() const noexcept { return used_; }
-
- private:
-  T* base_;
-  std::int64_t used_ = 0;
-};
 
 // Weights in the form the kernels read, made once a call; padded columns hold zeros.
 template <class T>

@@ -3,28 +3,20 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 
+#include "common/simd_avx2.h"
+#include "common/vectors.h"
 #include "din_attention/din_attention_kernel.h"
 
 namespace recfast::din_attention {
-namespace {
-
-struct Avx2 {
-  using T = float;
-  using V = __m256;
-  static constexpr int kMaxColumns = 3;
-  // Tiles that fill the 16 registers, less one row of weights and one broadcast.
-  static constexpr int rows(int columns) { return columns == 1 ? 6 : columns == 2 ? 5 : 4; }
-  static V fma(V a, V b, V c) noexcept { return _mm256_fmadd_ps(a, b, c); }
-};
-
-}  // namespace
 
 void forward_avx2(const Args<float>& args, const Packed<float>& packed, const Work<float>& work, std::int64_t user,
                     std::int64_t candidate) noexcept {

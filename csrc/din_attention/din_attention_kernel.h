@@ -1,153 +1,25 @@
-// The kernel itself, for any vector type. A form includes this file inside its target region and gives a `Simd`:
-//   T, V (a GCC vector of T), kMaxColumns (vectors side by side in a tile), rows(J) (rows of a tile J vectors wide),
-//   fma(a, b, c).
-// The standard headers and din_attention.h must have been included before, outside that region.
+// The kernel itself, for any vector type (see common/vectors.h). A form includes both inside its target region; the standard
+// headers and din_attention.h must have been included before, outside it.
 #pragma once
 
 namespace recfast::din_attention {
 
 template <class Simd>
-struct Kernel {
+struct Kernel : Vectors<Simd> {
   using T = typename Simd::T;
   using V = typename Simd::V;
-  static constexpr std::int64_t kWidth = static_cast<std::int64_t>(sizeof(V) / sizeof(T));
-
-  static V load(const T* p) noexcept {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  }
-  static void store(T* p, V v) noexcept { std::memcpy(p, &v, sizeof v); }
-  static V splat(T x) noexcept { return x - V{}; }
-
-  // c[r, :] = start[r, :] + sum_k a[r, k] b[k, :], terms added in the order of k. Columns come in whole vectors.
-  struct Product {
-    const T* a;
-    std::int64_t a_row;
-    std::int64_t a_step;
-    std::int64_t rows;
-    std::int64_t depth;
-    const T* b;
-    std::int64_t columns;   // also the row stride of b
-    const T* start;         // null: zeros
-    std::int64_t start_row; // 0: one row for all
-    T* c;                   // row stride `columns`
-  };
-
-  template <int R, int J>
-  static void tile(const Product& p, std::int64_t row, std::int64_t column) noexcept {
-    V sum[R][J];
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < J; ++j) {
-        sum[r][j] = p.start == nullptr ? V{} : load(p.start + (row + r) * p.start_row + column + j * kWidth);
-      }
-    }
-    const T* a = p.a + row * p.a_row;
-    const T* b = p.b + column;
-    for (std::int64_t k = 0; k < p.depth; ++k) {
-      V w[J];
-      for (int j = 0; j < J; ++j) w[j] = load(b + j * kWidth);
-      for (int r = 0; r < R; ++r) {
-        const V x = splat(a[r * p.a_row]);
-        for (int j = 0; j < J; ++j) sum[r][j] = Simd::fma(x, w[j], sum[r][j]);
-      }
-      a += p.a_step;
-      b += p.columns;
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < J; ++j) store(p.c + (row + r) * p.columns + column + j * kWidth, sum[r][j]);
-    }
-  }
-
-  template <int J>
-  static void strip(const Product& p, std::int64_t column) noexcept {
-    constexpr int kRows = Simd::rows(J);
-    std::int64_t row = 0;
-    for (; row + kRows <= p.rows; row += kRows) tile<kRows, J>(p, row, column);
-    for (; row + 2 <= p.rows; row += 2) tile<2, J>(p, row, column);
-    if (row < p.rows) tile<1, J>(p, row, column);
-  }
-
-  template <int J>
-  static void strip_of(const Product& p, std::int64_t column, std::int64_t vectors) noexcept {
-    if constexpr (J > 1) {
-      if (vectors < J) return strip_of<J - 1>(p, column, vectors);
-    }
-    strip<J>(p, column);
-  }
-
-  static void multiply(const Product& p) noexcept {
-    const std::int64_t vectors = p.columns / kWidth;
-    const std::int64_t strips = (vectors + Simd::kMaxColumns - 1) / Simd::kMaxColumns;
-    for (std::int64_t i = 0; i < strips; ++i) {
-      const std::int64_t first = vectors * i / strips;
-      const std::int64_t last = vectors * (i + 1) / strips;
-      strip_of<Simd::kMaxColumns>(p, first * kWidth, last - first);
-    }
-  }
-
-  static T sum_lanes(const T (&lanes)[kLanes]) noexcept {
-    T part[kLanes];
-    std::copy_n(lanes, kLanes, part);
-    for (std::int64_t half = kLanes / 2; half > 0; half /= 2) {
-      for (std::int64_t i = 0; i < half; ++i) part[i] += part[i + half];
-    }
-    return part[0];
-  }
-
-  // The same partial sums for every vector width.
-  static T dot(const T* a, const T* b, std::int64_t size) noexcept {
-    constexpr std::int64_t kParts = kLanes / kWidth;
-    V sum[kParts]{};
-    std::int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) {
-      for (std::int64_t part = 0; part < kParts; ++part) {
-        const std::int64_t at = i + part * kWidth;
-        sum[part] = Simd::fma(load(a + at), load(b + at), sum[part]);
-      }
-    }
-    T lanes[kLanes];
-    for (std::int64_t part = 0; part < kParts; ++part) store(lanes + part * kWidth, sum[part]);
-    for (std::int64_t lane = 0; i < size; ++i, ++lane) lanes[lane] += a[i] * b[i];
-    return sum_lanes(lanes);
-  }
-
-  // y += x * a, product and sum rounded apart.
-  static void add_scaled(T* __restrict y, const T* __restrict a, T x, std::int64_t size) noexcept {
-    for (std::int64_t i = 0; i < size; ++i) y[i] += x * a[i];
-  }
-
-  // Relative error below 2 ulp on the floats whose exponential is normal; beyond, the nearest such value.
-  static V exponential(V x) noexcept {
-    if constexpr (std::is_same_v<T, float>) {
-      typedef std::int32_t Integers __attribute__((vector_size(sizeof(V))));
-      const V high = splat(88.3762626647949f);
-      const V low = splat(-87.3365478515625f);
-      x = x > high ? high : x;
-      x = x < low ? low : x;
-      const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-      const V n = Simd::fma(x, splat(1.44269504088896341f), magic) - magic;
-      V r = Simd::fma(n, splat(-0.693359375f), x);
-      r = Simd::fma(n, splat(2.12194440e-4f), r);
-      V y = splat(1.9875691500e-4f);
-      y = Simd::fma(y, r, splat(1.3981999507e-3f));
-      y = Simd::fma(y, r, splat(8.3334519073e-3f));
-      y = Simd::fma(y, r, splat(4.1665795894e-2f));
-      y = Simd::fma(y, r, splat(1.6666665459e-1f));
-      y = Simd::fma(y, r, splat(5.0000001201e-1f));
-      y = Simd::fma(y, r * r, r) + splat(1.0f);
-      Integers bits;
-      std::memcpy(&bits, &y, sizeof bits);
-      bits += __builtin_convertvector(n, Integers) << 23;
-      std::memcpy(&y, &bits, sizeof y);
-      return y;
-    } else {
-      for (std::int64_t i = 0; i < kWidth; ++i) x[i] = std::exp(x[i]);
-      return x;
-    }
-  }
-
-  static V logistic(V x) noexcept { return splat(T{1}) / (splat(T{1}) + exponential(-x)); }
+  using Base = Vectors<Simd>;
+  using Product = typename Base::Product;
+  static constexpr std::int64_t kWidth = Base::kWidth;
+  using Base::add;
+  using Base::add_scaled;
+  using Base::dot;
+  using Base::exponential;
+  using Base::load;
+  using Base::logistic;
+  using Base::multiply;
+  using Base::splat;
+  using Base::store;
 
   // h = act(z) over `size` values, a multiple of the padding.
   static void activate(Activation activation, T slope, const T* z, T* h, std::int64_t size) noexcept {
@@ -336,10 +208,6 @@ struct Kernel {
         }
       }
     }
-  }
-
-  static void add(T* y, const T* x, std::int64_t size) noexcept {
-    for (std::int64_t i = 0; i < size; i += kWidth) store(y + i, load(y + i) + load(x + i));
   }
 
   // History rows [at, at + rows) and candidate c.

@@ -403,7 +403,7 @@ class Block {
     const float written = usable ? step : 0.0f;
     const F inverse = set(usable ? 1.0f / step : 0.0f);
     std::memcpy(moment, &written, sizeof written);
-    F u[kDrawn];
+    F u[kDrawn]{};
     each([&](std::int64_t k) RECFAST_INLINE {
       if (rule_.stochastic && k % kDrawn == 0) moment_draws_.make(row, k / kDrawn, u);
       const F x = bounded(mul(x_[k], inverse), set(-127.0f), set(127.0f));

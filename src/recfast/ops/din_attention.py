@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from recfast import _C
 from recfast.ops import _check
+from recfast.ops._histories import Histories, check_candidates, histories, unit_rows
 from recfast.ops._library import define, kernel
 
 _DTYPES = (torch.float32, torch.float64)
@@ -52,51 +52,8 @@ class DINWeights(NamedTuple):
     slope: torch.Tensor | None = None
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with values of a row side by side; rows may lie apart."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class _Histories(NamedTuple):
-    """Where the rows of each user lie: `begin[b] + l` counts steps of `stride` values from the first."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    begin: torch.Tensor
-    end: torch.Tensor
-    longest: int
-    step: int | None  # rows from one user to the next when padded
-
-
-def _histories(keys: torch.Tensor, values: torch.Tensor | None, offsets: torch.Tensor) -> _Histories:
-    keys = _rows(keys)
-    own = values is not None
-    values = _rows(values) if own else keys
-    if keys.dim() == 2:
-        wrong, longest = _C.din_attention_check_offsets(offsets.data_ptr(), offsets.numel(), keys.shape[0])
-        if wrong >= 0:
-            _check.offsets("din_attention", "offsets", offsets, keys.shape[0])
-        return _Histories(keys, values, offsets[:-1], offsets[1:], longest, None)
-    batch, length = keys.shape[:2]
-    _check.indices("din_attention", "lengths", offsets, length + 1)
-
-    def step_of(x: torch.Tensor) -> int | None:
-        if x.stride(1) == 0:  # one row stands for the whole history: there is no step from row to row
-            return None
-        step, rest = divmod(x.stride(0), max(x.stride(1), 1))
-        return step if rest == 0 and step >= length else None
-
-    step = step_of(keys)
-    if step is None or (own and step_of(values) != step):
-        keys = keys.contiguous()
-        values = values.contiguous() if own else keys
-        step = length
-    begin = torch.arange(batch) * step
-    return _Histories(keys, values, begin, begin + offsets, int(offsets.max()) if batch else 0, step)
-
-
 def _arguments(
-    query, history: _Histories, candidate_offsets, w1, b1, w2, b2, w3, b3, slope, activation, mode, out, lse, backward
+    query, history: Histories, candidate_offsets, w1, b1, w2, b2, w3, b3, slope, activation, mode, out, lse, backward
 ) -> tuple[dict[str, int], list[torch.Tensor]]:
     """Addresses and sizes for the kernel, and the tensors that must live as long as it runs."""
     weights = [None if x is None else x.contiguous() for x in (w1, b1, w2, b2, w3, b3, slope)]
@@ -132,18 +89,11 @@ def _arguments(
     }, [*weights, scratch]
 
 
-def _check_candidates(candidate_offsets: torch.Tensor | None, rows: int) -> None:
-    if candidate_offsets is not None:
-        wrong, _ = _C.din_attention_check_offsets(candidate_offsets.data_ptr(), candidate_offsets.numel(), rows)
-        if wrong >= 0:
-            _check.offsets("din_attention", "candidate_offsets", candidate_offsets, rows)
-
-
 def _cpu(query, keys, values, offsets, candidate_offsets, w1, b1, w2, b2, w3, b3, slope, activation, mode):
-    query, offsets = _rows(query), offsets.contiguous()
+    query, offsets = unit_rows(query), offsets.contiguous()
     candidate_offsets = None if candidate_offsets is None else candidate_offsets.contiguous()
-    _check_candidates(candidate_offsets, query.shape[0])
-    history = _histories(keys, values, offsets)
+    check_candidates("din_attention", candidate_offsets, query.shape[0])
+    history = histories("din_attention", keys, values, offsets)
     out = query.new_empty(query.shape[0], history.values.shape[-1])
     lse = query.new_empty(query.shape[0] if mode == "softmax" else 0)
     arguments, _alive = _arguments(
@@ -161,10 +111,10 @@ def _fake(query, keys, values, offsets, candidate_offsets, w1, b1, w2, b2, w3, b
 def _cpu_backward(
     grad, out, lse, query, keys, values, offsets, candidate_offsets, w1, b1, w2, b2, w3, b3, slope, activation, mode
 ):
-    query, offsets, grad = _rows(query), offsets.contiguous(), grad.contiguous()
+    query, offsets, grad = unit_rows(query), offsets.contiguous(), grad.contiguous()
     candidate_offsets = None if candidate_offsets is None else candidate_offsets.contiguous()
-    _check_candidates(candidate_offsets, query.shape[0])
-    history = _histories(keys, values, offsets)
+    check_candidates("din_attention", candidate_offsets, query.shape[0])
+    history = histories("din_attention", keys, values, offsets)
     arguments, _alive = _arguments(
         query,
         history,

@@ -1,0 +1,54 @@
+// What the bindings share. Each csrc/bindings/<op>.cpp makes one op known to Python; module.cpp puts them together. They are
+// the only files that know pybind11 (bindings_cuda.cpp is their twin for the GPU).
+// Tensors arrive as addresses and sizes; dtypes, shapes and contiguity have been checked in Python by then.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <span>
+
+namespace recfast::bindings {
+
+namespace py = pybind11;
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);  // NOLINT: an address is what Python has
+}
+
+template <class T>
+std::span<T> span_at(Address address, std::int64_t size) {
+  return {at<T>(address), static_cast<std::size_t>(size)};
+}
+
+// Arguments by name, for ops with too many to count: a missing one raises KeyError.
+class Named {
+ public:
+  explicit Named(const py::kwargs& arguments) : arguments_(arguments) {}
+
+  [[nodiscard]] std::int64_t number(const char* name) const { return arguments_[name].cast<std::int64_t>(); }
+
+  // A tensor's address; 0 gives the null pointer.
+  template <class T>
+  [[nodiscard]] T* pointer(const char* name) const {
+    return at<T>(arguments_[name].cast<Address>());
+  }
+
+ private:
+  const py::kwargs& arguments_;
+};
+
+void bind_code_rows(py::module_& m);
+void bind_code_search(py::module_& m);
+void bind_din_attention(py::module_& m);
+void bind_dpp_greedy(py::module_& m);
+void bind_embedding_bag(py::module_& m);
+void bind_embedding_update(py::module_& m);
+void bind_example_axpy(py::module_& m);
+void bind_id_map(py::module_& m);
+void bind_initial_rows(py::module_& m);
+
+}  // namespace recfast::bindings
