@@ -19,6 +19,7 @@ from recfast.ops.example_axpy import example_axpy
 from recfast.ops.formats import QuantizedTable, quantize, round_to
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.sequence_attention import sequence_attention
 
 __all__ = [
     "Codes",
@@ -44,4 +45,5 @@ __all__ = [
     "quantize",
     "requantize_",
     "round_to",
+    "sequence_attention",
 ]
