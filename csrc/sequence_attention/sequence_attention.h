@@ -10,9 +10,9 @@
 // Accumulator  float32 (float64 for float64). Scores and sums run in the order of the width, the keys, the queries, one
 //              chain each, so the answer depends on nothing but the user's own rows: not on the rest of the batch, the
 //              threads, or the layout. AVX2 and AVX-512 give the same bits (FMA); the scalar form rounds products and
-//              sums apart. With E the largest error of a score, at most (D + 2) eps sum_d |scale q_id k_jd|, a weight is
-//              off by a factor of at most 1 + 2 E + (n + 8 + |s - max s| / 8) eps for n keys; one that is below
-//              exp(-87) of the largest counts as exp(-87) of it (float32).
+//              sums apart. With E the largest error of a score, at most (D + 2) eps sum_d |scale q_id k_jd|, n keys and
+//              scores that span R, a weight is off by a factor of at most 2 E + (3 n + 3 R + 16) eps; one below exp(-87)
+//              of the largest counts as exp(-87) of it (float32).
 // Memory       linear in the length: a block of scores at a time. Backward computes the scores again.
 // Limits       sizes below 2^63; lengths and users below 2^32 with dropout; offsets and lengths must have been checked
 // Sources      Vaswani et al., NeurIPS 2017; Dao et al., "FlashAttention", NeurIPS 2022 (arXiv 2205.14135); Kang and

@@ -15,6 +15,7 @@ from recfast.nn.embedding_tables import EmbeddingTables, second_pass
 from recfast.nn.frozen_tables import FrozenTables
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.target_attention import TargetAttention
+from recfast.nn.transformer_block import TransformerBlock
 
 __all__ = [
     "MLP",
@@ -31,6 +32,7 @@ __all__ = [
     "RobeTables",
     "SparseTables",
     "TargetAttention",
+    "TransformerBlock",
     "best_step",
     "fm_interaction",
     "second_pass",
