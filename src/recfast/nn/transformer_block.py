@@ -38,8 +38,9 @@ class TransformerBlock(nn.Module):
         \text{pre: } \quad & a = x + \mathrm{Att}(N_1(x)), & y &= a + \mathrm{FF}(N_2(a)) \\
         \text{post: } \quad & a = N_1(x + \mathrm{Att}(x)), & y &= N_2(a + \mathrm{FF}(a))
 
-    with :math:`\mathrm{FF}(x) = W_2\, \phi(W_1 x + b_1) + b_2`. Sequences are jagged, so padding costs nothing; a padded
-    tensor is taken too. The weights have the names they have in `torch.nn.TransformerEncoderLayer`, and its state can be loaded.
+    with :math:`\mathrm{FF}(x) = W_2\, \phi(W_1 x + b_1) + b_2`. Sequences are jagged, so that padding costs
+    nothing; a padded tensor is taken too. The weights have the names they have in `torch.nn.TransformerEncoderLayer`,
+    whose state can be loaded.
 
     Parameters
     ----------

@@ -309,8 +309,8 @@ def sequence_attention(
     -----
     Accumulates in float32 (float64 for float64), each sum in one order: an answer depends on its own sequence alone,
     not on the rest of the batch, later events (if causal), the number of threads or the layout. AVX2 and AVX-512 give
-    equal bits; the scalar form rounds products and sums apart. With E the largest error of a score, at most `(D + 2) eps`
-    times its absolute terms, n keys and scores that span R, a weight is off by a factor of at most
+    equal bits; the scalar form rounds products and sums apart. With E the largest error of a score, at most
+    `(D + 2) eps` times its absolute terms, n keys and scores that span R, a weight is off by a factor of at most
     `2 E + (3 n + 3 R + 16) eps`; one below exp(-87) of the largest counts as exp(-87) of it (float32 and bfloat16).
     Differentiable (once) in q, k and v; gradients nobody needs are not computed. Saved for backward: the arguments, the
     answer, and for each row the highest score and the inverse of the sum, apart rather than as one logarithm, which
