@@ -1,4 +1,4 @@
-"""sequence_attention against torch's fused attention on padded batches, the written-out form, and an sgemm of the FLOPs.
+"""sequence_attention against torch's fused attention on padded batches, the written-out form, and an sgemm.
 
 A unit of work is one pair of a query and a key of one head, counted without padding, and half of the square if causal.
 "full": every sequence has length L. "ragged": lengths are uniform in [L / 2, L], as recommenders have them, and torch
