@@ -45,12 +45,12 @@ struct Tiles : Vectors<Simd> {
     V sum[R][J];
     T* c = p.c + row * p.c_row + column;
     if (p.add) {
-      for (int r = 0; r < R; ++r) {
-        for (int j = 0; j < J; ++j) sum[r][j] = load(c + r * p.c_row + j * kWidth);
+      _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {
+        _Pragma("GCC unroll 16") for (int j = 0; j < J; ++j) sum[r][j] = load(c + r * p.c_row + j * kWidth);
       }
     } else {
-      for (int r = 0; r < R; ++r) {
-        for (int j = 0; j < J; ++j) sum[r][j] = V{};
+      _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {
+        _Pragma("GCC unroll 16") for (int j = 0; j < J; ++j) sum[r][j] = V{};
       }
     }
     const T* a = p.a + row * p.a_row;
@@ -60,16 +60,16 @@ struct Tiles : Vectors<Simd> {
     const std::int64_t b_row = p.b_row;
     for (std::int64_t k = p.depth; k > 0; --k) {
       V w[J];
-      for (int j = 0; j < J; ++j) w[j] = load(b + j * kWidth);
-      for (int r = 0; r < R; ++r) {
+      _Pragma("GCC unroll 16") for (int j = 0; j < J; ++j) w[j] = load(b + j * kWidth);
+      _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {
         const V x = splat(a[r * a_row]);
-        for (int j = 0; j < J; ++j) sum[r][j] = Simd::fma(x, w[j], sum[r][j]);
+        _Pragma("GCC unroll 16") for (int j = 0; j < J; ++j) sum[r][j] = Simd::fma(x, w[j], sum[r][j]);
       }
       a += a_step;
       b += b_row;
     }
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < J; ++j) store(c + r * p.c_row + j * kWidth, sum[r][j]);
+    _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {
+      _Pragma("GCC unroll 16") for (int j = 0; j < J; ++j) store(c + r * p.c_row + j * kWidth, sum[r][j]);
     }
   }
 
