@@ -40,8 +40,9 @@ struct Tiles : Vectors<Simd> {
     bool add;
   };
 
+  // Part of the loop over the rows: a call a tile would cost as much as a tile of small depth.
   template <int R, int J>
-  static void block_tile(const Block& p, std::int64_t row, std::int64_t column) noexcept {
+  [[gnu::always_inline]] static inline void block_tile(const Block& p, std::int64_t row, std::int64_t column) noexcept {
     V sum[R][J];
     T* c = p.c + row * p.c_row + column;
     if (p.add) {
