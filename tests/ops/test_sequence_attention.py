@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -399,6 +400,40 @@ def test_memory_grows_with_the_length_alone():
             _C.sequence_attention_scratch(backward, longest=n, **sizes) for n in (10**6, 2 * 10**6, 3 * 10**6)
         )
         assert two - one == three - two <= 4 * 16 * 10**6 * _C.max_threads()
+
+
+def test_rows_beyond_31_bits():
+    """Two sequences 2^31 values apart; the memory between them is never touched, so it costs nothing."""
+    apart = 2**31 + 40
+    store = torch.from_numpy(np.empty(apart + 100, dtype=np.int16)).view(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    near = torch.randn(2, 20, 1, 4, generator=generator).bfloat16()
+    far = store.as_strided((2, 20, 1, 4), (apart, 4, 4, 1))
+    far.copy_(near)
+    lengths = torch.tensor([20, 13])
+    answers = []
+    for x in (near, far):
+        leaves = [x.detach().requires_grad_() for _ in range(3)]
+        out = ops.sequence_attention(*leaves, lengths, causal=True)
+        answers.append([out, *torch.autograd.grad(out, leaves, near)])
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+
+
+def test_pairs_beyond_31_bits():
+    """More than 2^31 scores, dealt to two threads."""
+    length = 66_000
+    q, k, v, offsets = problem([length], 1, 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        answer = ops.sequence_attention(q, k, v, offsets, causal=True)
+    finally:
+        torch.set_num_threads(before)
+    for row in (0, 1, 40_000, length - 1):
+        weight = torch.softmax(q[row, 0].double() * k[: row + 1, 0, 0].double(), 0)
+        # Scores of one product below 20 in size: 2 E <= 120 eps, R <= 40.
+        bound = (120 + 3 * (row + 1) + 3 * 40 + 16) * EPS * (weight @ v[: row + 1, 0].double().abs())
+        assert (answer[row, 0] - weight @ v[: row + 1, 0].double()).abs() <= bound
 
 
 def test_no_rows_at_all():
