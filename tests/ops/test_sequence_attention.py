@@ -444,6 +444,34 @@ def test_no_rows_at_all():
     assert ops.sequence_attention(none, none, none, torch.tensor([0]), causal=False).shape == (0, 2, 4)
     padded = torch.randn(2, 3, 2, 4)
     assert not ops.sequence_attention(padded, padded, padded, torch.tensor([0, 0]), causal=True).any()
+    for shape in ((0, 3, 2, 4), (2, 0, 2, 4)):
+        x = torch.empty(shape, requires_grad=True)
+        out = ops.sequence_attention(x, x, x, torch.zeros(shape[0], dtype=torch.int32), causal=True)
+        assert out.shape == shape
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_nan_stays_where_it_belongs(dtype, isa_levels):
+    """A query's NaN in its own answer; a key's in those of its sequence that see it."""
+    clean = problem([20, 40, 5], 2, 6, dtype=dtype)
+    offsets = clean[3]
+    for _ in isa_levels():
+        for causal in (False, True):
+            wanted = ops.sequence_attention(*clean, causal=causal)
+            q, k, v = (x.clone() for x in clean[:3])
+            q[30, 1, 2] = torch.nan
+            answer = ops.sequence_attention(q, k, v, offsets, causal=causal)
+            assert answer[30, 1].isnan().all()
+            answer[30, 1] = wanted[30, 1]
+            assert torch.equal(answer, wanted)
+            q, k, v = (x.clone() for x in clean[:3])
+            k[30, 1, 2] = torch.nan
+            answer = ops.sequence_attention(q, k, v, offsets, causal=causal)
+            seen = slice(30 if causal else 20, 60)
+            assert answer[seen, 1].isnan().all()
+            answer[seen, 1] = wanted[seen, 1]
+            assert torch.equal(answer, wanted)
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,7 @@ def sequence_attention(
     equal bits; the scalar form rounds products and sums apart. With E the largest error of a score, at most
     `(D + 2) eps` times its absolute terms, n keys and scores that span R, a weight is off by a factor of at most
     `2 E + (3 n + 3 R + 16) eps`; one below exp(-87) of the largest counts as exp(-87) of it (float32 and bfloat16).
+    If causal, an infinite or NaN value of v may reach the 15 answers before it, as a product with a weight of 0.
     Differentiable (once) in q, k and v; gradients nobody needs are not computed. Saved for backward: the arguments, the
     answer, and for each row the highest score and the inverse of the sum, apart rather than as one logarithm, which
     would lose digits where scores are large. Backends: CPU (scalar, AVX2, AVX-512).
