@@ -133,8 +133,9 @@ class Summer {
         ahead_(choose_ahead(args.table.rows * args.table.stride, args.table.used_bytes())) {}
 
   void run(std::int64_t first, std::int64_t last) const noexcept {
-    if (lookups_.features > 0 && lookups_.bag_splits == nullptr) return interleaved(first, last);
     if (lookups_.features == 0) return one_table(first, last, 0, lookups_.rows);
+    if (lookups_.features == 1) return one_table(first, last, lookups_.feature_first[0], lookups_.feature_rows[0]);
+    if (lookups_.bag_splits == nullptr) return interleaved(first, last);
     for (std::int64_t feature = lookups_.feature_of(first); first < last; ++feature) {
       const std::int64_t until = std::min(last, lookups_.bag_splits[feature + 1]);
       if (first < until) one_table(first, until, lookups_.feature_first[feature], lookups_.feature_rows[feature]);
