@@ -81,14 +81,6 @@ struct Kernel : Vectors<Simd> {
     }
   }
 
-  // The time of `count` lanes from `first` on, the last one's over and over for lanes beyond.
-  static void lane_times(const Args<T, Value>& args, const Task& task, std::int64_t first, std::int64_t count,
-                         bool queries, std::int64_t lanes, std::int64_t* to) noexcept {
-    for (std::int64_t lane = 0; lane < lanes; ++lane) {
-      to[lane] = time_of(args, task.sequence, first + std::min(lane, count - 1), queries);
-    }
-  }
-
   // Of a key its own time, of a query that of the row after it.
   static std::int64_t time_of(const Args<T, Value>& args, std::int64_t sequence, std::int64_t row,
                               bool query) noexcept {
@@ -96,10 +88,10 @@ struct Kernel : Vectors<Simd> {
     return args.times[query && at + 1 < args.end[sequence] ? at + 1 : at];
   }
 
-  // The lanes' times, and the same counted from the least in 32 bits where they lie that close together.
+  // The lanes' times, and the same counted from the least where they lie close enough together for 32 bits.
   struct LaneTimes {
     std::int64_t times[kTile];
-    std::int32_t near[kTile];
+    Integer near[kTile];
     std::int64_t low;
     std::int64_t high;
     bool close;
@@ -107,31 +99,85 @@ struct Kernel : Vectors<Simd> {
     LaneTimes() = default;
     LaneTimes(const Args<T, Value>& args, const Task& task, std::int64_t first, std::int64_t count, bool queries,
               std::int64_t lanes) noexcept {
-      lane_times(args, task, first, count, queries, lanes, times);
+      for (std::int64_t lane = 0; lane < lanes; ++lane) {
+        times[lane] = time_of(args, task.sequence, first + std::min(lane, count - 1), queries);
+      }
       low = *std::min_element(times, times + lanes);
       high = *std::max_element(times, times + lanes);
       close = Buckets::apart(high, low) < kNear;
-      if (close) {
-        for (std::int64_t lane = 0; lane < lanes; ++lane) near[lane] = static_cast<std::int32_t>(times[lane] - low);
-      }
+      for (std::int64_t lane = 0; close && lane < lanes; ++lane) near[lane] = static_cast<Integer>(times[lane] - low);
     }
   };
   static constexpr std::uint64_t kNear = std::uint64_t{1} << 31;
 
-  // bias[lane] = time bias between a row's time and each lane's; with `index`, its bucket as well.
-  static void time_row(const Args<T, Value>& args, const Buckets& buckets, const LaneTimes& lanes, std::int64_t time,
-                       std::int64_t size, T* bias, std::int32_t* index) noexcept {
+  // bias = the table's entry of each lane's bucket, where all lie in [range.first, range.last): one comparison for each
+  // border between them, exact in integers. J vectors of lanes.
+  template <int J>
+  static void near_row(const Args<T, Value>& args, const Buckets& buckets, const Integer* near, std::int64_t time,
+                       Interval range, T* bias, std::int32_t* index) noexcept {
+    Integers apart[J];
+    V value[J];
+    Integers bucket[J];
+    for (int j = 0; j < J; ++j) {
+      const Integers difference = splat_integer(time) - load_integers(near + j * kWidth);
+      apart[j] = difference < Integers{} ? -difference : difference;
+      value[j] = splat(args.time[range.first]);
+      bucket[j] = splat_integer(range.first);
+    }
+    for (std::int64_t b = range.first + 1; b < range.last; ++b) {
+      const Integers border = splat_integer(buckets.thresholds[b]);
+      const V entry = splat(args.time[b]);
+      for (int j = 0; j < J; ++j) {
+        const Integers beyond = apart[j] >= border;
+        value[j] = beyond ? entry : value[j];
+        bucket[j] -= beyond;
+      }
+    }
+    for (int j = 0; j < J; ++j) {
+      store(bias + j * kWidth, value[j]);
+      if (index != nullptr) {
+        for (std::int64_t lane = 0; lane < kWidth; ++lane) {
+          index[j * kWidth + lane] = static_cast<std::int32_t>(bucket[j][lane]);
+        }
+      }
+    }
+  }
+
+  // bias[lane] = time bias between a row's time and each lane's; with `index`, its bucket as well. Returns what the
+  // buckets lie in.
+  static Interval time_row(const Args<T, Value>& args, const Buckets& buckets, const LaneTimes& lanes,
+                           std::int64_t time, std::int64_t size, T* bias, std::int32_t* index) noexcept {
+    if (lanes.close) {
+      const std::uint64_t low = Buckets::apart(time, lanes.low);
+      const std::uint64_t high = Buckets::apart(time, lanes.high);
+      if (std::max(low, high) < kNear) {
+        const bool between = lanes.low < time && time < lanes.high;
+        const Interval range{between ? 0 : buckets.of(std::min(low, high)), buckets.of(std::max(low, high)) + 1};
+        const std::int64_t from = time - lanes.low;
+        std::int64_t i = 0;
+        constexpr int kMost = 4;
+        for (; i + kMost * kWidth <= size; i += kMost * kWidth) {
+          near_row<kMost>(args, buckets, lanes.near + i, from, range, bias + i, index == nullptr ? index : index + i);
+        }
+        for (; i < size; i += kWidth) {
+          near_row<1>(args, buckets, lanes.near + i, from, range, bias + i, index == nullptr ? index : index + i);
+        }
+        return range;
+      }
+    }
     for (std::int64_t lane = 0; lane < size; ++lane) {
       const std::int64_t bucket = buckets.of(Buckets::apart(time, lanes.times[lane]));
       bias[lane] = args.time[bucket];
       if (index != nullptr) index[lane] = static_cast<std::int32_t>(bucket);
     }
+    return {0, args.shape.buckets + 1};
   }
 
   // bias[r, :] of rows [row, row + rows) and the lanes from `lane` on. `turned`: rows are keys, lanes are queries.
+  // `index`, `ranges` (null in forward): the bucket of each, and what those of each row lie in.
   static void bias_tile(const Args<T, Value>& args, const Prepared<T>& prepared, const Task& task,
                         const LaneTimes* lanes, bool turned, std::int64_t row, std::int64_t rows, std::int64_t lane,
-                        std::int64_t size, T* bias, std::int32_t* index) noexcept {
+                        std::int64_t size, T* bias, std::int32_t* index, Interval* ranges) noexcept {
     const Shape& s = args.shape;
     const bool position = s.position_heads == 1;
     for (std::int64_t r = 0; r < rows; ++r) {
@@ -139,7 +185,9 @@ struct Kernel : Vectors<Simd> {
       const T* place = position ? prepared.position + (lane - (row + r) + s.max_length - 1) : nullptr;
       if (lanes != nullptr) {
         const std::int64_t time = time_of(args, task.sequence, row + r, !turned);
-        time_row(args, *prepared.buckets, *lanes, time, size, to, index == nullptr ? nullptr : index + r * size);
+        const Interval range =
+            time_row(args, *prepared.buckets, *lanes, time, size, to, index == nullptr ? index : index + r * size);
+        if (ranges != nullptr) ranges[r] = range;
         if (position) {
           for (std::int64_t i = 0; i < size; i += kWidth) store(to + i, load(to + i) + load(place + i));
         }
@@ -158,21 +206,22 @@ struct Kernel : Vectors<Simd> {
     return prepared.position + head * position_stride(s) + (lane - row + s.max_length - 1);
   }
 
+  template <bool kOwn>
   static V biased(T alpha, V product, const T* bias, const T* place) noexcept {
-    V z = Simd::fma(splat(alpha), product, load(bias));
-    if (place != nullptr) z = z + load(place);
+    const V z = Simd::fma(splat(alpha), product, load(bias));
+    if constexpr (kOwn) return z + load(place);
     return z;
   }
 
   // scores = silu(z) in place, 0 where lane l does not see row r. Cuts of lanes: [3, kTile].
-  template <bool kMasked>
+  template <bool kMasked, bool kOwn>
   static void weigh(T alpha, std::int64_t rows, std::int64_t size, const T* bias, const T* place, T* scores,
                     const Integer* cuts) noexcept {
     for (std::int64_t r = 0; r < rows; ++r) {
-      const T* own = place == nullptr ? nullptr : place - r;
+      const T* own = kOwn ? place - r : place;
       for (std::int64_t i = 0; i < size; i += kWidth) {
         const std::int64_t at = r * size + i;
-        const V z = biased(alpha, load(scores + at), bias + at, own == nullptr ? nullptr : own + i);
+        const V z = biased<kOwn>(alpha, load(scores + at), bias + at, kOwn ? own + i : own);
         V a = z * logistic(z);
         if constexpr (kMasked) {
           const Integers row = splat_integer(r);
@@ -220,7 +269,8 @@ struct Kernel : Vectors<Simd> {
         all = all && (!inside || cut.all(rows));
       }
       if (!any) continue;
-      bias_tile(args, prepared, task, time ? &times : nullptr, true, key, rows, task.row, columns, work.bias, nullptr);
+      bias_tile(args, prepared, task, time ? &times : nullptr, true, key, rows, task.row, columns, work.bias, nullptr,
+                nullptr);
       for (std::int64_t h = 0; h < group; ++h) {
         const std::int64_t head = task.head + h;
         const T* k = nullptr;
@@ -237,11 +287,9 @@ struct Kernel : Vectors<Simd> {
                   .b = work.q + h * s.dim * kTile, .columns = columns, .start = nullptr, .start_row = 0,
                   .c = work.scores});
         const T* place = own_position(s, prepared, head, key, task.row);
-        if (all) {
-          weigh<false>(args.alpha, rows, columns, work.bias, place, work.scores, cuts);
-        } else {
-          weigh<true>(args.alpha, rows, columns, work.bias, place, work.scores, cuts);
-        }
+        const auto form = place == nullptr ? (all ? weigh<false, false> : weigh<true, false>)
+                                           : (all ? weigh<false, true> : weigh<true, true>);
+        form(args.alpha, rows, columns, work.bias, place, work.scores, cuts);
         T* out = work.out + h * kTile * value_columns;
         multiply({.a = work.scores, .a_row = 1, .a_step = columns, .rows = task.rows, .depth = rows, .b = work.v,
                   .columns = value_columns, .start = out, .start_row = value_columns, .c = out});
@@ -255,7 +303,7 @@ struct Kernel : Vectors<Simd> {
   }
 
   // scores = silu(z) and dz = dscores * silu'(z), both 0 where row r does not see lane l.
-  template <bool kMasked>
+  template <bool kMasked, bool kOwn>
   static void weigh_backward(T alpha, std::int64_t rows, std::int64_t size, const T* bias, const T* place, T* scores,
                              const T* dscores, T* dz, const Cut* cuts) noexcept {
     const V one = splat(T{1});
@@ -264,10 +312,10 @@ struct Kernel : Vectors<Simd> {
       for (std::int64_t i = 0; i < size; ++i) lane_of[i] = static_cast<Integer>(i);
     }
     for (std::int64_t r = 0; r < rows; ++r) {
-      const T* own = place == nullptr ? nullptr : place - r;
+      const T* own = kOwn ? place - r : place;
       for (std::int64_t i = 0; i < size; i += kWidth) {
         const std::int64_t at = r * size + i;
-        const V z = biased(alpha, load(scores + at), bias + at, own == nullptr ? nullptr : own + i);
+        const V z = biased<kOwn>(alpha, load(scores + at), bias + at, kOwn ? own + i : own);
         const V y = logistic(z);
         V a = z * y;
         V d = load(dscores + at) * (y + a * (one - y));
@@ -297,12 +345,40 @@ struct Kernel : Vectors<Simd> {
     }
   }
 
-  static void add_buckets(const T* dz, const std::int32_t* buckets, std::int64_t rows, std::int64_t size,
+  // to[bucket[r, i], i % kLanes] += dz[r, i]: one table a lane, so that no two lanes meet. Rows of few buckets go bucket
+  // by bucket, others entry by entry.
+  static void add_buckets(const T* dz, const std::int32_t* buckets, const Interval* ranges, std::int64_t rows,
                           std::int64_t columns, T* to) noexcept {
+    constexpr std::int64_t kFew = 16;
+    constexpr std::int64_t kParts = kLanes / kWidth;
     for (std::int64_t r = 0; r < rows; ++r) {
-      for (std::int64_t i = 0; i < size; ++i) {
-        to[buckets[r * columns + i] * kLanes + i % kLanes] += dz[r * kSkewed + i];
+      const T* row = dz + r * kSkewed;
+      const std::int32_t* bucket = buckets + r * columns;
+      if (ranges[r].last - ranges[r].first > kFew) {
+        for (std::int64_t i = 0; i < columns; ++i) to[bucket[i] * kLanes + i % kLanes] += row[i];
+        continue;
       }
+      for (std::int64_t b = ranges[r].first; b < ranges[r].last; ++b) {
+        const Integers here = splat_integer(b);
+        for (std::int64_t part = 0; part < kParts; ++part) {
+          V sum{};
+          for (std::int64_t i = part * kWidth; i < columns; i += kLanes) {
+            sum = sum + (load_bucket(bucket + i) == here ? load(row + i) : V{});
+          }
+          T* lanes = to + b * kLanes + part * kWidth;
+          store(lanes, load(lanes) + sum);
+        }
+      }
+    }
+  }
+
+  static Integers load_bucket(const std::int32_t* p) noexcept {
+    if constexpr (sizeof(T) == 4) {
+      return load_integers(p);
+    } else {
+      Integers v{};
+      for (std::int64_t lane = 0; lane < kWidth; ++lane) v[lane] = p[lane];
+      return v;
     }
   }
 
@@ -357,6 +433,7 @@ struct Kernel : Vectors<Simd> {
     for (std::int64_t query = 0; query < length; query += kTile) {
       const std::int64_t rows = std::min(kTile, length - query);
       Cut cuts[kTile];
+      Interval ranges[kTile];
       bool any = false;
       bool all = columns == count;
       for (std::int64_t r = 0; r < rows; ++r) {
@@ -366,7 +443,7 @@ struct Kernel : Vectors<Simd> {
       }
       if (!any) continue;
       bias_tile(args, prepared, task, time ? &times : nullptr, false, query, rows, key, columns, work.bias,
-                wanted.time ? buckets : nullptr);
+                wanted.time ? buckets : nullptr, wanted.time ? ranges : nullptr);
       if (summed) std::fill_n(shared, kTile * kSkewed, T{0});
       for (std::int64_t h = 0; h < group; ++h) {
         const std::int64_t head = task.head + h;
@@ -381,11 +458,9 @@ struct Kernel : Vectors<Simd> {
                     .c = work.dscores});
         }
         const T* place = own_position(s, prepared, head, query, key);
-        if (all) {
-          weigh_backward<false>(args.alpha, rows, columns, work.bias, place, work.scores, work.dscores, work.dz, cuts);
-        } else {
-          weigh_backward<true>(args.alpha, rows, columns, work.bias, place, work.scores, work.dscores, work.dz, cuts);
-        }
+        const auto form = place == nullptr ? (all ? weigh_backward<false, false> : weigh_backward<true, false>)
+                                           : (all ? weigh_backward<false, true> : weigh_backward<true, true>);
+        form(args.alpha, rows, columns, work.bias, place, work.scores, work.dscores, work.dz, cuts);
         if (wanted.v) {
           T* dv = work.dv + h * kTile * value_dim;
           multiply({.a = work.scores, .a_row = 1, .a_step = columns, .rows = count, .depth = rows, .b = work.grad,
@@ -417,7 +492,7 @@ struct Kernel : Vectors<Simd> {
       if (wanted.position && s.position_heads == 1) {
         add_diagonals(shared, rows, columns, dposition + (key - query + s.max_length - 1));
       }
-      if (wanted.time) add_buckets(shared, buckets, rows, count, columns, work.time);
+      if (wanted.time) add_buckets(shared, buckets, ranges, rows, columns, work.time);
     }
     for (std::int64_t h = 0; h < group; ++h) {
       const std::int64_t head = task.head + h;
