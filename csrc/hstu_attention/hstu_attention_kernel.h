@@ -61,13 +61,44 @@ struct Kernel : Vectors<Simd> {
     }
   }
 
-  // to[i, r] = from[r, i], in rows of `columns` values, 0 beyond `rows`.
+  // to[i, r] = from[r, i], in rows of `columns` values, 0 beyond `rows`. Four by four where that is what a vector of 16
+  // bytes holds.
   static void turn_rows(const Value* from, std::int64_t stride, std::int64_t rows, std::int64_t width,
                         std::int64_t columns, T* to) noexcept {
-    for (std::int64_t i = 0; i < width; ++i) {
+    std::int64_t whole = 0;
+    if constexpr (sizeof(T) == 4) {
+      typedef T Four __attribute__((vector_size(16)));
+      typedef std::int32_t Order __attribute__((vector_size(16)));
+      whole = width / 4 * 4;
+      const std::int64_t blocks = rows / 4 * 4;
+      for (std::int64_t i = 0; i < whole; i += 4) {
+        T* at = to + i * columns;
+        for (std::int64_t r = 0; r < blocks; r += 4) {
+          Four in[4];
+          for (int j = 0; j < 4; ++j) {
+            const Value* p = from + (r + j) * stride + i;
+            in[j] = Four{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])};
+          }
+          const Four low01 = __builtin_shuffle(in[0], in[1], Order{0, 4, 1, 5});
+          const Four high01 = __builtin_shuffle(in[0], in[1], Order{2, 6, 3, 7});
+          const Four low23 = __builtin_shuffle(in[2], in[3], Order{0, 4, 1, 5});
+          const Four high23 = __builtin_shuffle(in[2], in[3], Order{2, 6, 3, 7});
+          const Four out[4] = {__builtin_shuffle(low01, low23, Order{0, 1, 4, 5}),
+                               __builtin_shuffle(low01, low23, Order{2, 3, 6, 7}),
+                               __builtin_shuffle(high01, high23, Order{0, 1, 4, 5}),
+                               __builtin_shuffle(high01, high23, Order{2, 3, 6, 7})};
+          for (int j = 0; j < 4; ++j) std::memcpy(at + j * columns + r, &out[j], sizeof out[j]);
+        }
+        for (int j = 0; j < 4; ++j) {
+          for (std::int64_t r = blocks; r < rows; ++r) at[j * columns + r] = widened(from[r * stride + i + j]);
+          std::fill(at + j * columns + rows, at + (j + 1) * columns, T{0});
+        }
+      }
+    }
+    for (std::int64_t i = whole; i < width; ++i) {
       T* row = to + i * columns;
       for (std::int64_t r = 0; r < rows; ++r) row[r] = widened(from[r * stride + i]);
-      for (std::int64_t r = rows; r < columns; ++r) row[r] = T{0};
+      std::fill(row + rows, row + columns, T{0});
     }
   }
 
@@ -135,7 +166,10 @@ struct Kernel : Vectors<Simd> {
     }
     for (int j = 0; j < J; ++j) {
       store(bias + j * kWidth, value[j]);
-      if (index != nullptr) {
+      if (index == nullptr) continue;
+      if constexpr (sizeof(Integer) == sizeof *index) {
+        std::memcpy(index + j * kWidth, &bucket[j], sizeof bucket[j]);
+      } else {
         for (std::int64_t lane = 0; lane < kWidth; ++lane) {
           index[j * kWidth + lane] = static_cast<std::int32_t>(bucket[j][lane]);
         }
@@ -249,7 +283,9 @@ struct Kernel : Vectors<Simd> {
       turn_rows(args.q.at(begin + task.row, task.head + h), args.q.stride, task.rows, s.dim, columns,
                 work.q + h * s.dim * kTile);
     }
-    std::fill_n(work.out, group * kTile * value_columns, T{0});
+    for (std::int64_t h = 0; h < group; ++h) {
+      std::fill_n(work.out + h * kTile * value_columns, task.rows * value_columns, T{0});
+    }
     const bool time = prepared.buckets != nullptr;
     LaneTimes times;
     if (time) times = LaneTimes(args, task, task.row, task.rows, true, columns);
@@ -332,15 +368,19 @@ struct Kernel : Vectors<Simd> {
     }
   }
 
-  // to[c - r] += dz[r, c]: what lies on one diagonal is one position apart.
+  // to[c - r] += dz[r, c]: what lies on one diagonal is one position apart. Four sums, so that none waits for the last.
   static void add_diagonals(const T* dz, std::int64_t rows, std::int64_t size, T* to) noexcept {
     for (std::int64_t d = 1 - rows; d < size; d += kLanes) {
       const std::int64_t first = std::max<std::int64_t>(0, 1 - kLanes - d);
       const std::int64_t last = std::min(rows, size - d);
       for (std::int64_t part = 0; part < kLanes; part += kWidth) {
-        V sum{};
-        for (std::int64_t r = first; r < last; ++r) sum = sum + load(dz + r * kSkewed + r + d + part);
-        store(to + d + part, load(to + d + part) + sum);
+        V sum[4]{};
+        std::int64_t r = first;
+        for (; r + 4 <= last; r += 4) {
+          for (int j = 0; j < 4; ++j) sum[j] = sum[j] + load(dz + (r + j) * (kSkewed + 1) + d + part);
+        }
+        for (; r < last; ++r) sum[0] = sum[0] + load(dz + r * (kSkewed + 1) + d + part);
+        store(to + d + part, load(to + d + part) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
       }
     }
   }
@@ -418,9 +458,11 @@ struct Kernel : Vectors<Simd> {
       turn_rows(k, args.k.stride, count, s.dim, columns, work.k_turned + h * s.dim * kTile);
       turn_rows(v, args.v.stride, count, s.value_dim, columns, work.v_turned + h * s.value_dim * kTile);
     }
-    std::fill_n(work.dk, group * kTile * dim, T{0});
-    std::fill_n(work.dv, group * kTile * value_dim, T{0});
-    std::fill_n(work.dz, kTile * kSkewed, T{0});
+    for (std::int64_t h = 0; h < group; ++h) {
+      std::fill_n(work.dk + h * kTile * dim, count * dim, T{0});
+      std::fill_n(work.dv + h * kTile * value_dim, count * value_dim, T{0});
+    }
+    std::fill_n(work.dz, std::min(kTile, length) * kSkewed, T{0});
     // One tile for what heads share: their sum, or the only head's own.
     const bool summed = group > 1 && ((wanted.position && s.position_heads == 1) || wanted.time);
     T* shared = group > 1 ? work.dz_shared : work.dz;
@@ -444,7 +486,7 @@ struct Kernel : Vectors<Simd> {
       if (!any) continue;
       bias_tile(args, prepared, task, time ? &times : nullptr, false, query, rows, key, columns, work.bias,
                 wanted.time ? buckets : nullptr, wanted.time ? ranges : nullptr);
-      if (summed) std::fill_n(shared, kTile * kSkewed, T{0});
+      if (summed) std::fill_n(shared, rows * kSkewed, T{0});
       for (std::int64_t h = 0; h < group; ++h) {
         const std::int64_t head = task.head + h;
         copy_rows(args.q.at(begin + query, head), args.q.stride, rows, s.dim, T{1}, work.q);
