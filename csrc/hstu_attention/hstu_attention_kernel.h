@@ -278,7 +278,14 @@ struct Kernel : Vectors<Simd> {
     const std::int64_t group = s.group();
     const Sight sight(args.mask, task.sequence, length);
     Interval seen[kTile];
-    for (std::int64_t i = 0; i < task.rows; ++i) seen[i] = sight.columns(task.row + i);
+    std::int64_t first = length;
+    std::int64_t last = 0;
+    for (std::int64_t i = 0; i < task.rows; ++i) {
+      const std::int64_t row = task.row + i;
+      seen[i] = sight.columns(row);
+      first = std::min({first, row, seen[i].first});
+      last = std::max({last, row + 1, seen[i].last});
+    }
     for (std::int64_t h = 0; h < group; ++h) {
       turn_rows(args.q.at(begin + task.row, task.head + h), args.q.stride, task.rows, s.dim, columns,
                 work.q + h * s.dim * kTile);
@@ -290,7 +297,7 @@ struct Kernel : Vectors<Simd> {
     LaneTimes times;
     if (time) times = LaneTimes(args, task, task.row, task.rows, true, columns);
 
-    for (std::int64_t key = 0; key < length; key += kTile) {
+    for (std::int64_t key = first / kTile * kTile; key < last; key += kTile) {
       const std::int64_t rows = std::min(kTile, length - key);
       Integer cuts[3 * kTile];
       bool any = false;
@@ -474,6 +481,11 @@ struct Kernel : Vectors<Simd> {
 
     for (std::int64_t query = 0; query < length; query += kTile) {
       const std::int64_t rows = std::min(kTile, length - query);
+      if (query >= sight.prefix) {
+        // Past the prefix a causal row sees nothing after itself, and where a row's view begins never falls.
+        if (args.mask.causal && query + rows <= key) continue;
+        if (query >= key + count && sight.columns(query).first >= key + count) break;
+      }
       Cut cuts[kTile];
       Interval ranges[kTile];
       bool any = false;

@@ -390,6 +390,28 @@ def test_chunks_of_a_long_sequence(causal, isa_levels):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_more_pairs_than_32_bits_count():
+    """One sequence of 50,000 rows, against the band that its window leaves."""
+    rows, window = 50_000, 3
+    (q, k, v, offsets), options = problem([rows], 1, 2, 3, rows, "shared", 64, dtype=torch.float64)
+
+    def banded(q, k, v, offsets, *, max_length, window, position_bias, time_bias, timestamps):
+        out = torch.zeros_like(v)
+        after = torch.cat([timestamps[1:], timestamps[-1:]])
+        for back in range(window + 1):
+            late, early = slice(back, rows), slice(0, rows - back)
+            place = (torch.log((after[late] - timestamps[early]).abs().clamp(min=1).double()) / 0.301).long()
+            z = (q[late] * k[early]).sum(-1) + position_bias[max_length - 1 - back] + time_bias[place].unsqueeze(1)
+            moved = torch.nn.functional.silu(z).unsqueeze(-1) * v[early] / max_length
+            out = out + torch.nn.functional.pad(moved, (0, 0, 0, 0, back, 0))
+        return out
+
+    options["window"] = window
+    have = gradients((q, k, v, offsets), options)
+    for a, b in zip(have, gradients((q, k, v, offsets), options, form=banded), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("position", BIASES)
 def test_answer_knows_no_batch_mates(position, isa_levels):
     arguments, options = problem([23, 140, 7], 2, 17, 9, 140, position, 64)
