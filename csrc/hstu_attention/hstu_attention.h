@@ -1,20 +1,20 @@
-// hstu_attention: pointwise SiLU attention over jagged sequences, with biases of position and of time, and their gradients.
+// hstu_attention: pointwise SiLU attention over jagged sequences, with biases of position and of time, and gradients.
 //
 //   z[i, j] = alpha q_i . k_j + position[j - i + N - 1] + time[bucket(t_{i+1} - t_j)]     t of the last row: its own
 //   out_i   = sum_j mask(i, j) silu(z[i, j]) / N  v_j                                      N = max_length, a constant
 //
 // bucket(x) = how many of the given thresholds lie at or below |x| (the difference taken exactly, in 64 bits unsigned).
 // All heads of a pair share its bucket. What the mask lets a row see is one interval of columns and the row itself:
-//   id(x)      = max(x - c + 1, 0) where there is a prefix of c > 0 rows, else x; at most m = rows - targets - c + (c > 0)
+//   id(x)      = max(x - c + 1, 0) behind a prefix of c > 0 rows, else x; at most m = rows - targets - c + (c > 0)
 //   mask(i, j) = i == j  or  d > 0 and d <= window, d = id(i) - id(j) (causal) or |id(i) - id(j)| (full)
 //                or id(i) == 0 and id(j) < m, where there is a prefix
 //
 // Shapes       q, k [T, H, Dq], v, out [T, H, Dv]: rows and heads may lie apart, the values of a head lie side by side
 //              sequence b: rows begin[b] <= i < end[b]; position [2 N - 1], one or one a head; time [buckets + 1]
 // Dtypes       float32, float64, or bfloat16 rows with everything else float32
-// Accumulator  float32 (float64 for float64); every sum runs in one fixed order: tiles of kTile rows by kTile rows, then
-//              the order of rows within. AVX2 and AVX-512 give the same bits (FMA); the scalar form rounds products and
-//              sums apart. Nothing depends on the number of threads or on the rest of the batch, save the gradients of
+// Accumulator  float32 (float64 for float64); every sum runs in one fixed order: tiles of kTile rows by kTile rows,
+//              then the order of rows within. AVX2 and AVX-512 give the same bits (FMA); the scalar form rounds products
+//              and sums apart. Nothing depends on the number of threads or on the rest of the batch, save the gradients of
 //              the biases, which sum over the batch, cut by its lengths alone, the parts added in float64.
 // Memory       linear in rows: no tile outlives its turn, backward makes it again
 // Limits       sizes below 2^63; with a position bias, sequences of at most N rows; all must have been checked
@@ -92,7 +92,7 @@ struct Args {
   const std::int64_t* begin;
   const std::int64_t* end;
   const std::int64_t* times;       // [T]
-  const std::int64_t* thresholds;  // [borders] of uint64, rising from 0: where each bucket begins
+  const std::int64_t* thresholds;  // [borders] of uint64, from 0 on and never falling: where buckets begin
   const T* position;               // [position_heads, 2 N - 1]
   const T* time;                   // [buckets + 1]
   Heads<Value> out;                // not touched by backward
@@ -190,7 +190,7 @@ struct Sight {
   }
 };
 
-// What the vectors of a tile need of the mask of one row (or of one lane): r is seen where first <= r < last or r == self.
+// What the vectors of a tile need of the mask of one row (or lane): r is seen where first <= r < last or r == self.
 struct Cut {
   std::int64_t first = 0;
   std::int64_t last = 0;

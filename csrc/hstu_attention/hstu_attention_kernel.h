@@ -1,5 +1,5 @@
-// The kernel itself, for any vector type (see common/vectors.h). A form includes both inside its target region; the standard
-// headers and hstu_attention.h must have been included before, outside it.
+// The kernel itself, for any vector type (see common/vectors.h). A form includes both inside its target region; the
+// standard headers and hstu_attention.h must have been included before, outside it.
 #pragma once
 
 namespace recfast::hstu_attention {
@@ -141,22 +141,22 @@ struct Kernel : Vectors<Simd> {
   };
   static constexpr std::uint64_t kNear = std::uint64_t{1} << 31;
 
-  // bias = the table's entry of each lane's bucket, where all lie in [range.first, range.last): one comparison for each
-  // border between them, exact in integers. J vectors of lanes.
+  // bias = the table's entry of each lane's bucket, that of `less` + |from - near|, where all lie in [range.first,
+  // range.last): one comparison for each border between them, exact in integers. J vectors of lanes.
   template <int J>
-  static void near_row(const Args<T, Value>& args, const Buckets& buckets, const Integer* near, std::int64_t time,
-                       Interval range, T* bias, std::int32_t* index) noexcept {
+  static void near_row(const Args<T, Value>& args, const Buckets& buckets, const Integer* near, std::int64_t from,
+                       std::uint64_t less, Interval range, T* bias, std::int32_t* index) noexcept {
     Integers apart[J];
     V value[J];
     Integers bucket[J];
     for (int j = 0; j < J; ++j) {
-      const Integers difference = splat_integer(time) - load_integers(near + j * kWidth);
+      const Integers difference = splat_integer(from) - load_integers(near + j * kWidth);
       apart[j] = difference < Integers{} ? -difference : difference;
       value[j] = splat(args.time[range.first]);
       bucket[j] = splat_integer(range.first);
     }
     for (std::int64_t b = range.first + 1; b < range.last; ++b) {
-      const Integers border = splat_integer(buckets.thresholds[b]);
+      const Integers border = splat_integer(static_cast<std::int64_t>(buckets.border(b) - less));
       const V entry = splat(args.time[b]);
       for (int j = 0; j < J; ++j) {
         const Integers beyond = apart[j] >= border;
@@ -182,22 +182,23 @@ struct Kernel : Vectors<Simd> {
   static Interval time_row(const Args<T, Value>& args, const Buckets& buckets, const LaneTimes& lanes,
                            std::int64_t time, std::int64_t size, T* bias, std::int32_t* index) noexcept {
     if (lanes.close) {
-      const std::uint64_t low = Buckets::apart(time, lanes.low);
-      const std::uint64_t high = Buckets::apart(time, lanes.high);
-      if (std::max(low, high) < kNear) {
-        const bool between = lanes.low < time && time < lanes.high;
-        const Interval range{between ? 0 : buckets.of(std::min(low, high)), buckets.of(std::max(low, high)) + 1};
-        const std::int64_t from = time - lanes.low;
-        std::int64_t i = 0;
-        constexpr int kMost = 4;
-        for (; i + kMost * kWidth <= size; i += kMost * kWidth) {
-          near_row<kMost>(args, buckets, lanes.near + i, from, range, bias + i, index == nullptr ? index : index + i);
-        }
-        for (; i < size; i += kWidth) {
-          near_row<1>(args, buckets, lanes.near + i, from, range, bias + i, index == nullptr ? index : index + i);
-        }
-        return range;
+      // |time - lane| = less + |from - near|, so that 32 bits do wherever the lanes lie.
+      const bool after = time >= lanes.high;
+      const bool before = time <= lanes.low;
+      const std::uint64_t less = after    ? Buckets::apart(time, lanes.high)
+                                 : before ? Buckets::apart(time, lanes.low)
+                                          : 0;
+      const std::int64_t from = after ? lanes.high - lanes.low : before ? 0 : time - lanes.low;
+      const std::uint64_t most = std::max(Buckets::apart(time, lanes.low), Buckets::apart(time, lanes.high));
+      const Interval range{buckets.of(less), buckets.of(most) + 1};
+      constexpr int kMost = 4;
+      for (std::int64_t i = 0; i < size;) {
+        const bool most_fit = i + kMost * kWidth <= size;
+        const auto form = most_fit ? near_row<kMost> : near_row<1>;
+        form(args, buckets, lanes.near + i, from, less, range, bias + i, index == nullptr ? index : index + i);
+        i += (most_fit ? kMost : 1) * kWidth;
       }
+      return range;
     }
     for (std::int64_t lane = 0; lane < size; ++lane) {
       const std::int64_t bucket = buckets.of(Buckets::apart(time, lanes.times[lane]));
@@ -392,7 +393,7 @@ struct Kernel : Vectors<Simd> {
     }
   }
 
-  // to[bucket[r, i], i % kLanes] += dz[r, i]: one table a lane, so that no two lanes meet. Rows of few buckets go bucket
+  // to[bucket[r, i], i % kLanes] += dz[r, i]: a table a lane, so that no two lanes meet. Rows of few buckets go bucket
   // by bucket, others entry by entry.
   static void add_buckets(const T* dz, const std::int32_t* buckets, const Interval* ranges, std::int64_t rows,
                           std::int64_t columns, T* to) noexcept {

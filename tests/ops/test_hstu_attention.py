@@ -230,26 +230,37 @@ def test_known_values():
 
 
 @pytest.mark.parametrize("kind", ["log", "sqrt"])
-def test_buckets(kind, isa_levels):
-    """Every border to the second, differences of either sign, unsorted, equal, and as far apart as 64 bits go."""
-    borders = {int(math.exp(0.301 * b)) + d for b in range(150) for d in (-1, 0, 1, 2)}
+@pytest.mark.parametrize("signs", [[1], [-1], [1, -1]], ids=["before", "after", "both"])
+@pytest.mark.parametrize("spread", [1, 2**26, 2**40], ids=["near", "far", "wide"])
+def test_buckets(kind, signs, spread, isa_levels):
+    """Every border to the second, in both directions of the kernel: 80 queries `spread` apart ask for all of them."""
+    borders = {int(math.exp(0.301 * b)) + d for b in range(142) for d in (-1, 0, 1, 2)}
     borders |= {60 * b * b + d for b in range(70) for d in (-1, 0, 1)}
-    apart = sorted(x for x in borders if 0 <= x < 2**62)
-    for buckets in (0, 3, 64, 128, 200):
-        for base in (0, -(2**40), 2**61):
-            # The last row asks with its own time, `base`, and each key's value tells which bucket it fell into.
-            signs = torch.tensor([1, -1]).repeat(len(apart))[: len(apart)]
-            times = torch.cat([base + signs * torch.tensor(apart), torch.tensor([base])])
-            rows = len(times)
-            q, v = torch.zeros(rows, 1, 1), torch.eye(rows).unsqueeze(1)
-            bias = torch.arange(buckets + 1, dtype=torch.float32) + 8
-            for _ in isa_levels():
-                out = ops.hstu_attention(
-                    q, q, v, offsets_of([rows]), max_length=1, timestamps=times, time_bias=bias, time_buckets=kind
-                )[-1, 0]
-                have = torch.arange(buckets + 1)[torch.searchsorted(torch.nn.functional.silu(bias) - 0.25, out) - 1]
-                # Differences beyond 2^62 cannot be built here: base + sign * x stays inside int64.
-                assert have.tolist() == [bucket_of(base - int(t), buckets, kind) for t in times]
+    apart = sorted(x for x in borders if 0 <= x < 2**61)
+    sign = torch.tensor(signs).repeat(len(apart))[: len(apart)]
+    for buckets, base in ((128, 0), (3, -(2**40)), (200, 2**60)):
+        times = torch.cat([base + sign * torch.tensor(apart), base + spread * torch.arange(80)])
+        rows = len(times)
+        following = torch.cat([times[1:], times[-1:]])
+        options = {"max_length": 1, "timestamps": times, "time_buckets": kind}
+        wanted = torch.tensor(
+            [[bucket_of(int(after) - int(t), buckets, kind) for t in times[:-80]] for after in following[-80:]]
+        )
+        # With q = 0 each weight is silu(bias); the values are the rows of a unit matrix, so each pair shows its own.
+        q, v = torch.zeros(rows, 1, 1), torch.eye(rows).unsqueeze(1)
+        bias = torch.arange(buckets + 1, dtype=torch.float32) + 20
+        # And with no bias yet every pair gives silu'(0) / 1 = 1/2 to its bucket, exact in any order.
+        zero = torch.zeros(buckets + 1, requires_grad=True)
+        rest = torch.zeros(rows, 1, 1)
+        rest[-80:] = 1
+        for _ in isa_levels():
+            out = ops.hstu_attention(q, q, v, offsets_of([rows]), time_bias=bias, **options)[-80:, 0, :-80]
+            assert torch.equal((out - 20).round().long(), wanted)
+            one = torch.ones(rows, 1, 1)
+            one[-80:] = 0
+            answer = ops.hstu_attention(q, q, one, offsets_of([rows]), time_bias=zero, **options)
+            (counts,) = torch.autograd.grad(answer, zero, rest)
+            assert torch.equal(counts * 2, torch.bincount(wanted.flatten(), minlength=buckets + 1).float())
 
 
 def test_buckets_across_the_whole_range():
