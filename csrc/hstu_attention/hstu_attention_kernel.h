@@ -77,7 +77,11 @@ struct Kernel : Vectors<Simd> {
           Four in[4];
           for (int j = 0; j < 4; ++j) {
             const Value* p = from + (r + j) * stride + i;
-            in[j] = Four{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])};
+            if constexpr (kCopied) {
+              in[j] = Four{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])};
+            } else {
+              std::memcpy(&in[j], p, sizeof in[j]);
+            }
           }
           const Four low01 = __builtin_shuffle(in[0], in[1], Order{0, 4, 1, 5});
           const Four high01 = __builtin_shuffle(in[0], in[1], Order{2, 6, 3, 7});

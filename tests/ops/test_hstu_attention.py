@@ -326,7 +326,7 @@ def gradients(arguments, options, form=ops.hstu_attention):
 
 @pytest.mark.parametrize("position", BIASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(33, 17, 3), (16, 64, 1), (5, 3, 2)])
+@pytest.mark.parametrize("shape", [(33, 17, 3), (16, 64, 1), (5, 3, 2), (130, 97, 1)])
 def test_gradients(position, dtype, shape, isa_levels, poisoned_empty):
     """As near to float64 as plain torch is, within a factor for the order of its sums; bfloat16 within its rounding."""
     dim, value_dim, heads = shape
