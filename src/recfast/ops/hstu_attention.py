@@ -557,8 +557,8 @@ def hstu_attention(
     neither on the rest of the batch nor on the number of threads, nor on the layout, and AVX2 and AVX-512 give equal
     bits; the scalar form rounds products and sums apart. The gradients of the biases are summed over a cut of the batch
     that depends on its lengths alone. Differentiable (once) in `q`, `k`, `v` and both biases, each only where wanted.
-    Memory is linear in rows: in backward at most 4 more of q, and only for sequences of 2048 rows and more (bfloat16:
-    at least one, in float32). Backends: CPU (scalar, AVX2, AVX-512; bfloat16 rows are widened).
+    Memory is linear in rows: backward keeps up to three more of q, only for sequences of 2048 rows and more (bfloat16:
+    one to four, in float32). Backends: CPU (scalar, AVX2, AVX-512; bfloat16 rows are widened).
 
     References
     ----------
