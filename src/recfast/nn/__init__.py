@@ -13,6 +13,7 @@ from recfast.nn.compressed import (
 from recfast.nn.dynamic_table import DynamicTable
 from recfast.nn.embedding_tables import EmbeddingTables, second_pass
 from recfast.nn.frozen_tables import FrozenTables
+from recfast.nn.hstu import HSTUBlock
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.target_attention import TargetAttention
 
@@ -23,6 +24,7 @@ __all__ = [
     "DynamicTable",
     "EmbeddingTables",
     "FrozenTables",
+    "HSTUBlock",
     "HashedTables",
     "PostTrainingTables",
     "ProductQuantizer",
