@@ -13,6 +13,7 @@ from recfast.nn.compressed import (
 from recfast.nn.dynamic_table import DynamicTable
 from recfast.nn.embedding_tables import EmbeddingTables, second_pass
 from recfast.nn.frozen_tables import FrozenTables
+from recfast.nn.hstu import HSTUBlock
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.target_attention import TargetAttention
 from recfast.nn.transformer_block import TransformerBlock
@@ -24,6 +25,7 @@ __all__ = [
     "DynamicTable",
     "EmbeddingTables",
     "FrozenTables",
+    "HSTUBlock",
     "HashedTables",
     "PostTrainingTables",
     "ProductQuantizer",

@@ -17,6 +17,7 @@ from recfast.ops.embedding_update import (
 )
 from recfast.ops.example_axpy import example_axpy
 from recfast.ops.formats import QuantizedTable, quantize, round_to
+from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
 from recfast.ops.sequence_attention import sequence_attention
@@ -41,6 +42,7 @@ __all__ = [
     "embedding_update_first_",
     "embedding_update_second_",
     "example_axpy",
+    "hstu_attention",
     "initial_rows",
     "quantize",
     "requantize_",
