@@ -14,10 +14,12 @@ from recfast.nn.dynamic_table import DynamicTable
 from recfast.nn.embedding_tables import EmbeddingTables, second_pass
 from recfast.nn.frozen_tables import FrozenTables
 from recfast.nn.quantizer import ProductQuantizer
+from recfast.nn.sdim import SDIM
 from recfast.nn.target_attention import TargetAttention
 
 __all__ = [
     "MLP",
+    "SDIM",
     "CrossNetV2",
     "Dice",
     "DynamicTable",
