@@ -77,4 +77,5 @@ PYBIND11_MODULE(_C, m) {
   bind_initial_rows(m);
   bind_sdim_attention(m);
   bind_simhash(m);
+  bind_target_attention(m);
 }

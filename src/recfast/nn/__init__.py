@@ -10,14 +10,17 @@ from recfast.nn.compressed import (
     SparseTables,
     best_step,
 )
+from recfast.nn.dare import DARE
 from recfast.nn.dynamic_table import DynamicTable
 from recfast.nn.embedding_tables import EmbeddingTables, second_pass
 from recfast.nn.frozen_tables import FrozenTables
+from recfast.nn.multi_head_target_attention import MultiHeadTargetAttention
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.sdim import SDIM
 from recfast.nn.target_attention import TargetAttention
 
 __all__ = [
+    "DARE",
     "MLP",
     "SDIM",
     "CrossNetV2",
@@ -26,6 +29,7 @@ __all__ = [
     "EmbeddingTables",
     "FrozenTables",
     "HashedTables",
+    "MultiHeadTargetAttention",
     "PostTrainingTables",
     "ProductQuantizer",
     "PrunedTables",

@@ -23,6 +23,7 @@ from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_table
 from recfast.ops.simhash import simhash
+from recfast.ops.target_attention import attention_top_k, target_attention
 
 __all__ = [
     "Codes",
@@ -35,6 +36,7 @@ __all__ = [
     "RowsIndex",
     "UpdateState",
     "category_top_k",
+    "attention_top_k",
     "code_rows_search",
     "code_search",
     "din_attention",
@@ -54,4 +56,5 @@ __all__ = [
     "sdim_attention",
     "sdim_table",
     "simhash",
+    "target_attention",
 ]
