@@ -7,6 +7,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/row_format.h"
 #include "common/simd_portable.h"
 #include "common/status.h"
 #include "sdim_attention/sdim_attention_kernel.h"
@@ -18,6 +19,13 @@ template <class Value>
 struct Plain : Portable<Value> {
   using typename Portable<Value>::T;
   using typename Portable<Value>::V;
+  static V widen(const std::uint16_t* p) noexcept {
+    T wide[sizeof(V) / sizeof(T)];
+    for (std::size_t i = 0; i < sizeof(V) / sizeof(T); ++i) wide[i] = bfloat16_to_float(p[i]);
+    V v;
+    std::memcpy(&v, wide, sizeof v);
+    return v;
+  }
   static V load_part(const T* p, std::int64_t n) noexcept {
     T part[sizeof(V) / sizeof(T)]{};
     std::memcpy(part, p, static_cast<std::size_t>(n) * sizeof *p);

@@ -19,6 +19,10 @@ namespace recfast::sdim_attention {
 namespace {
 
 struct Form : Avx2 {
+  static V widen(const std::uint16_t* p) noexcept {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
   static __m256i mask(std::int64_t n) noexcept {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lanes);

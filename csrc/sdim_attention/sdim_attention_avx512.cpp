@@ -19,6 +19,10 @@ namespace recfast::sdim_attention {
 namespace {
 
 struct Form : Avx512 {
+  static V widen(const std::uint16_t* p) noexcept {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
   static __mmask16 mask(std::int64_t n) noexcept { return static_cast<__mmask16>((1u << n) - 1); }
   static V load_part(const float* p, std::int64_t n) noexcept { return _mm512_maskz_loadu_ps(mask(n), p); }
   static void store_part(float* p, V v, std::int64_t n) noexcept { _mm512_mask_storeu_ps(p, mask(n), v); }

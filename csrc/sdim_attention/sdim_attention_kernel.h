@@ -1,5 +1,5 @@
-// The kernels themselves, for any vector of T: `Simd` gives T and V, and for the last, partly filled vector of a row
-// load_part(p, n), store_part(p, v, n) with zeros beyond n. A form includes this inside its target region; the standard
+// The kernels themselves, for any vector of T: `Simd` gives T and V, widen(p) (a vector of bfloat16, the upper halves of
+// float32), and for the last, partly filled vector of a row load_part(p, n), store_part(p, v, n) with zeros beyond n. A form includes this inside its target region; the standard
 // headers and sdim_attention.h must have been included before, outside it.
 #pragma once
 
@@ -29,17 +29,9 @@ struct Kernel {
   }
   static void store(T* p, V v) noexcept { std::memcpy(p, &v, sizeof v); }
 
-  // bfloat16 is the upper half of a float32.
   using Half = typename Vector<std::uint16_t, sizeof(V) / 2>::Type;
   using Word = typename Vector<std::uint32_t, sizeof(V)>::Type;
-  static V load(const std::uint16_t* p) noexcept {
-    Half half;
-    std::memcpy(&half, p, sizeof half);
-    const Word word = __builtin_convertvector(half, Word) << 16;
-    V v;
-    std::memcpy(&v, &word, sizeof v);
-    return v;
-  }
+  static V load(const std::uint16_t* p) noexcept { return Simd::widen(p); }
   // To nearest, ties to even; NaN stays NaN.
   static void store(std::uint16_t* p, V v) noexcept {
     Word word;

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -337,6 +338,25 @@ def test_strided_rows_are_read_in_place():
         ops.sdim_attention(wide_query[:, 3:], table, candidate_offsets=rows),
         ops.sdim_attention(query_codes, table, candidate_offsets=rows),
     )
+
+
+def far_apart(rows: torch.Tensor) -> torch.Tensor:
+    """The same rows 2^31 bytes apart, in memory that is mostly never touched."""
+    step = 2**31 + 8
+    try:
+        store = torch.from_numpy(np.zeros(step * len(rows), dtype=np.uint8))
+    except MemoryError:
+        pytest.skip("this machine does not lend so much address space")
+    spread = store.as_strided(rows.shape, (step, 1))
+    spread.copy_(rows)
+    return spread
+
+
+def test_addresses_beyond_32_bits():
+    codes, values, offsets, query_codes, _ = problem([1, 3], None, 4, 3, 10)
+    table = ops.sdim_table(codes, values, offsets, bits=3)
+    assert torch.equal(ops.sdim_table(far_apart(codes), values, offsets, bits=3), table)
+    assert torch.equal(ops.sdim_attention(far_apart(query_codes), table), ops.sdim_attention(query_codes, table))
 
 
 def test_expected_collisions_are_those_of_the_angle():

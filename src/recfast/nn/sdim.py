@@ -58,9 +58,9 @@ class SDIM(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("projections", torch.randn(dim, tables, bits, generator=generator))
 
-    def codes(self, x: torch.Tensor) -> torch.Tensor:
-        """The hashes of rows [..., D]: uint8 [..., tables]. See `ops.simhash`."""
-        return simhash(x, self.projections)
+    def codes(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """The hashes of rows [..., D], or padded [B, L, D] with `lengths`: uint8 [..., tables]. See `ops.simhash`."""
+        return simhash(x, self.projections, lengths=lengths)
 
     def table(self, keys: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
         """Sum each user's values by bucket; see `ops.sdim_table`.
@@ -76,13 +76,20 @@ class SDIM(nn.Module):
         -------
         Tensor [B, tables, 2**bits, Dv], float32 (float64 for float64 values)
         """
-        return sdim_table(self.codes(keys), keys if values is None else values, offsets, bits=self.bits)
+        return sdim_table(
+            self.codes(keys, offsets if keys.dim() == 3 else None),
+            keys if values is None else values,
+            offsets,
+            bits=self.bits,
+        )
 
     def append(
         self, table: torch.Tensor, keys: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Continue a saved table with new events, given like those of `table`; see `ops.sdim_append`."""
-        return sdim_append(table, self.codes(keys), keys if values is None else values, offsets)
+        return sdim_append(
+            table, self.codes(keys, offsets if keys.dim() == 3 else None), keys if values is None else values, offsets
+        )
 
     def forward(
         self,
