@@ -1,14 +1,14 @@
 // hamming_top_k: of each user's history, the k rows whose codes differ from a candidate's in the fewest bits.
 //
 //   d(c, l) = sum_w popcount(query[c, w] xor key[l, w])
-//   out[c]  = the k rows l (counted from the start of the history) that are smallest by (d, -l), in that order; -1 beyond
+//   out[c]  = the k rows l (counted from the start of the history) that are smallest by (d, -l), in order; -1 beyond
 //
 // Shapes       query [Nc, W], keys [T, W]; user b: rows begin[b] <= l < end[b], candidates[b] <= c < candidates[b + 1]
 //              (null: c = b); out [Nc, k]; rows may be strided
 // Dtypes       Code uint64 or uint8; out int64
-// Method       all distances of a candidate in 16 bits; the k-th smallest by counting how many are at most t, halving the
-//              range of t; then one sweep from the end. Integers only: the answer is the same on every instruction set
-//              and thread count
+// Method       all distances of a candidate in 16 bits; the k-th smallest by counting how many are at most t, halving
+//              the range of t; then one sweep from the end. Integers only: the answer is the same on every instruction
+//              set and thread count
 // Limits       fewer than 2^16 bits a code; begin, end and candidates must have been checked
 // Source       Chen et al., "Efficient Long Sequential User Data Modeling for Click-Through Rate Prediction" (ETA),
 //              arXiv 2108.04468

@@ -36,8 +36,8 @@ __m256i four(const Planes& keys, const std::uint64_t* query, std::int64_t row) n
 
 void distances(const Planes& keys, const std::uint64_t* query, std::uint16_t* out) noexcept {
   std::int64_t row = 0;
-  // Four vectors of four 64-bit lanes become one of sixteen 16-bit lanes: lane i of `mixed` holds rows i, 4 + i, 8 + i and
-  // 12 + i, which is then turned.
+  // Four vectors of four 64-bit lanes become one of sixteen 16-bit lanes: lane i of `mixed` holds rows i, 4 + i, 8 + i
+  // and 12 + i, which is then turned.
   const __m256i pairs = _mm256_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15,  //
                                          0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
   const __m256i halves = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);

@@ -1,4 +1,5 @@
-// sdim_table and sdim_attention: attention over a long history by hash collisions (SDIM).
+// sdim_table, sdim_attention and both at once (sdim_history_attention): attention over a long history by hash
+// collisions (SDIM).
 //
 //   table[u, j, b] = start[u, j, b] + sum_{l of user u: code[l, j] = b} v_l        j < M, b < 2^bits
 //   out[c]         = 1/M sum_j n(table[u, j, qcode[c, j]])                         u: the user of candidate c
@@ -12,9 +13,9 @@
 // Shapes       codes [T, M], values [T, Dv], qcodes [Nc, M] (rows may be strided), table [B, M, 2^bits, Dv] contiguous
 //              user b: value rows value_begin[b] + l, code rows code_begin[b] + l, 0 <= l < prefix[b + 1] - prefix[b];
 //              candidates[b] <= c < candidates[b + 1] (null: c = b)
-// Dtypes       codes uint8; values float32, bfloat16 (widened, exact) or float64; the table sums in float32 for the first
-//              two, float64 for the last; attention reads float32, bfloat16 or float64 tables and answers in kind, with
-//              float32 arithmetic for the first two
+// Dtypes       codes uint8; values float32, bfloat16 (widened, exact) or float64; the table sums in float32 for the
+//              first two, float64 for the last; attention reads float32, bfloat16 or float64 tables and answers in
+//              kind, with float32 arithmetic for the first two
 // Accumulator  that type. Buckets add their events in the order of l, starting from `start`: a table that is continued
 //              equals one built anew bit by bit. Sums over tables run in the order of j, over candidates in that of c,
 //              those over Dv in kLanes partial sums. No FMA: equal bits on every instruction set, whatever the number

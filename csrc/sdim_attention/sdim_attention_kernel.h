@@ -1,5 +1,6 @@
-// The kernels themselves, for any vector of T: `Simd` gives T and V, widen(p) (a vector of bfloat16, the upper halves of
-// float32), and for the last, partly filled vector of a row load_part(p, n), store_part(p, v, n) with zeros beyond n. A form includes this inside its target region; the standard
+// The kernels themselves, for any vector of T: `Simd` gives T and V; widen(p), a vector of bfloat16 (upper halves of
+// float32); load_part(p, n), store_part(p, v, n) for the last, partly filled vector of a row, zeros beyond n;
+// equal16(a, b), one bit for each of 16 equal bytes. A form includes this inside its target region; the standard
 // headers and sdim_attention.h must have been included before, outside it.
 #pragma once
 
@@ -438,7 +439,9 @@ struct Kernel {
     gather(s, events, args.dvalues, user, gradient, 0, events.length(user));
   }
 
-  static Forms<Stored, T> forms() noexcept { return {build, build_backward, look, look_backward, direct, direct_backward}; }
+  static Forms<Stored, T> forms() noexcept {
+    return {build, build_backward, look, look_backward, direct, direct_backward};
+  }
 };
 
 }  // namespace

@@ -2,10 +2,10 @@
 //
 //   code[i, j] = sum_t 2^t [ x_i . R[:, j, t] > 0 ]      j < M, t < bits; strictly above, so 0 and NaN give 0
 //
-// Shapes       x: `outer` blocks of `inner` rows of D values, strides apart; R [D, M, bits] contiguous; codes [rows, M];
-//              with lengths [outer], rows lengths[o] <= i < inner of block o are not read and get code 0
-// Dtypes       x float32, bfloat16 (widened, exact) or float64; R float32, or float64 with x; codes uint8 for bits <= 8,
-//              int64 above (bit 63 is the sign)
+// Shapes       x: `outer` blocks of `inner` rows of D values, strides apart; R [D, M, bits] and codes [rows, M]
+//              contiguous; with lengths [outer], rows lengths[o] <= i < inner of block o are not read and get code 0
+// Dtypes       x float32, bfloat16 (widened, exact) or float64; R float32, or float64 with x; codes uint8 for
+//              bits <= 8, int64 above (bit 63 is the sign)
 // Accumulator  R's type. The sum starts at 0 and takes its terms in the order of D, each by one FMA (std::fma where the
 //              processor has none), in every form: the bits are equal on every instruction set, whatever the batch,
 //              the number of threads and the strides

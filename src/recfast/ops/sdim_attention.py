@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 import torch
 
+from recfast import _C
 from recfast.ops import _check
 from recfast.ops._hashed import Lists, check_shared, check_users, cut_candidates, flat_rows, lists, users_of
 from recfast.ops._histories import unit_rows
 from recfast.ops._library import define, kernel
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_LARGE = 4 << 20  # bytes
 _EPSILON = 1e-12  # kEpsilon of sdim_attention.h
 
 
@@ -27,6 +29,14 @@ _SCRATCH, _DIRECT_SCRATCH = kernel("sdim_attention_scratch"), kernel("sdim_direc
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _room(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`like.new_empty`; what is large in huge pages, so that fresh memory costs fewer page faults."""
+    room = like.new_empty(shape, dtype=dtype)
+    if room.nbytes >= _LARGE:
+        _C.advise_huge_pages(room.data_ptr(), room.nbytes)
+    return room
 
 
 # --- the table ---
@@ -50,7 +60,8 @@ def _cpu_table(codes, values, offsets, start, bits, op=None):
     op = op or ("sdim_table" if start is None else "sdim_append")
     code_rows, value_rows = lists(op, codes, offsets), lists(op, values, offsets)
     start = None if start is None else start.contiguous()
-    table = _fake_table(codes, values, offsets, start, bits)
+    shape = (code_rows.begin.numel(), codes.shape[-1], 2**bits, values.shape[-1])
+    table = _room(values, *shape, dtype=_sum_dtype(values.dtype))
     wrong = _TABLE[values.dtype](
         **_events(code_rows, value_rows.begin, bits, values.shape[-1]),
         values=value_rows.rows.data_ptr(),
@@ -82,10 +93,11 @@ def _fake_table(codes, values, offsets, start, bits):
 
 def _gradient_rows(values: torch.Tensor, codes: Lists) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for the gradient of `values`, and where each user's rows begin in it."""
+    rows = _room(values, *values.shape)
     if values.dim() == 2:
-        return values.new_empty(values.shape), codes.prefix
+        return rows, codes.prefix
     # The padding gets no gradient.
-    return values.new_zeros(values.shape), torch.arange(values.shape[0]) * values.shape[1]
+    return rows.zero_(), torch.arange(values.shape[0]) * values.shape[1]
 
 
 def _cpu_table_backward(grad, codes, values, offsets, bits):
@@ -329,7 +341,7 @@ def _fake(query_codes, table, candidate_offsets, normalize):
 def _cpu_backward(grad, query_codes, table, candidate_offsets, normalize):
     arguments, _alive = _lookup("sdim_attention", query_codes, table, candidate_offsets, normalize)
     grad = grad.to(_sum_dtype(table.dtype)).contiguous()
-    dtable = table.new_empty(table.shape, dtype=grad.dtype)
+    dtable = _room(table, *table.shape, dtype=grad.dtype)
     _ATTENTION_BACKWARD[table.dtype](**arguments, grad=grad.data_ptr(), dtable=dtable.data_ptr())
     return dtable.to(table.dtype)
 
