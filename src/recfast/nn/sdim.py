@@ -76,20 +76,15 @@ class SDIM(nn.Module):
         -------
         Tensor [B, tables, 2**bits, Dv], float32 (float64 for float64 values)
         """
-        return sdim_table(
-            self.codes(keys, offsets if keys.dim() == 3 else None),
-            keys if values is None else values,
-            offsets,
-            bits=self.bits,
-        )
+        values = keys if values is None else values
+        return sdim_table(self._key_codes(keys, offsets), values, offsets, bits=self.bits)
 
     def append(
         self, table: torch.Tensor, keys: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Continue a saved table with new events, given like those of `table`; see `ops.sdim_append`."""
-        return sdim_append(
-            table, self.codes(keys, offsets if keys.dim() == 3 else None), keys if values is None else values, offsets
-        )
+        values = keys if values is None else values
+        return sdim_append(table, self._key_codes(keys, offsets), values, offsets)
 
     def forward(
         self,
@@ -125,9 +120,14 @@ class SDIM(nn.Module):
             raise ValueError("SDIM: keys and offsets are needed where table is left out")
         values = keys if values is None else values
         if self._keeps_table(values, offsets, candidate_offsets):
-            return self(query, candidate_offsets=candidate_offsets, table=self.table(keys, offsets, values))
-        key_codes = self.codes(keys, offsets if keys.dim() == 3 else None)
-        return sdim_history_attention(codes, key_codes, values, offsets, bits=self.bits, **shared).to(query.dtype)
+            out = sdim_attention(codes, self.table(keys, offsets, values), **shared)
+        else:
+            key_codes = self._key_codes(keys, offsets)
+            out = sdim_history_attention(codes, key_codes, values, offsets, bits=self.bits, **shared)
+        return out.to(query.dtype)
+
+    def _key_codes(self, keys: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return self.codes(keys, offsets if keys.dim() == 3 else None)
 
     def _keeps_table(self, values, offsets, candidate_offsets) -> bool:
         """Whether backward had better find the tables than sum them again; the answer is the same, bit by bit.
