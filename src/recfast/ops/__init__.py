@@ -1,6 +1,7 @@
 """Functions on tensors with a compiled kernel behind each. `<op>.reference` is the same call in plain torch."""
 
 from recfast.ops import embedding_tables  # noqa: F401  (its op is for modules)
+from recfast.ops.category_top_k import category_top_k
 from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
 from recfast.ops.din_attention import DINWeights, din_attention
@@ -21,6 +22,12 @@ from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
 from recfast.ops.sequence_attention import sequence_attention
+from recfast.ops.hamming_top_k import hamming_top_k
+from recfast.ops.id_map import IdMap
+from recfast.ops.initial_rows import initial_rows
+from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
+from recfast.ops.simhash import simhash
+from recfast.ops.target_attention import attention_top_k, target_attention
 
 __all__ = [
     "Codes",
@@ -32,6 +39,8 @@ __all__ = [
     "QuantizedTable",
     "RowsIndex",
     "UpdateState",
+    "attention_top_k",
+    "category_top_k",
     "code_rows_search",
     "code_search",
     "din_attention",
@@ -43,9 +52,16 @@ __all__ = [
     "embedding_update_second_",
     "example_axpy",
     "hstu_attention",
+    "hamming_top_k",
     "initial_rows",
     "quantize",
     "requantize_",
     "round_to",
     "sequence_attention",
+    "sdim_append",
+    "sdim_attention",
+    "sdim_history_attention",
+    "sdim_table",
+    "simhash",
+    "target_attention",
 ]
