@@ -18,14 +18,12 @@ from recfast.ops.embedding_update import (
 )
 from recfast.ops.example_axpy import example_axpy
 from recfast.ops.formats import QuantizedTable, quantize, round_to
+from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
-from recfast.ops.sequence_attention import sequence_attention
-from recfast.ops.hamming_top_k import hamming_top_k
-from recfast.ops.id_map import IdMap
-from recfast.ops.initial_rows import initial_rows
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
+from recfast.ops.sequence_attention import sequence_attention
 from recfast.ops.simhash import simhash
 from recfast.ops.target_attention import attention_top_k, target_attention
 
@@ -51,17 +49,17 @@ __all__ = [
     "embedding_update_first_",
     "embedding_update_second_",
     "example_axpy",
-    "hstu_attention",
     "hamming_top_k",
+    "hstu_attention",
     "initial_rows",
     "quantize",
     "requantize_",
     "round_to",
-    "sequence_attention",
     "sdim_append",
     "sdim_attention",
     "sdim_history_attention",
     "sdim_table",
+    "sequence_attention",
     "simhash",
     "target_attention",
 ]
