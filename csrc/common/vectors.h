@@ -37,8 +37,9 @@ struct Vectors {
     T* c;                   // row stride `columns`
   };
 
-  template <int R, int J>
-  static void tile(const Product& p, std::int64_t row, std::int64_t column) noexcept {
+  // A tile of c, R rows of J vectors from (row, column) on, in registers; `finish(sum, row, column)` puts it away.
+  template <int R, int J, class Finish>
+  static void tile(const Product& p, std::int64_t row, std::int64_t column, const Finish& finish) noexcept {
     V sum[R][J];
     for (int r = 0; r < R; ++r) {
       for (int j = 0; j < J; ++j) {
@@ -57,35 +58,50 @@ struct Vectors {
       a += p.a_step;
       b += p.columns;
     }
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < J; ++j) store(p.c + (row + r) * p.columns + column + j * kWidth, sum[r][j]);
-    }
+    finish(sum, row, column);
   }
 
-  template <int J>
-  static void strip(const Product& p, std::int64_t column) noexcept {
+  template <int J, class Finish>
+  static void strip(const Product& p, std::int64_t column, const Finish& finish) noexcept {
     constexpr int kRows = Simd::rows(J);
     std::int64_t row = 0;
-    for (; row + kRows <= p.rows; row += kRows) tile<kRows, J>(p, row, column);
-    for (; row + 2 <= p.rows; row += 2) tile<2, J>(p, row, column);
-    if (row < p.rows) tile<1, J>(p, row, column);
+    for (; row + kRows <= p.rows; row += kRows) tile<kRows, J>(p, row, column, finish);
+    if constexpr (kRows > 4) {
+      if (row + 4 <= p.rows) {
+        tile<4, J>(p, row, column, finish);
+        row += 4;
+      }
+    }
+    for (; row + 2 <= p.rows; row += 2) tile<2, J>(p, row, column, finish);
+    if (row < p.rows) tile<1, J>(p, row, column, finish);
   }
 
-  template <int J>
-  static void strip_of(const Product& p, std::int64_t column, std::int64_t vectors) noexcept {
+  template <int J, class Finish>
+  static void strip_of(const Product& p, std::int64_t column, std::int64_t vectors, const Finish& finish) noexcept {
     if constexpr (J > 1) {
-      if (vectors < J) return strip_of<J - 1>(p, column, vectors);
+      if (vectors < J) return strip_of<J - 1>(p, column, vectors, finish);
     }
-    strip<J>(p, column);
+    strip<J>(p, column, finish);
   }
 
   static void multiply(const Product& p) noexcept {
+    multiply(p, [&]<int R, int J>(V (&sum)[R][J], std::int64_t row, std::int64_t column) noexcept {
+      for (int r = 0; r < R; ++r) {
+        for (int j = 0; j < J; ++j) store(p.c + (row + r) * p.columns + column + j * kWidth, sum[r][j]);
+      }
+    });
+  }
+
+  // With `finish` in the place of the store to c: what comes next is done while the sums are in registers. Strips of
+  // columns come from left to right.
+  template <class Finish>
+  static void multiply(const Product& p, const Finish& finish) noexcept {
     const std::int64_t vectors = p.columns / kWidth;
     const std::int64_t strips = (vectors + Simd::kMaxColumns - 1) / Simd::kMaxColumns;
     for (std::int64_t i = 0; i < strips; ++i) {
       const std::int64_t first = vectors * i / strips;
       const std::int64_t last = vectors * (i + 1) / strips;
-      strip_of<Simd::kMaxColumns>(p, first * kWidth, last - first);
+      strip_of<Simd::kMaxColumns>(p, first * kWidth, last - first, finish);
     }
   }
 

@@ -332,7 +332,7 @@ def test_nothing_of_candidates_by_history_is_stored():
     ("change", "error", "sentence"),
     [
         ({"query": [1.0]}, TypeError, "din_attention: query must be a tensor, got list"),
-        ({"query": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "query must be float32 or float64, got int64"),
+        ({"query": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "query must be float32 or float64 or bfloat16, got int64"),
         (
             {"query": torch.ones(3, 3)},
             ValueError,
@@ -354,7 +354,7 @@ def test_nothing_of_candidates_by_history_is_stored():
             r"lengths\[1\] = 5 is outside \[0, 5\)",
         ),
         ({"keys": torch.ones(2, 4, 3), "offsets": torch.tensor([4, -1])}, IndexError, r"lengths\[1\] = -1 is outside"),
-        ({"activation": "gelu"}, ValueError, "activation must be one of prelu, relu, sigmoid, silu, got 'gelu'"),
+        ({"activation": "gelu"}, ValueError, "activation must be one of prelu, relu, sigmoid, silu, dice, got 'gelu'"),
         ({"mode": "mean"}, ValueError, "mode must be one of sum, sigmoid, softmax, got 'mean'"),
         ({"w1": torch.ones(9, 6)}, ValueError, r"w1 must have shape \[12, H1\], got \[9, 6\]"),
         ({"b1": torch.ones(5)}, ValueError, r"b1 must have shape \[6\], got \[5\]"),
