@@ -25,7 +25,7 @@
 //              and the gradients of a history that many candidates share are cut in a way that depends on the data alone.
 // bfloat16     Where the processor has AVX-512 BF16, the two layers multiply pairs of bfloat16 and add in float32: We
 //              (folded in float32), W2 and the first layer's activations are rounded to bfloat16 once, each by at most
-//              2^-9 of itself, and numbers below 2^-126 count as 0; all else, and all of backward but for computing the
+//              2^-8 of itself, and numbers below 2^-126 count as 0; all else, and all of backward but for computing the
 //              layers again, is float32 over the widened inputs. The other forms widen and round only what they return.
 // Limits       hidden widths at most kMaxHidden; counts and positions below 2^63, also candidates x positions; begin, end
 //              and candidates must have been checked (check_offsets)

@@ -59,7 +59,7 @@ def test_an_empty_history_gives_zero():
         ({"hidden": ()}, "one or two hidden widths must be positive"),
         ({"hidden": (4, 4, 4)}, "one or two hidden widths must be positive"),
         ({"hidden": (0,)}, "hidden widths must be positive"),
-        ({"activation": "gelu"}, "activation must be one of prelu, relu, sigmoid, silu, got 'gelu'"),
+        ({"activation": "gelu"}, "activation must be one of prelu, relu, sigmoid, silu, dice, got 'gelu'"),
         ({"mode": "mean"}, "mode must be one of sum, sigmoid, softmax, got 'mean'"),
     ],
 )

@@ -66,7 +66,8 @@ class DiceWeights(NamedTuple):
     mean, variance : Tensor [W]
         The statistics :math:`\\mu` and v outside training; training has the batch's own.
     gain, shift : Tensor [W], optional
-        :math:`\\gamma` and :math:`\\beta`, the affine part of DeepCTR's Dice. Left out: 1 and 0, as in the paper, FuxiCTR and TorchEasyRec.
+        :math:`\\gamma` and :math:`\\beta`, the affine part of DeepCTR's Dice. Left out: 1 and 0, as in the paper,
+        FuxiCTR and TorchEasyRec.
     eps : float
         1e-9 as in FuxiCTR; TorchEasyRec has 1e-5, DeepCTR 1e-8.
     """
@@ -260,8 +261,16 @@ def _layer(z: torch.Tensor, activation: str, slope: torch.Tensor, dice: torch.Te
     return {"relu": torch.relu, "sigmoid": torch.sigmoid, "silu": torch.nn.functional.silu}[activation](z)
 
 
-def _published(query, keys, values, offsets, candidate_offsets, *rest):
+def _published(*arguments):
     """`(out, lse, statistics)` in plain torch: one row of four copies for each pair of a candidate and a position."""
+    return unfused(*arguments)
+
+
+def unfused(query, keys, values, offsets, candidate_offsets, *rest, normalize=None, drop=None):
+    """What `din_attention` computes, written out: `(out, lse, statistics)` of prepared arguments.
+
+    Takes what the fused form cannot: `normalize(layer, z)` before each activation and `drop(h)` after it.
+    """
     w1, b1, w2, b2, w3, b3, slope, dice, statistics, activation, mode, eps, training = rest
     dtype = query.dtype
     wide = _arithmetic(dtype)
@@ -287,6 +296,8 @@ def _published(query, keys, values, offsets, candidate_offsets, *rest):
     first = 0
     for layer, (w, b) in enumerate([(w1, b1)] if w2 is None else [(w1, b1), (w2, b2)]):
         z = hidden @ w + b
+        if normalize is not None:
+            z = normalize(layer, z)
         own, mean, variance = None, None, None
         if activation == "dice":
             channels = slice(first, first + w.shape[1])
@@ -296,6 +307,8 @@ def _published(query, keys, values, offsets, candidate_offsets, *rest):
             used.append(torch.stack([mean, variance]).detach())
             first += w.shape[1]
         hidden = _layer(z, activation, slope[layer], own, mean, variance, eps)
+        if drop is not None:
+            hidden = drop(hidden)
     score = (hidden @ w3.reshape(-1, 1) + b3).squeeze(-1)
     lse = query.new_empty(0)
     if mode == "sigmoid":
@@ -311,7 +324,7 @@ def _published(query, keys, values, offsets, candidate_offsets, *rest):
     return out.to(dtype), lse, torch.cat(used, dim=1) if used and training else query.new_empty(0)
 
 
-def _prepare(op_query, keys, offsets, weights, values, candidate_offsets, activation, mode, dice, training):
+def prepare(op_query, keys, offsets, weights, values, candidate_offsets, activation, mode, dice, training):
     """Check everything that can be known without reading data, and complete what was left out."""
     op = "din_attention"
     query = _check.tensor(op, "query", op_query, dtypes=_DTYPES, shape=["Nc", "D"])
@@ -480,7 +493,7 @@ def reference(
     training: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The published form in plain torch, with `[q, k, q - k, q * k]` written out for every pair."""
-    arguments = _prepare(query, keys, offsets, weights, values, candidate_offsets, activation, mode, dice, training)
+    arguments = prepare(query, keys, offsets, weights, values, candidate_offsets, activation, mode, dice, training)
     return _answer(_published(*arguments), activation, training)
 
 
@@ -555,7 +568,7 @@ def din_attention(
     `Wk - Wd + diag(q) Wp` first changes the rounding of layer 1: its error is at most `(2 D + 6) eps` times the sum of
     the absolute terms. Histories of one or two rows are not folded, since that would cost more than it saves.
     bfloat16: float32 inside; where the processor has AVX-512 BF16 the folded weights, `w2` and the first layer's
-    activations are rounded to bfloat16 once, which costs up to 2^-9 of each term; elsewhere only the answer is rounded.
+    activations are rounded to bfloat16 once, which costs up to 2^-8 of each term; elsewhere only the answer is rounded.
     Dice in training goes through the histories once more for each layer forward, and once more for each backward.
     Differentiable (once) in `query`, `keys`, `values`, all weights, and Dice's alpha, gain and shift; what needs no
     gradient costs none. Memory beside the gradients: at most 32 bytes a pair of a candidate and a position, and some
@@ -565,7 +578,7 @@ def din_attention(
     ----------
     Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018, arXiv 1706.06978.
     """
-    arguments = _prepare(query, keys, offsets, weights, values, candidate_offsets, activation, mode, dice, training)
+    arguments = prepare(query, keys, offsets, weights, values, candidate_offsets, activation, mode, dice, training)
     return _answer(_op(*arguments), activation, training)
 
 
