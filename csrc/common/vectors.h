@@ -3,11 +3,21 @@
 //   T, V (a GCC vector of T), kMaxColumns (vectors side by side in a tile), rows(J) (rows of a tile J vectors wide),
 //   fma(a, b, c).
 // Forms whose fma rounds once give the same bits; the portable one rounds product and sum apart.
-// The standard headers (algorithm, cmath, cstdint, cstring, type_traits) and common/arena.h must have been included
+// The standard headers (algorithm, cmath, cstdint, cstring, type_traits, utility) and common/arena.h must have been included
 // before, outside that region.
 #pragma once
 
+#define RECFAST_INLINED __attribute__((always_inline))
+
 namespace recfast {
+
+// f<0>(), f<1>(), ..., f<N - 1>()
+template <int N, class F>
+RECFAST_INLINED inline void unrolled(const F& f) noexcept {
+  [&]<int... i>(std::integer_sequence<int, i...>) RECFAST_INLINED {
+    (f.template operator()<i>(), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
 
 template <class Simd>
 struct Vectors {
@@ -24,6 +34,8 @@ struct Vectors {
   static V splat(T x) noexcept { return x - V{}; }
 
   // c[r, :] = start[r, :] + sum_k a[r, k] b[k, :], terms added in the order of k. Columns come in whole vectors.
+  static constexpr T kZeros[kWidth]{};
+
   struct Product {
     const T* a;
     std::int64_t a_row;
@@ -37,24 +49,42 @@ struct Vectors {
     T* c;                   // row stride `columns`
   };
 
+  // What puts a tile into a matrix.
+  struct Store {
+    T* to;
+    std::int64_t width;
+
+    template <int R, int J>
+    RECFAST_INLINED void operator()(const V (&sum)[R][J], std::int64_t row, std::int64_t column) const noexcept {
+      unrolled<R>([&]<int r>() RECFAST_INLINED {
+        T* at = to + (row + r) * width + column;
+        unrolled<J>([&]<int j>() RECFAST_INLINED { store(at + j * kWidth, sum[r][j]); });
+      });
+    }
+  };
+
   // A tile of c, R rows of J vectors from (row, column) on, in registers; `finish(sum, row, column)` puts it away.
+  // Every index into `sum` is a constant from the start, also in `finish` (see unrolled): or the compiler leaves the
+  // tile in memory between the steps.
   template <int R, int J, class Finish>
   static void tile(const Product& p, std::int64_t row, std::int64_t column, const Finish& finish) noexcept {
     V sum[R][J];
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < J; ++j) {
-        sum[r][j] = p.start == nullptr ? V{} : load(p.start + (row + r) * p.start_row + column + j * kWidth);
-      }
-    }
+    const bool from_zero = p.start == nullptr;
+    const T* start = from_zero ? kZeros : p.start + row * p.start_row + column;
+    const std::int64_t start_row = from_zero ? 0 : p.start_row;
+    const std::int64_t start_step = from_zero ? 0 : kWidth;
+    unrolled<R>([&]<int r>() RECFAST_INLINED {
+      unrolled<J>([&]<int j>() RECFAST_INLINED { sum[r][j] = load(start + r * start_row + j * start_step); });
+    });
     const T* a = p.a + row * p.a_row;
     const T* b = p.b + column;
     for (std::int64_t k = 0; k < p.depth; ++k) {
       V w[J];
-      for (int j = 0; j < J; ++j) w[j] = load(b + j * kWidth);
-      for (int r = 0; r < R; ++r) {
+      unrolled<J>([&]<int j>() RECFAST_INLINED { w[j] = load(b + j * kWidth); });
+      unrolled<R>([&]<int r>() RECFAST_INLINED {
         const V x = splat(a[r * p.a_row]);
-        for (int j = 0; j < J; ++j) sum[r][j] = Simd::fma(x, w[j], sum[r][j]);
-      }
+        unrolled<J>([&]<int j>() RECFAST_INLINED { sum[r][j] = Simd::fma(x, w[j], sum[r][j]); });
+      });
       a += p.a_step;
       b += p.columns;
     }
@@ -84,13 +114,7 @@ struct Vectors {
     strip<J>(p, column, finish);
   }
 
-  static void multiply(const Product& p) noexcept {
-    multiply(p, [&]<int R, int J>(V (&sum)[R][J], std::int64_t row, std::int64_t column) noexcept {
-      for (int r = 0; r < R; ++r) {
-        for (int j = 0; j < J; ++j) store(p.c + (row + r) * p.columns + column + j * kWidth, sum[r][j]);
-      }
-    });
-  }
+  static void multiply(const Product& p) noexcept { multiply(p, Store{p.c, p.columns}); }
 
   // With `finish` in the place of the store to c: what comes next is done while the sums are in registers. Strips of
   // columns come from left to right.

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "common/isa.h"
 #include "common/parallel.h"
@@ -81,11 +82,12 @@ void pack(const Args<E>& args, const Packed<T>& packed, const Form<E>& form, boo
     const T* wd = wk + block;
     const T* wp = wd + block;
     copy_row(wp, packed.product + i * width1, s.hidden1);
-    for (std::int64_t j = 0; j < width1; ++j) {
-      const bool inside = j < s.hidden1;
-      packed.keys[i * width1 + j] = inside ? wk[j] - wd[j] : T{0};
-      packed.query[i * width1 + j] = inside ? wq[j] + wd[j] : T{0};
-    }
+    T* keys = packed.keys + i * width1;
+    T* query = packed.query + i * width1;
+    for (std::int64_t j = 0; j < s.hidden1; ++j) keys[j] = wk[j] - wd[j];
+    for (std::int64_t j = 0; j < s.hidden1; ++j) query[j] = wq[j] + wd[j];
+    std::fill(keys + s.hidden1, keys + width1, T{0});
+    std::fill(query + s.hidden1, query + width1, T{0});
   }
   copy_row(args.weights.b1, packed.b1, s.hidden1);
   copy_row(args.weights.w3, packed.w3, s.head());

@@ -5,12 +5,93 @@
 
 namespace recfast::din_attention {
 
+// PReLU, or ReLU.
+template <class Simd>
+RECFAST_INLINED inline typename Simd::V line(typename Simd::V x, typename Simd::V slope, bool relu) noexcept {
+  const typename Simd::V zero{};
+  if (relu) return x < zero ? zero : x;
+  return x > zero ? x : slope * x;
+}
+
+// From z in registers to h, as floats, as pairs of bfloat16, or both; z itself is kept where asked for.
+template <class Simd, class Pairs>
+struct DrawLine {
+  using V = typename Simd::V;
+  using T = typename Simd::T;
+  using Store = typename Vectors<Simd>::Store;
+  V slope;
+  bool relu;
+  T* z;
+  T* h;
+  T* pairs;
+  std::int64_t width;
+
+  template <int R, int J>
+  RECFAST_INLINED void operator()(V (&sum)[R][J], std::int64_t row, std::int64_t column) const noexcept {
+    if (z != nullptr) Store{z, width}(sum, row, column);
+    unrolled<R>([&]<int r>() RECFAST_INLINED {
+      unrolled<J>([&]<int j>() RECFAST_INLINED { sum[r][j] = line<Simd>(sum[r][j], slope, relu); });
+    });
+    if (h != nullptr) Store{h, width}(sum, row, column);
+    if constexpr (!std::is_void_v<Pairs>) {
+      if (pairs == nullptr) return;
+      unrolled<R>([&]<int r>() RECFAST_INLINED {
+        const std::int64_t at = (row + r) * width + column;
+        unrolled<J>([&]<int j>() RECFAST_INLINED { Pairs::narrow(sum[r][j], pairs, at + j * Vectors<Simd>::kWidth); });
+      });
+    }
+  }
+};
+
+// From z in registers to kLanes partial sums of h w3 a row, in the order in which Vectors::dot adds; strip by strip.
+template <class Simd>
+struct AddScore {
+  using V = typename Simd::V;
+  using T = typename Simd::T;
+  using Base = Vectors<Simd>;
+  using Store = typename Base::Store;
+  V slope;
+  bool relu;
+  T* z;
+  T* h;
+  const T* w3;
+  T* lanes;
+  std::int64_t width;
+
+  template <int R, int J>
+  RECFAST_INLINED void operator()(V (&sum)[R][J], std::int64_t row, std::int64_t column) const noexcept {
+    constexpr std::int64_t kWidth = Base::kWidth;
+    if (z != nullptr) Store{z, width}(sum, row, column);
+    unrolled<R>([&]<int r>() RECFAST_INLINED {
+      unrolled<J>([&]<int j>() RECFAST_INLINED { sum[r][j] = line<Simd>(sum[r][j], slope, relu); });
+    });
+    if (h != nullptr) Store{h, width}(sum, row, column);
+    V w[J];
+    unrolled<J>([&]<int j>() RECFAST_INLINED { w[j] = Base::load(w3 + column + j * kWidth); });
+    unrolled<R>([&]<int r>() RECFAST_INLINED {
+      T* own = lanes + (row + r) * kLanes;
+      if constexpr (kWidth == kLanes) {
+        V total = Base::load(column == 0 ? Base::kZeros : own);
+        unrolled<J>([&]<int j>() RECFAST_INLINED { total = Simd::fma(sum[r][j], w[j], total); });
+        Base::store(own, total);
+      } else {
+        unrolled<J>([&]<int j>() RECFAST_INLINED {
+          T* part = own + (column + j * kWidth) % kLanes;
+          const V total = Base::load(column + j * kWidth < kLanes ? Base::kZeros : part);
+          Base::store(part, Simd::fma(sum[r][j], w[j], total));
+        });
+      }
+    });
+  }
+};
+
 template <class Simd, class E, class Pairs = void>
 struct Kernel : Vectors<Simd> {
   using T = typename Simd::T;
   using V = typename Simd::V;
   using Base = Vectors<Simd>;
   using Product = typename Base::Product;
+  using Store = typename Base::Store;
   static constexpr std::int64_t kWidth = Base::kWidth;
   static constexpr std::int64_t kParts = kLanes / kWidth;
   static constexpr bool kPairs = !std::is_void_v<Pairs>;
@@ -80,12 +161,6 @@ struct Kernel : Vectors<Simd> {
 
   static bool is_line(Activation activation) noexcept {
     return activation == Activation::kPrelu || activation == Activation::kRelu;
-  }
-
-  static V line(V x, V slope, bool relu) noexcept {
-    const V zero{};
-    if (relu) return x < zero ? zero : x;
-    return x > zero ? x : slope * x;
   }
 
   // h = act(z) over `rows` rows of a layer, for what does not fit between two products.
@@ -291,33 +366,12 @@ struct Kernel : Vectors<Simd> {
   template <class Multiply>
   static void layer(Activation activation, T slope, const DiceLayer<T>& dice, T* z, T* h, T* pairs, bool keep,
                     std::int64_t rows, std::int64_t width, const Multiply& multiply_into) noexcept {
-    const V a = splat(slope);
-    const bool relu = activation == Activation::kRelu;
     if (is_line(activation)) {
-      multiply_into([&]<int R, int J>(V (&sum)[R][J], std::int64_t row, std::int64_t column) noexcept {
-        for (int r = 0; r < R; ++r) {
-          const std::int64_t at = (row + r) * width + column;
-          if (keep) {
-            for (int j = 0; j < J; ++j) store(z + at + j * kWidth, sum[r][j]);
-          }
-          for (int j = 0; j < J; ++j) sum[r][j] = line(sum[r][j], a, relu);
-          if (keep || pairs == nullptr) {
-            for (int j = 0; j < J; ++j) store(h + at + j * kWidth, sum[r][j]);
-          }
-          if constexpr (kPairs) {
-            if (pairs != nullptr) {
-              for (int j = 0; j < J; ++j) Pairs::narrow(sum[r][j], pairs, at + j * kWidth);
-            }
-          }
-        }
-      });
+      multiply_into(DrawLine<Simd, Pairs>{splat(slope), activation == Activation::kRelu, keep ? z : nullptr,
+                                          keep || pairs == nullptr ? h : nullptr, pairs, width});
       return;
     }
-    multiply_into([&]<int R, int J>(V (&sum)[R][J], std::int64_t row, std::int64_t column) noexcept {
-      for (int r = 0; r < R; ++r) {
-        for (int j = 0; j < J; ++j) store(z + (row + r) * width + column + j * kWidth, sum[r][j]);
-      }
-    });
+    multiply_into(Store{z, width});
     activate(activation, dice, z, h, rows, width);
     if constexpr (kPairs) {
       if (pairs != nullptr) {
@@ -360,43 +414,14 @@ struct Kernel : Vectors<Simd> {
     T* z = two ? work.z2 : work.z1;
     T* h = two ? work.h2 : work.h1;
     const T slope = args.weights.slope[two ? 1 : 0];
-    // What w3 reads is used up in registers, strip by strip, in the order in which `dot` would add it.
-    const auto last = [&](const auto& multiply_into) noexcept {
-      const V a = splat(slope);
-      const bool relu = args.activation == Activation::kRelu;
-      multiply_into([&]<int R, int J>(V (&sum)[R][J], std::int64_t row, std::int64_t column) noexcept {
-        V w[J];
-        for (int j = 0; j < J; ++j) w[j] = load(packed.w3 + column + j * kWidth);
-        for (int r = 0; r < R; ++r) {
-          const std::int64_t to = (row + r) * width + column;
-          if (keep) {
-            for (int j = 0; j < J; ++j) store(z + to + j * kWidth, sum[r][j]);
-          }
-          for (int j = 0; j < J; ++j) sum[r][j] = line(sum[r][j], a, relu);
-          if (keep) {
-            for (int j = 0; j < J; ++j) store(h + to + j * kWidth, sum[r][j]);
-          }
-          T* lanes = work.lanes + (row + r) * kLanes;
-          if constexpr (kParts == 1) {
-            V total = column == 0 ? V{} : load(lanes);
-            for (int j = 0; j < J; ++j) total = Simd::fma(sum[r][j], w[j], total);
-            store(lanes, total);
-          } else {
-            for (int j = 0; j < J; ++j) {
-              T* part = lanes + (column + j * kWidth) % kLanes;
-              const V total = column + j * kWidth < kLanes ? V{} : load(part);
-              store(part, Simd::fma(sum[r][j], w[j], total));
-            }
-          }
-        }
-      });
-    };
+    const AddScore<Simd> last{splat(slope), args.activation == Activation::kRelu, keep ? z : nullptr,
+                              keep ? h : nullptr, packed.w3, work.lanes, width};
     const T bias = args.weights.b3[0];
     if (is_line(args.activation)) {
       if (two) {
-        last(second);
+        second(last);
       } else {
-        last(first);
+        first(last);
       }
       for (std::int64_t r = 0; r < rows; ++r) work.scores[r] = sum_lanes(work.lanes + r * kLanes) + bias;
       return;
@@ -515,13 +540,6 @@ struct Kernel : Vectors<Simd> {
     if (length <= 0) return;
     const std::int64_t width1 = padded(s.hidden1);
     const std::int64_t width2 = padded(s.hidden2);
-    const auto into = [](T* z, std::int64_t width) noexcept {
-      return [z, width]<int R, int J>(V (&sum)[R][J], std::int64_t row, std::int64_t column) noexcept {
-        for (int r = 0; r < R; ++r) {
-          for (int j = 0; j < J; ++j) store(z + (row + r) * width + column + j * kWidth, sum[r][j]);
-        }
-      };
-    };
     fold(args, packed, work, candidate, length);
     for (std::int64_t l = 0; l < length; l += kTileRows) {
       const std::int64_t rows = std::min(kTileRows, length - l);
@@ -529,13 +547,13 @@ struct Kernel : Vectors<Simd> {
         first_layer(args, packed, work, begin + l, rows, length, finish);
       };
       if (which == Layer::kFirst) {
-        first(into(work.z1, width1));
+        first(Store{work.z1, width1});
         add_moments(sums, work.z1, rows, width1);
         continue;
       }
       layer(args.activation, T{0}, packed.dice1, work.z1, work.h1, kPairs ? work.pairs : nullptr, false, rows, width1,
             first);
-      second_layer(args, packed, work, rows, into(work.z2, width2));
+      second_layer(args, packed, work, rows, Store{work.z2, width2});
       add_moments(sums, work.z2, rows, width2);
     }
   }
