@@ -34,7 +34,7 @@ struct Vectors {
   static V splat(T x) noexcept { return x - V{}; }
 
   // c[r, :] = start[r, :] + sum_k a[r, k] b[k, :], terms added in the order of k. Columns come in whole vectors.
-  static constexpr T kZeros[kWidth]{};
+  static constexpr T kZeros[Simd::kMaxColumns * kWidth]{};  // what a row of a tile starts from
 
   struct Product {
     const T* a;
@@ -56,9 +56,10 @@ struct Vectors {
 
     template <int R, int J>
     RECFAST_INLINED void operator()(const V (&sum)[R][J], std::int64_t row, std::int64_t column) const noexcept {
+      T* at = to + row * width + column;
       unrolled<R>([&]<int r>() RECFAST_INLINED {
-        T* at = to + (row + r) * width + column;
         unrolled<J>([&]<int j>() RECFAST_INLINED { store(at + j * kWidth, sum[r][j]); });
+        at += width;
       });
     }
   };
@@ -72,9 +73,9 @@ struct Vectors {
     const bool from_zero = p.start == nullptr;
     const T* start = from_zero ? kZeros : p.start + row * p.start_row + column;
     const std::int64_t start_row = from_zero ? 0 : p.start_row;
-    const std::int64_t start_step = from_zero ? 0 : kWidth;
     unrolled<R>([&]<int r>() RECFAST_INLINED {
-      unrolled<J>([&]<int j>() RECFAST_INLINED { sum[r][j] = load(start + r * start_row + j * start_step); });
+      unrolled<J>([&]<int j>() RECFAST_INLINED { sum[r][j] = load(start + j * kWidth); });
+      start += start_row;
     });
     const T* a = p.a + row * p.a_row;
     const T* b = p.b + column;

@@ -383,7 +383,7 @@ Parts cut(std::int64_t users, const std::int64_t* begin, const std::int64_t* end
   const auto first = [&](std::int64_t user) noexcept { return candidates == nullptr ? user : candidates[user]; };
   const auto cost = [&](std::int64_t user) noexcept { return end[user] - begin[user] + kFold; };
   Parts parts;
-  // In double, since counts of pairs may pass 2^63 where nothing else does; what matters is only that it is one order.
+  // In double, since with the fold added the costs may pass 2^63 where nothing else does.
   double total = 0;
   for (std::int64_t user = 0; user < users; ++user) {
     const std::int64_t own = first(user + 1) - first(user);

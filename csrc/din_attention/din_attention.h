@@ -6,7 +6,8 @@
 // The candidate is folded into the first layer, with W1 = [Wq; Wk; Wd; Wp] (each [D, H1]):
 //   z1 = k_l We + be,   We = (Wk - Wd) + diag(q_c) Wp,   be = q_c (Wq + Wd) + b1
 // so that layer 1 is a plain product of the shared keys, and nothing of size candidates x history x width exists.
-// A history of at most kSplitRows rows costs less unfolded: z1 = be + k_l (Wk - Wd) + (q_c * k_l) Wp, summed in that order.
+// A history of at most kSplitRows rows (kSplitRowsInPairs where pairs of bfloat16 are multiplied) costs less unfolded:
+// z1 = be + k_l (Wk - Wd) + (q_c * k_l) Wp, in float32 or float64, summed in that order.
 //
 // Dice         y = z (p + alpha (1 - p)), p = sigmoid(gain (z - mean) / sqrt(variance + eps) + shift), a channel each.
 //              In training, mean and (biased) variance are those of z over all pairs of a candidate and a position of
@@ -160,7 +161,8 @@ struct Parts {
 // History rows that go through the layers together: whole tiles of 5 and of 8 rows.
 inline constexpr std::int64_t kTileRows = 40;
 // The longest history that is not folded.
-inline constexpr std::int64_t kSplitRows = 2;
+inline constexpr std::int64_t kSplitRows = 4;
+inline constexpr std::int64_t kSplitRowsInPairs = 2;
 
 // Dice of one layer, padded with zeros: t = scale z + offset, y = z (alpha + (1 - alpha) sigmoid(t)).
 template <class T>

@@ -287,7 +287,7 @@ struct Kernel : Vectors<Simd> {
     }
   }
 
-  static bool splits(std::int64_t length) noexcept { return length <= kSplitRows; }
+  static bool splits(std::int64_t length) noexcept { return length <= (kPairs ? kSplitRowsInPairs : kSplitRows); }
 
   // Makes candidate c ready for the layers: its row in work.query, We (unless its history is too short) and be.
   static void fold(const Args<E>& args, const Packed<T>& packed, const Work<T>& work, std::int64_t c,

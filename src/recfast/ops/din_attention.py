@@ -584,13 +584,16 @@ def din_attention(
     on the rest of the batch (but for Dice in training) or on the number of threads, and AVX2 and AVX-512 give equal
     bits; the scalar form rounds products and sums apart (no FMA) and differs in the last bits. Folding
     `Wk - Wd + diag(q) Wp` first changes the rounding of layer 1: its error is at most `(2 D + 6) eps` times the sum of
-    the absolute terms. Histories of one or two rows are not folded, since that would cost more than it saves.
+    the absolute terms. Histories of up to four rows (two in bfloat16) are not folded, since that would cost more than
+    it saves.
     bfloat16: float32 inside; where the processor has AVX-512 BF16 the folded weights, `w2` and the first layer's
     activations are rounded to bfloat16 once, which costs up to 2^-8 of each term; elsewhere only the answer is rounded.
     Dice in training goes through the histories once more for each layer forward, and once more for each backward.
     Differentiable (once) in `query`, `keys`, `values`, all weights, and Dice's alpha, gain and shift; what needs no
-    gradient costs none. Memory beside the gradients: at most 32 bytes a pair of a candidate and a position, and some
-    MB at most. Backends: CPU (scalar, AVX2, AVX-512, AVX-512 BF16).
+    gradient costs none. Memory beside the gradients: at most 32 bytes a pair of a candidate and a position once there
+    are many, and less than a MB a thread and a part of the batch (at most 64 parts); where rows are bfloat16 or their
+    width is no multiple of 16, also one copy a thread of the longest history that candidates share.
+    Backends: CPU (scalar, AVX2, AVX-512, AVX-512 BF16).
 
     References
     ----------
