@@ -236,3 +236,19 @@ def test_mlp_has_the_layers_it_was_asked_for():
         MLP(5, (7,), activation="tanh")
     with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1"):
         MLP(5, (7,), dropout=1)
+
+
+@pytest.mark.parametrize("activation", ["prelu", "dice"])
+def test_it_compiles_in_one_graph(activation):
+    torch.manual_seed(0)
+    unit = TargetAttention(6, (12, 7), activation=activation)
+    twin = copy.deepcopy(unit)
+    batch = arguments()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    out, wanted = compiled(*batch), unit(*batch)
+    assert torch.equal(out, wanted)
+    ours, theirs = (
+        torch.autograd.grad(x.square().sum(), list(m.parameters())) for x, m in ((out, twin), (wanted, unit))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(twin.buffers(), unit.buffers(), strict=True))
