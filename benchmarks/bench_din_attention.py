@@ -134,7 +134,7 @@ def test_din_attention(race, dim, users, length, candidates, backward):
 
 @pytest.mark.parametrize("activation", ["sigmoid", "silu", "dice", "dice training"])
 def test_activations(race, activation):
-    """Forward and backward of the costlier activations, D = 64, 16 users with 200 steps and 20 candidates."""
+    """Forward and backward of the costlier activations, D = 64, 4 users with 200 steps and 20 candidates."""
     torch.manual_seed(0)
     dim, users, length, candidates = 64, 4, 200, 20
     w = weights(dim)
