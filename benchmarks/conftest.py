@@ -33,7 +33,8 @@ def race(benchmark, threads):
     """Time several ways to do one piece of work, alternately, after all of them have been checked against the first.
 
     `race(op, shape, units, {column: function, ...}, check=...)`: `check(answer, column)` raises on a wrong result.
-    The columns take turns, so that a noisy neighbour disturbs all alike; medians are kept. With `settle` a column is
+    The columns take turns, so that a noisy neighbour disturbs all alike, and take turns in going first, which may cost
+    (the inputs of a round are then new to the cache); medians are kept. With `settle` a column is
     called once more before it is timed, as it is in a training loop: otherwise it pays for the memory that the column
     before it gave back to the system. pytest-benchmark gets the column `ours`.
     """
@@ -54,8 +55,10 @@ def race(benchmark, threads):
                 check(answer, column)
         times: dict[str, list[float]] = {column: [] for column in ways}
         end = time.perf_counter() + seconds
+        order = list(ways.items())
         while time.perf_counter() < end or len(times["ours"]) < 7:
-            for column, way in ways.items():
+            order.append(order.pop(0))
+            for column, way in order:
                 if settle:
                     way()
                 start = time.perf_counter()

@@ -71,6 +71,8 @@ PYBIND11_MODULE(_C, m) {
   bind_din_attention(m);
   bind_embedding_bag(m);
   bind_embedding_update(m);
+  bind_hstu_attention(m);
   bind_id_map(m);
   bind_initial_rows(m);
+  bind_sequence_attention(m);
 }

@@ -1,5 +1,5 @@
-// The second stage of a bag kernel: rows become sums. Templates over a vector type V (one of embedding_bag_*.cpp) and a
-// Code; included inside an instruction set's region, in an unnamed namespace, after resolver.h.
+// Bag kernels: rows become sums. Templates over a vector type V (one of embedding_bag_*.cpp) and a Code; included inside
+// an instruction set's region, in an unnamed namespace, after resolver.h.
 //
 // A group is the least that a kernel decodes at once: V::kLanes bytes of int4 or int2 (two or four vectors of columns,
 // which stay in the order "column within its byte" until a bag is stored), V::kLanes columns of all else (one vector).
@@ -61,35 +61,41 @@ inline void products(const std::uint8_t* row, std::int64_t column, std::int64_t 
   using G = Groups<V, C>;
   const G groups(count);
   const std::uint8_t* codes = row + C::kCodes + column * C::kBits / 8;
-  const auto scale = V::template prepare<C>(factor);
+  const typename V::Reg scale = V::set(factor);
   typename V::Reg x[C::kPer];
-  for (std::int64_t g = 0; g < groups.full; ++g) {
-    V::template expand<C, true>(scale, V::template raw<C>(codes + g * G::kBytes), x);
+  const auto put = [&](auto raw, typename V::Real* to, std::int64_t columns) {
+    V::template expand<C>(raw, x);
+    for (auto& value : x) value = V::mul(scale, value);
     V::interleave(x);
-    store_columns<V>(out + g * G::kColumns, x, G::kColumns);
+    store_columns<V>(to, x, columns);
+  };
+  for (std::int64_t g = 0; g < groups.full; ++g) {
+    put(V::template raw<C>(codes + g * G::kBytes), out + g * G::kColumns, G::kColumns);
   }
   const std::uint8_t* last = codes + groups.full * G::kBytes;
-  V::template expand<C, true>(scale, V::template raw_part<C>(last, static_cast<int>(groups.bytes), last - row), x);
-  V::interleave(x);
-  store_columns<V>(out + groups.full * G::kColumns, x, groups.columns);
+  put(V::template raw_part<C>(last, static_cast<int>(groups.bytes), last - row), out + groups.full * G::kColumns,
+      groups.columns);
 }
 
-// sum += factor * codes (or + codes, not kScaled: the same bits, as the factor is 1).
+// The sums of a bag, in registers.
+template <class V, class C, int kGroups>
+using Sums = typename V::Reg[kGroups][C::kPer];
+
+// sum += factor * codes, fused (or + codes, not kScaled: the same bits, as the factor is 1).
 template <class V, class C, int kGroups, bool kScaled>
 __attribute__((always_inline)) inline void add_row(const std::uint8_t* codes, typename V::Real factor, bool whole,
-                                                   int bytes, typename V::Reg (&sum)[kGroups][C::kPer]) noexcept {
+                                                   int bytes, Sums<V, C, kGroups>& sum) noexcept {
   constexpr std::int64_t kBytes = Groups<V, C>::kBytes;
-  const auto scale = V::template prepare<C>(factor);
-  typename V::Reg x[C::kPer];
-  for (int g = 0; g < kGroups - 1; ++g) {
-    V::template expand<C, kScaled>(scale, V::template raw<C>(codes + g * kBytes), x);
-    for (int k = 0; k < C::kPer; ++k) sum[g][k] = V::add(sum[g][k], x[k]);
-  }
+  const typename V::Reg scale = V::set(factor);
+  const auto add = [&](auto raw, typename V::Reg(&to)[C::kPer]) __attribute__((always_inline)) {
+    typename V::Reg x[C::kPer];
+    V::template expand<C>(raw, x);
+    for (int k = 0; k < C::kPer; ++k) to[k] = kScaled ? V::fma(scale, x[k], to[k]) : V::add(to[k], x[k]);
+  };
+  for (int g = 0; g < kGroups - 1; ++g) add(V::template raw<C>(codes + g * kBytes), sum[g]);
   const std::uint8_t* tail = codes + (kGroups - 1) * kBytes;
   const std::int64_t before = (kGroups - 1) * kBytes + C::kCodes;
-  const auto raw = whole ? V::template raw<C>(tail) : V::template raw_part<C>(tail, bytes, before);
-  V::template expand<C, kScaled>(scale, raw, x);
-  for (int k = 0; k < C::kPer; ++k) sum[kGroups - 1][k] = V::add(sum[kGroups - 1][k], x[k]);
+  add(whole ? V::template raw<C>(tail) : V::template raw_part<C>(tail, bytes, before), sum[kGroups - 1]);
 }
 
 // Bytes of a row that are there whatever the width of its last group.
@@ -98,115 +104,270 @@ constexpr std::uintptr_t inside_of() noexcept {
   return (kGroups - 1) * Groups<V, C>::kBytes + C::kCodes + 1;
 }
 
-// The rows of a bag where all ids are sound, without weights: one loop without a question.
-template <class V, class C, int kGroups, int kLocality, bool kLines>
-__attribute__((always_inline)) inline void usual_rows(const Resolver& resolver, const std::uintptr_t* slot,
-                                                      const std::uintptr_t* last,
-                                                      std::uintptr_t last_byte, bool whole, int bytes,
-                                                      typename V::Reg (&sum)[kGroups][C::kPer],
-                                                      typename V::Real& bias) noexcept {
-  const std::int64_t ahead = resolver.ahead();
-  for (; slot < last; ++slot) {
-    Resolver::ask_into<kLocality, !kLines>(slot[ahead], inside_of<V, C, kGroups>(), last_byte);
-    const auto* row = reinterpret_cast<const std::uint8_t*>(*slot);
-    const Head<C> head = head_of<V, C>(row);
-    if constexpr (C::kHeader == Header::kAffine) bias += head.bias;
-    add_row<V, C, kGroups, C::kHeader != Header::kNone>(row + C::kCodes, head.factor, whole, bytes, sum);
-  }
-}
-
-constexpr std::int64_t kOutAhead = 4;  // bags
-
-// Sums, means and single rows; the bag stays in kGroups * C::kPer registers.
+// Sums, means and single rows; a bag stays in kGroups * C::kPer registers.
 template <class V, class C, int kGroups>
-void sum_bags(const Args& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept {
+class Summer {
   using G = Groups<V, C>;
   using Real = typename V::Real;
-  const G groups(args.table.width);
-  const bool whole = groups.bytes == G::kBytes;
-  const auto bytes = static_cast<int>(groups.bytes);
-  const std::int64_t width = args.table.width;
-  const bool mean = args.mode == Mode::kMean;
-  const auto* weights = static_cast<const Real*>(args.weights);
-  const std::int64_t* offsets = args.lookups.offsets;
-  auto* out = static_cast<Real*>(args.out) + first * width;
-  Resolver resolver(args, first, last, error);
-  std::int64_t position = resolver.start();
-  // A masked load waits for all lines that it spans, of columns it leaves out, too.
-  const std::uintptr_t last_byte = C::kBits < 16 ? resolver.last_byte() : C::kCodes + kGroups * G::kBytes - 1;
-  // What nearly every call is: one loop without a question in it.
-  const bool usual = weights == nullptr;
-  const bool near = resolver.hint() == Hint::kNear;
-  constexpr std::uintptr_t kInside = inside_of<V, C, kGroups>();
-  // Rows of whole lines, of which each is asked for once.
-  constexpr bool kLines = C::kHeader == Header::kNone && kGroups * G::kBytes % 64 == 0;
-  const auto place = reinterpret_cast<std::uintptr_t>(args.table.data) | static_cast<std::uintptr_t>(args.table.stride);
-  const bool lines = kLines && whole && place % 64 == 0;
-  for (std::int64_t bag = first; bag < last; ++bag, out += width) {
-    typename V::Reg sum[kGroups][C::kPer];
-    for (auto& group : sum) {
-      for (auto& x : group) x = V::zero();
-    }
-    [[maybe_unused]] Real bias{0};
-    // The lines of a bag some way on, which will be written.
-    const auto later =
-        reinterpret_cast<std::uintptr_t>(out) + static_cast<std::uintptr_t>(kOutAhead * width) * sizeof(Real);
-    for (std::uintptr_t at = 0; at < kGroups * C::kPer * sizeof(typename V::Reg); at += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(later + at), 1, 3);
-    }
-    const std::int64_t end = offsets == nullptr ? bag + 1 : offsets[bag + 1];
-    std::int64_t count = end - position;
-    while (position < end) {
-      const std::int64_t begun = position;
-      const std::int64_t until = std::min(end, begun + Resolver::kMost);
-      resolver.resolve(until);
-      const std::uintptr_t* slot = resolver.slots(position);
-      if (usual && resolver.clean(position)) {
-        position = until;
-        const std::uintptr_t* last_slot = slot + (until - begun);
-        if (lines && near) {
-          usual_rows<V, C, kGroups, 3, kLines>(resolver, slot, last_slot, last_byte, whole, bytes, sum, bias);
-        } else if (near) {
-          usual_rows<V, C, kGroups, 3, false>(resolver, slot, last_slot, last_byte, whole, bytes, sum, bias);
-        } else {
-          usual_rows<V, C, kGroups, 2, false>(resolver, slot, last_slot, last_byte, whole, bytes, sum, bias);
-        }
-        continue;
-      }
-      for (; position < until; ++position, ++slot) {
-        resolver.ask(slot, kInside, last_byte);
-        const std::uintptr_t address = *slot;
-        if (!Resolver::is_row(address)) {
-          count -= address == Resolver::missing() ? 1 : 0;
-          continue;
-        }
-        const auto* row = reinterpret_cast<const std::uint8_t*>(address);
-        const Head<C> head = head_of<V, C>(row);
-        Real factor{1};
-        if constexpr (C::kHeader != Header::kNone) factor = head.factor;
-        if constexpr (C::kHeader == Header::kAffine) {
-          bias += weights == nullptr ? head.bias : head.bias * weights[position];
-        }
-        const std::uint8_t* codes = row + C::kCodes;
-        if (weights == nullptr) {
-          add_row<V, C, kGroups, C::kHeader != Header::kNone>(codes, factor, whole, bytes, sum);
-        } else {
-          add_row<V, C, kGroups, true>(codes, factor * weights[position], whole, bytes, sum);
-        }
-      }
-    }
-    for (int g = 0; g < kGroups; ++g) {
-      if constexpr (C::kHeader == Header::kAffine) {
-        for (auto& x : sum[g]) x = V::add(x, V::set(bias));
-      }
-      if (mean && count > 0) {
-        for (auto& x : sum[g]) x = V::div(x, V::set(static_cast<Real>(count)));
-      }
-      V::interleave(sum[g]);
-      store_columns<V>(out + g * G::kColumns, sum[g], g == kGroups - 1 ? groups.columns : G::kColumns);
+  using Sum = Sums<V, C, kGroups>;
+
+  static constexpr std::int64_t kOutAhead = 4;   // bags
+  static constexpr std::int64_t kTogether = 64;  // bags
+  static constexpr std::uintptr_t kInside = inside_of<V, C, kGroups>();
+  static constexpr bool kScaled = C::kHeader != Header::kNone;
+
+ public:
+  Summer(const Args& args, FirstError& error) noexcept
+      : args_(args),
+        lookups_(args.lookups),
+        error_(error),
+        groups_(args.table.width),
+        whole_(groups_.bytes == G::kBytes),
+        bytes_(static_cast<int>(groups_.bytes)),
+        mean_(args.mode == Mode::kMean),
+        weights_(static_cast<const Real*>(args.weights)),
+        out_(static_cast<Real*>(args.out)),
+        // A masked load waits for all lines that it spans, of columns it leaves out, too.
+        last_byte_(C::kBits < 16 ? static_cast<std::uintptr_t>(std::max<std::int64_t>(args.table.used_bytes(), 1) - 1)
+                                 : C::kCodes + kGroups * G::kBytes - 1),
+        ahead_(choose_ahead(args.table.rows * args.table.stride, args.table.used_bytes())) {}
+
+  void run(std::int64_t first, std::int64_t last) const noexcept {
+    if (lookups_.features == 0) return one_table(first, last, 0, lookups_.rows);
+    if (lookups_.features == 1) return one_table(first, last, lookups_.feature_first[0], lookups_.feature_rows[0]);
+    if (lookups_.bag_splits == nullptr) return interleaved(first, last);
+    for (std::int64_t feature = lookups_.feature_of(first); first < last; ++feature) {
+      const std::int64_t until = std::min(last, lookups_.bag_splits[feature + 1]);
+      if (first < until) one_table(first, until, lookups_.feature_first[feature], lookups_.feature_rows[feature]);
+      first = std::max(first, until);
     }
   }
+
+ private:
+  // The ids of bags that all look into one table.
+  template <class Index>
+  struct Ids {
+    const Index* ids;
+    std::uintptr_t base;
+    std::uintptr_t stride;
+    Index highest;  // -1 without rows
+
+    [[nodiscard]] std::uintptr_t address(Index id) const noexcept {
+      return base + static_cast<std::uintptr_t>(id) * stride;
+    }
+  };
+
+  __attribute__((always_inline)) static void clear(Sum& sum) noexcept {
+#pragma GCC unroll 8
+    for (auto& group : sum) {
+#pragma GCC unroll 4
+      for (auto& x : group) x = V::zero();
+    }
+  }
+
+  // Asks for the lines of a bag some way on, which will be written.
+  __attribute__((always_inline)) static void ask_out(const Real* out, std::int64_t width) noexcept {
+    const auto later =
+        reinterpret_cast<std::uintptr_t>(out) + static_cast<std::uintptr_t>(kOutAhead * width) * sizeof(Real);
+    for (std::uintptr_t at = 0; at < sizeof(Sum); at += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(later + at), 1, 3);
+    }
+  }
+
+  // `mean_of`: the rows to divide by, or 0.
+  __attribute__((always_inline)) static void store(Sum& sum, Real bias, std::int64_t mean_of, std::int64_t last_columns,
+                                                   Real* out) noexcept {
+#pragma GCC unroll 8
+    for (auto& group : sum) {
+      if constexpr (C::kHeader == Header::kAffine) {
+        for (auto& x : group) x = V::add(x, V::set(bias));
+      }
+      if (mean_of > 0) {
+        for (auto& x : group) x = V::div(x, V::set(static_cast<Real>(mean_of)));
+      }
+      V::interleave(group);
+    }
+    for (int g = 0; g < kGroups - 1; ++g) store_columns<V>(out + g * G::kColumns, sum[g], G::kColumns);
+    store_columns<V>(out + (kGroups - 1) * G::kColumns, sum[kGroups - 1], last_columns);
+  }
+
+  // One row, with its weight.
+  __attribute__((always_inline)) void add(std::uintptr_t address, std::int64_t position, Sum& sum,
+                                          Real& bias) const noexcept {
+    const auto* const row = reinterpret_cast<const std::uint8_t*>(address);
+    const Head<C> head = head_of<V, C>(row);
+    if (weights_ == nullptr) {
+      if constexpr (C::kHeader == Header::kAffine) bias += head.bias;
+      add_row<V, C, kGroups, kScaled>(row + C::kCodes, head.factor, whole_, bytes_, sum);
+    } else {
+      const Real weight = weights_[position];
+      if constexpr (C::kHeader == Header::kAffine) bias += head.bias * weight;
+      add_row<V, C, kGroups, true>(row + C::kCodes, head.factor * weight, whole_, bytes_, sum);
+    }
+  }
+
+  void one_table(std::int64_t first, std::int64_t last, std::int64_t first_row, std::int64_t rows) const noexcept {
+    const auto stride = static_cast<std::uintptr_t>(args_.table.stride);
+    const auto data = reinterpret_cast<std::uintptr_t>(args_.table.data);
+    // Rows of whole lines, of which each is asked for once.
+    constexpr bool kLines = C::kHeader == Header::kNone && kGroups * G::kBytes % 64 == 0;
+    const bool lines = kLines && whole_ && (data | stride) % 64 == 0;
+    const auto with = [&](const auto* ids) {
+      using Index = std::remove_const_t<std::remove_pointer_t<decltype(ids)>>;
+      constexpr auto kMost = static_cast<std::int64_t>(std::numeric_limits<Index>::max());
+      const Ids<Index> table{ids, data + static_cast<std::uintptr_t>(first_row) * stride, stride,
+                             static_cast<Index>(std::min(rows - 1, kMost))};
+      if (ahead_.hint == Hint::kFar) {
+        bags_of<Index, 2, false>(table, first, last);
+      } else if (lines) {
+        bags_of<Index, 3, kLines>(table, first, last);
+      } else {
+        bags_of<Index, 3, false>(table, first, last);
+      }
+    };
+    lookups_.wide ? with(static_cast<const std::int64_t*>(lookups_.indices))
+                  : with(static_cast<const std::int32_t*>(lookups_.indices));
+  }
+
+  // A few bags at a time, so that checking their ids costs next to nothing.
+  template <class Index, int kLocality, bool kLines>
+  void bags_of(const Ids<Index> table, std::int64_t first, std::int64_t last) const noexcept {
+    for (; first < last; first += kTogether) {
+      const std::int64_t until = std::min(last, first + kTogether);
+      const std::int64_t begin = lookups_.begin(first);
+      if (weights_ == nullptr && V::inside(table.ids + begin, lookups_.begin(until) - begin, table.highest)) {
+        usual_bags<Index, kLocality, kLines>(table, first, until);
+      } else {
+        any_bags(table, first, until);
+      }
+    }
+  }
+
+  // As many ids as a bag has, so much later as there are any. They may be outside, but asking for a row does no harm.
+  template <class Index>
+  __attribute__((always_inline)) static const Index* later_ids(const Ids<Index>& table, std::int64_t begin,
+                                                               std::int64_t end, std::int64_t ahead,
+                                                               std::int64_t total) noexcept {
+    return table.ids + std::min(begin + ahead, total - (end - begin));
+  }
+
+  // What nearly every bag is, without weights and with all of its ids in the table: one loop without a question. All
+  // that it needs is copied first, since a vector that is stored may alias anything but what never left the function.
+  template <class Index, int kLocality, bool kLines>
+  __attribute__((noinline)) void usual_bags(const Ids<Index> table, std::int64_t first,
+                                            std::int64_t last) const noexcept {
+    const std::int64_t* const offsets = lookups_.offsets;
+    const std::int64_t total = lookups_.total;
+    const std::int64_t ahead = ahead_.positions;
+    const std::uintptr_t last_byte = last_byte_;
+    const std::int64_t width = args_.table.width;
+    const std::int64_t last_columns = groups_.columns;
+    const bool whole = whole_;
+    const int bytes = bytes_;
+    const bool mean = mean_;
+    Real* out = out_ + first * width;
+    std::int64_t position = lookups_.begin(first);
+    for (std::int64_t bag = first; bag < last; ++bag, out += width) {
+      Sum sum;
+      clear(sum);
+      [[maybe_unused]] Real bias{0};
+      ask_out(out, width);
+      const std::int64_t begin = position;
+      const std::int64_t end = offsets == nullptr ? bag + 1 : offsets[bag + 1];
+      const Index* later = later_ids(table, begin, end, ahead, total);
+#pragma GCC unroll 1
+      for (; position < end; ++position, ++later) {
+        Resolver::ask_into<kLocality, !kLines>(table.address(*later), kInside, last_byte);
+        const auto* const row = reinterpret_cast<const std::uint8_t*>(table.address(table.ids[position]));
+        const Head<C> head = head_of<V, C>(row);
+        if constexpr (C::kHeader == Header::kAffine) bias += head.bias;
+        add_row<V, C, kGroups, kScaled>(row + C::kCodes, head.factor, whole, bytes, sum);
+      }
+      store(sum, bias, mean ? end - begin : 0, last_columns, out);
+    }
+  }
+
+  // Bags with weights, or with ids that stand for no row.
+  template <class Index>
+  __attribute__((noinline)) void any_bags(const Ids<Index> table, std::int64_t first,
+                                          std::int64_t last) const noexcept {
+    const std::int64_t width = args_.table.width;
+    Real* out = out_ + first * width;
+    std::int64_t position = lookups_.begin(first);
+    for (std::int64_t bag = first; bag < last; ++bag, out += width) {
+      Sum sum;
+      clear(sum);
+      Real bias{0};
+      ask_out(out, width);
+      const std::int64_t end = lookups_.begin(bag + 1);
+      std::int64_t count = end - position;
+      const Index* later = later_ids(table, position, end, ahead_.positions, lookups_.total);
+      for (; position < end; ++position, ++later) {
+        Resolver::ask_into<3>(table.address(*later), kInside, last_byte_);
+        const Index id = table.ids[position];
+        if (id >= 0 && id <= table.highest) {
+          add(table.address(id), position, sum, bias);
+        } else if (lookups_.skip_missing && id == -1) {
+          --count;
+        } else {
+          error_.report(position);
+        }
+      }
+      store(sum, bias, mean_ ? count : 0, groups_.columns, out);
+    }
+  }
+
+  // Bags of which each looks into another table than the one before it.
+  void interleaved(std::int64_t first, std::int64_t last) const noexcept {
+    Resolver resolver(args_, first, last, error_);
+    const std::int64_t width = args_.table.width;
+    Real* out = out_ + first * width;
+    std::int64_t position = resolver.start();
+    for (std::int64_t bag = first; bag < last; ++bag, out += width) {
+      Sum sum;
+      clear(sum);
+      Real bias{0};
+      ask_out(out, width);
+      const std::int64_t end = lookups_.begin(bag + 1);
+      std::int64_t count = end - position;
+      while (position < end) {
+        const std::int64_t until = std::min(end, position + Resolver::kMost);
+        resolver.resolve(until);
+        const std::uintptr_t* slot = resolver.slots(position);
+        const bool clean = resolver.clean(position);
+        for (; position < until; ++position, ++slot) {
+          resolver.ask(slot, kInside, last_byte_);
+          if (clean || Resolver::is_row(*slot)) {
+            add(*slot, position, sum, bias);
+          } else {
+            count -= *slot == Resolver::missing() ? 1 : 0;
+          }
+        }
+      }
+      store(sum, bias, mean_ ? count : 0, groups_.columns, out);
+    }
+  }
+
+  const Args& args_;
+  const Lookups& lookups_;
+  FirstError& error_;
+  const G groups_;
+  const bool whole_;
+  const int bytes_;
+  const bool mean_;
+  const Real* const weights_;
+  Real* const out_;
+  const std::uintptr_t last_byte_;
+  const Ahead ahead_;
+};
+
+template <class V, class C, int kGroups>
+void sum_bags(const Args& args, std::int64_t first, std::int64_t last, FirstError& error) noexcept {
+  Summer<V, C, kGroups>(args, error).run(first, last);
 }
+
+inline float fused(float a, float b, float c) noexcept { return __builtin_fmaf(a, b, c); }
+inline double fused(double a, double b, double c) noexcept { return __builtin_fma(a, b, c); }
 
 // Rows too wide for registers, and max: a row is decoded to memory piece by piece and joined to the bag there.
 template <class V, class C, bool kMax>
@@ -245,11 +406,12 @@ void wide_bags(const Args& args, std::int64_t first, std::int64_t last, FirstErr
       }
       for (std::int64_t column = 0; column < width; column += kPiece) {
         const std::int64_t columns = std::min(kPiece, width - column);
-        products<V, C>(row, column, columns, factor, piece);
         Real* target = out + column;
         if constexpr (!kMax) {
-          for (std::int64_t d = 0; d < columns; ++d) target[d] += piece[d];
+          products<V, C>(row, column, columns, Real{1}, piece);
+          for (std::int64_t d = 0; d < columns; ++d) target[d] = fused(factor, piece[d], target[d]);
         } else {
+          products<V, C>(row, column, columns, factor, piece);
           if constexpr (C::kHeader == Header::kAffine) {
             for (std::int64_t d = 0; d < columns; ++d) piece[d] += head.bias;
           }

@@ -1,6 +1,7 @@
 #include "embedding_bag/embedding_bag.h"
 
 #include <algorithm>
+#include <limits>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -28,6 +29,7 @@ struct Scalar {
   static Reg zero() noexcept { return 0; }
   static Reg set(Value x) noexcept { return x; }
   static Reg add(Reg a, Reg b) noexcept { return a + b; }
+  static Reg mul(Reg a, Reg b) noexcept { return a * b; }
   static Reg div(Reg a, Reg b) noexcept { return a / b; }
   static void store(Value* p, Reg x) noexcept { *p = x; }
   static void store_part(Value*, Reg, int) noexcept {}
@@ -42,25 +44,20 @@ struct Scalar {
     return p;
   }
   template <class C>
-  static Reg prepare(Value factor) noexcept {
-    return factor;
-  }
-
-  template <class C, bool>
-  static void expand(Reg scale, const std::uint8_t* raw, Reg (&x)[C::kPer]) noexcept {
+  static void expand(const std::uint8_t* raw, Reg (&x)[C::kPer]) noexcept {
     if constexpr (C::kFormat == Format::kFloat32) {
-      x[0] = scale * read_at<float>(raw);
+      x[0] = read_at<float>(raw);
     } else if constexpr (C::kFormat == Format::kFloat64) {
-      x[0] = scale * static_cast<Value>(read_at<double>(raw));
+      x[0] = static_cast<Value>(read_at<double>(raw));
     } else if constexpr (C::kFormat == Format::kBFloat16) {
-      x[0] = scale * bfloat16_to_float(read_at<std::uint16_t>(raw));
+      x[0] = bfloat16_to_float(read_at<std::uint16_t>(raw));
     } else if constexpr (C::kFormat == Format::kFloat16) {
-      x[0] = scale * float16_to_float(read_at<std::uint16_t>(raw));
+      x[0] = float16_to_float(read_at<std::uint16_t>(raw));
     } else if constexpr (C::kFormat == Format::kFloat8) {
-      x[0] = scale * float8_to_float(*raw);
+      x[0] = float8_to_float(*raw);
     } else {
       for (int k = 0; k < C::kPer; ++k) {
-        x[k] = scale * static_cast<float>(code_at(C::kFormat, raw, k, C::kHeader == Header::kStep));
+        x[k] = static_cast<float>(code_at(C::kFormat, raw, k, C::kHeader == Header::kStep));
       }
     }
   }

@@ -12,9 +12,10 @@
 //              or none, out [B, D], argmax [B, D] or none; all but the table contiguous
 // Dtypes       table in any format; out and weights float64 for a float64 table, else float32; indices int32 or int64
 // Accumulator  the type of out, from zero, in the order of the positions. With a header the factor step * weight is
-//              rounded first; affine rows sum scale_i * c_i * code and, apart, bias_i * c_i, which is added at the end
-//              (max takes scale * code + bias of each row). Products and sums are rounded apart (no FMA): equal bits on
-//              every instruction set and for any number of threads
+//              rounded first; factor * code is then added by one FMA, rounded once, on every instruction set (where the
+//              processor has none, the C library computes it): equal bits on all of them and for any number of threads.
+//              Affine rows sum bias_i * c_i apart, rounded twice, and add it at the end; max compares scale * code
+//              and then + bias, rounded apart
 // Error bound  |out - exact| <= (k + 3) * eps * sum |terms| for a bag of k rows; affine: scale * code and bias are two
 //              terms
 // Ids outside  are found in the kernel's own pass: such a row counts as zeros (max leaves it out) and the lowest

@@ -5,11 +5,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "embedding_bag/gradient.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,fma,f16c")
 
 namespace recfast::embedding_bag {
 namespace {
@@ -30,10 +31,38 @@ struct Vector {
   static Reg zero() noexcept { return _mm256_setzero_ps(); }
   static Reg set(float x) noexcept { return _mm256_set1_ps(x); }
   static Reg add(Reg a, Reg b) noexcept { return _mm256_add_ps(a, b); }
+  static Reg mul(Reg a, Reg b) noexcept { return _mm256_mul_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm256_fmadd_ps(a, b, c); }
   static Reg div(Reg a, Reg b) noexcept { return _mm256_div_ps(a, b); }
   static void store(float* p, Reg x) noexcept { _mm256_storeu_ps(p, x); }
   static void store_part(float* p, Reg x, int count) noexcept { _mm256_maskstore_ps(p, mask(count), x); }
   static float half(std::uint16_t bits) noexcept { return _cvtsh_ss(bits); }
+
+  // Whether `count` ids all lie in [0, highest]. An id outside has a sign of its own, or highest - id has one.
+  static bool inside(const std::int64_t* ids, std::int64_t count, std::int64_t highest) noexcept {
+    const __m256i limit = _mm256_set1_epi64x(highest);
+    __m256i signs = _mm256_setzero_si256();
+    std::int64_t sign = highest;
+    std::int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+      const __m256i id = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids + i));
+      signs = _mm256_or_si256(signs, _mm256_or_si256(id, _mm256_sub_epi64(limit, id)));
+    }
+    for (; i < count; ++i) sign |= ids[i] < 0 ? -1 : highest - ids[i];
+    return sign >= 0 && _mm256_movemask_pd(_mm256_castsi256_pd(signs)) == 0;
+  }
+  static bool inside(const std::int32_t* ids, std::int64_t count, std::int32_t highest) noexcept {
+    const __m256i limit = _mm256_set1_epi32(highest);
+    __m256i signs = _mm256_setzero_si256();
+    std::int32_t sign = highest;
+    std::int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      const __m256i id = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids + i));
+      signs = _mm256_or_si256(signs, _mm256_or_si256(id, _mm256_sub_epi32(limit, id)));
+    }
+    for (; i < count; ++i) sign |= ids[i] < 0 ? -1 : highest - ids[i];
+    return sign >= 0 && _mm256_movemask_ps(_mm256_castsi256_ps(signs)) == 0;
+  }
 
   template <class C>
   static auto raw(const std::uint8_t* p) noexcept {
@@ -67,28 +96,15 @@ struct Vector {
     }
   }
 
-  // What the codes are multiplied by; for 2 bits the products of all codes.
-  template <class C>
-  static Reg prepare(float factor) noexcept {
-    if constexpr (C::kBits == 2 && C::kHeader == Header::kStep) {
-      return _mm256_mul_ps(set(factor), _mm256_setr_ps(0, 1, -2, -1, 0, 1, -2, -1));
-    } else if constexpr (C::kBits == 2) {
-      return _mm256_mul_ps(set(factor), _mm256_setr_ps(0, 1, 2, 3, 0, 1, 2, 3));
-    } else {
-      return set(factor);
-    }
-  }
-
-  static Reg scaled(Reg scale, Reg value, bool wanted) noexcept { return wanted ? _mm256_mul_ps(scale, value) : value; }
-
-  template <class C, bool kScaled, class Raw>
-  static void expand(Reg scale, Raw raw, Reg (&x)[C::kPer]) noexcept {
+  template <class C, class Raw>
+  static void expand(Raw raw, Reg (&x)[C::kPer]) noexcept {
+    constexpr bool kSigned = C::kHeader == Header::kStep;
     if constexpr (C::kFormat == Format::kFloat32) {
-      x[0] = scaled(scale, _mm256_castsi256_ps(raw), kScaled);
+      x[0] = _mm256_castsi256_ps(raw);
     } else if constexpr (C::kFormat == Format::kBFloat16) {
-      x[0] = scaled(scale, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16)), kScaled);
+      x[0] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
     } else if constexpr (C::kFormat == Format::kFloat16) {
-      x[0] = scaled(scale, _mm256_cvtph_ps(raw), kScaled);
+      x[0] = _mm256_cvtph_ps(raw);
     } else if constexpr (C::kFormat == Format::kFloat8) {
       // As float16 bits a code is 2^-8 of its value; only the NaN code has no such form.
       const __m128i wide = _mm_cvtepu8_epi16(raw);
@@ -97,21 +113,21 @@ struct Vector {
       const Reg value = _mm256_cvtph_ps(_mm_or_si128(sign, _mm_slli_epi16(magnitude, 7)));
       const __m256i nan = _mm256_cvtepi16_epi32(_mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7F)));
       const Reg number = _mm256_mul_ps(value, set(256.0f));
-      x[0] = scaled(scale, _mm256_blendv_ps(number, set(__builtin_nanf("")), _mm256_castsi256_ps(nan)), kScaled);
+      x[0] = _mm256_blendv_ps(number, set(__builtin_nanf("")), _mm256_castsi256_ps(nan));
     } else if constexpr (C::kFormat == Format::kInt8) {
-      const __m256i code = C::kHeader == Header::kStep ? _mm256_cvtepi8_epi32(raw) : _mm256_cvtepu8_epi32(raw);
-      x[0] = scaled(scale, _mm256_cvtepi32_ps(code), kScaled);
+      x[0] = _mm256_cvtepi32_ps(kSigned ? _mm256_cvtepi8_epi32(raw) : _mm256_cvtepu8_epi32(raw));
     } else if constexpr (C::kFormat == Format::kInt4) {
       const __m256i bytes = _mm256_cvtepu8_epi32(raw);
-      const __m256i even = C::kHeader == Header::kStep ? _mm256_srai_epi32(_mm256_slli_epi32(bytes, 28), 28)
-                                                       : _mm256_and_si256(bytes, _mm256_set1_epi32(15));
-      const __m256i odd = C::kHeader == Header::kStep ? _mm256_srai_epi32(_mm256_slli_epi32(bytes, 24), 28)
-                                                      : _mm256_srli_epi32(bytes, 4);
-      x[0] = scaled(scale, _mm256_cvtepi32_ps(even), kScaled);
-      x[1] = scaled(scale, _mm256_cvtepi32_ps(odd), kScaled);
+      const __m256i even = kSigned ? _mm256_srai_epi32(_mm256_slli_epi32(bytes, 28), 28)
+                                   : _mm256_and_si256(bytes, _mm256_set1_epi32(15));
+      const __m256i odd =
+          kSigned ? _mm256_srai_epi32(_mm256_slli_epi32(bytes, 24), 28) : _mm256_srli_epi32(bytes, 4);
+      x[0] = _mm256_cvtepi32_ps(even);
+      x[1] = _mm256_cvtepi32_ps(odd);
     } else {  // the permutation reads the low three bits of each lane, and the table repeats after four
       const __m256i bytes = _mm256_cvtepu8_epi32(raw);
-      for (int k = 0; k < 4; ++k) x[k] = _mm256_permutevar8x32_ps(scale, _mm256_srli_epi32(bytes, 2 * k));
+      const Reg values = kSigned ? _mm256_setr_ps(0, 1, -2, -1, 0, 1, -2, -1) : _mm256_setr_ps(0, 1, 2, 3, 0, 1, 2, 3);
+      for (int k = 0; k < 4; ++k) x[k] = _mm256_permutevar8x32_ps(values, _mm256_srli_epi32(bytes, 2 * k));
     }
   }
 

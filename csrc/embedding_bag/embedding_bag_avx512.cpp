@@ -9,6 +9,7 @@
 #pragma GCC diagnostic pop
 
 #include <algorithm>
+#include <limits>
 
 #include "embedding_bag/gradient.h"
 
@@ -32,10 +33,32 @@ struct Vector {
   static Reg zero() noexcept { return _mm512_setzero_ps(); }
   static Reg set(float x) noexcept { return _mm512_set1_ps(x); }
   static Reg add(Reg a, Reg b) noexcept { return _mm512_add_ps(a, b); }
+  static Reg mul(Reg a, Reg b) noexcept { return _mm512_mul_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) noexcept { return _mm512_fmadd_ps(a, b, c); }
   static Reg div(Reg a, Reg b) noexcept { return _mm512_div_ps(a, b); }
   static void store(float* p, Reg x) noexcept { _mm512_storeu_ps(p, x); }
   static void store_part(float* p, Reg x, int count) noexcept { _mm512_mask_storeu_ps(p, mask(count), x); }
   static float half(std::uint16_t bits) noexcept { return _cvtsh_ss(bits); }
+
+  // Whether `count` ids all lie in [0, highest].
+  static bool inside(const std::int64_t* ids, std::int64_t count, std::int64_t highest) noexcept {
+    const __m512i limit = _mm512_set1_epi64(highest);
+    unsigned wrong = highest < 0 ? 1 : 0;
+    for (; count > 0; count -= 8, ids += 8) {
+      const auto lanes = static_cast<__mmask8>(count >= 8 ? 0xFFu : (1u << count) - 1u);
+      wrong |= _mm512_mask_cmpgt_epu64_mask(lanes, _mm512_maskz_loadu_epi64(lanes, ids), limit);
+    }
+    return wrong == 0;
+  }
+  static bool inside(const std::int32_t* ids, std::int64_t count, std::int32_t highest) noexcept {
+    const __m512i limit = _mm512_set1_epi32(highest);
+    unsigned wrong = highest < 0 ? 1 : 0;
+    for (; count > 0; count -= 16, ids += 16) {
+      const auto lanes = static_cast<__mmask16>(count >= 16 ? 0xFFFFu : (1u << count) - 1u);
+      wrong |= _mm512_mask_cmpgt_epu32_mask(lanes, _mm512_maskz_loadu_epi32(lanes, ids), limit);
+    }
+    return wrong == 0;
+  }
 
   template <class C>
   static auto raw(const std::uint8_t* p) noexcept {
@@ -69,32 +92,28 @@ struct Vector {
     }
   }
 
-  // What the codes are multiplied by; for 4 and 2 bits the products of all codes.
+  // The values of all codes of 4 or 2 bits.
   template <class C>
-  static Reg prepare(float factor) noexcept {
+  static Reg values() noexcept {
     if constexpr (C::kBits == 4 && C::kHeader == Header::kStep) {
-      return _mm512_mul_ps(set(factor), _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+      return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
     } else if constexpr (C::kBits == 4) {
-      return _mm512_mul_ps(set(factor), _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    } else if constexpr (C::kBits == 2 && C::kHeader == Header::kStep) {
-      return _mm512_mul_ps(set(factor), _mm512_setr4_ps(0, 1, -2, -1));
-    } else if constexpr (C::kBits == 2) {
-      return _mm512_mul_ps(set(factor), _mm512_setr4_ps(0, 1, 2, 3));
+      return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    } else if constexpr (C::kHeader == Header::kStep) {
+      return _mm512_setr4_ps(0, 1, -2, -1);
     } else {
-      return set(factor);
+      return _mm512_setr4_ps(0, 1, 2, 3);
     }
   }
 
-  static Reg scaled(Reg scale, Reg value, bool wanted) noexcept { return wanted ? _mm512_mul_ps(scale, value) : value; }
-
-  template <class C, bool kScaled, class Raw>
-  static void expand(Reg scale, Raw raw, Reg (&x)[C::kPer]) noexcept {
+  template <class C, class Raw>
+  static void expand(Raw raw, Reg (&x)[C::kPer]) noexcept {
     if constexpr (C::kFormat == Format::kFloat32) {
-      x[0] = scaled(scale, _mm512_castsi512_ps(raw), kScaled);
+      x[0] = _mm512_castsi512_ps(raw);
     } else if constexpr (C::kFormat == Format::kBFloat16) {
-      x[0] = scaled(scale, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)), kScaled);
+      x[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
     } else if constexpr (C::kFormat == Format::kFloat16) {
-      x[0] = scaled(scale, _mm512_cvtph_ps(raw), kScaled);
+      x[0] = _mm512_cvtph_ps(raw);
     } else if constexpr (C::kFormat == Format::kFloat8) {
       // As float16 bits a code is 2^-8 of its value; only the NaN code has no such form.
       const __m256i wide = _mm256_cvtepu8_epi16(raw);
@@ -102,16 +121,14 @@ struct Vector {
       const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(wide, magnitude), 8);
       const Reg value = _mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7)));
       const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7F));
-      const Reg number = _mm512_mask_mov_ps(_mm512_mul_ps(value, set(256.0f)), nan, set(__builtin_nanf("")));
-      x[0] = scaled(scale, number, kScaled);
+      x[0] = _mm512_mask_mov_ps(_mm512_mul_ps(value, set(256.0f)), nan, set(__builtin_nanf("")));
     } else if constexpr (C::kFormat == Format::kInt8) {
-      const __m512i code = C::kHeader == Header::kStep ? _mm512_cvtepi8_epi32(raw) : _mm512_cvtepu8_epi32(raw);
-      x[0] = scaled(scale, _mm512_cvtepi32_ps(code), kScaled);
+      x[0] = _mm512_cvtepi32_ps(C::kHeader == Header::kStep ? _mm512_cvtepi8_epi32(raw) : _mm512_cvtepu8_epi32(raw));
     } else {  // the permutation reads the low four bits of each lane; of 2-bit codes every table repeats
       const __m512i bytes = _mm512_cvtepu8_epi32(raw);
-      x[0] = _mm512_permutexvar_ps(bytes, scale);
+      x[0] = _mm512_permutexvar_ps(bytes, values<C>());
       for (int k = 1; k < C::kPer; ++k) {
-        x[k] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, static_cast<unsigned>(k * C::kBits)), scale);
+        x[k] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, static_cast<unsigned>(k * C::kBits)), values<C>());
       }
     }
   }

@@ -1,5 +1,5 @@
-// The first stage of a bag kernel: ids become addresses of rows. It knows nothing of formats, and the second stage
-// nothing of ids, so that neither multiplies the other. Included inside an instruction set's region of
+// Where neighbouring bags look into different tables, and for the kernels that keep a bag in memory: ids become
+// addresses of rows, some way ahead. It knows nothing of formats. Included inside an instruction set's region of
 // embedding_bag_*.cpp, in an unnamed namespace.
 
 class Resolver {
@@ -45,8 +45,6 @@ class Resolver {
   // Whether all resolved positions from this one on stand for rows.
   [[nodiscard]] bool clean(std::int64_t position) const noexcept { return position >= clean_from_; }
 
-  [[nodiscard]] std::int64_t ahead() const noexcept { return ahead_.positions; }
-  [[nodiscard]] Hint hint() const noexcept { return ahead_.hint; }
   [[nodiscard]] std::uintptr_t last_byte() const noexcept { return last_byte_; }
 
   // Asks for a row: for each 64 bytes of its first `inside` ones, and for its last. There is no branch on where a row

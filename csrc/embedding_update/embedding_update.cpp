@@ -117,7 +117,17 @@ inline float fold(F x) noexcept {
   }
   return x.lane[0];
 }
-inline float fold_largest(const F& x) noexcept { return *std::max_element(x.lane, x.lane + kLanes); }
+inline F larger_bits(const F& a, const F& b) noexcept {
+  return map([&](int i) {
+    return std::bit_cast<std::int32_t>(a.lane[i]) > std::bit_cast<std::int32_t>(b.lane[i]) ? a.lane[i] : b.lane[i];
+  });
+}
+inline float fold_largest(F x) noexcept {
+  for (int i = 1; i < kLanes; ++i) {
+    if (std::bit_cast<std::int32_t>(x.lane[i]) > std::bit_cast<std::int32_t>(x.lane[0])) x.lane[0] = x.lane[i];
+  }
+  return x.lane[0];
+}
 
 inline float bfloat16_raised(float x, std::uint32_t by) noexcept {
   if (std::isnan(x)) return std::bit_cast<float>(0x7FC00000u);

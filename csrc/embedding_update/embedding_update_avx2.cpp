@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -56,6 +57,10 @@ inline F intersection(F a, F b) noexcept { return {_mm256_and_ps(a.low, b.low), 
 inline F of_bits(int bits) noexcept {
   return {_mm256_castsi256_ps(_mm256_set1_epi32(bits)), _mm256_castsi256_ps(_mm256_set1_epi32(bits))};
 }
+inline __m256 larger_bits(__m256 a, __m256 b) noexcept {
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+inline F larger_bits(F a, F b) noexcept { return {larger_bits(a.low, b.low), larger_bits(a.high, b.high)}; }
 inline F magnitude(F a) noexcept { return intersection(a, of_bits(0x7FFFFFFF)); }
 inline F floored(F a) noexcept { return {_mm256_floor_ps(a.low), _mm256_floor_ps(a.high)}; }
 inline F rounded(F a) noexcept {
@@ -100,10 +105,10 @@ inline float fold(F x) noexcept {
 }
 
 inline float fold_largest(F x) noexcept {
-  const __m256 eight = _mm256_max_ps(x.low, x.high);
-  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  const __m256i eight = _mm256_max_epi32(_mm256_castps_si256(x.low), _mm256_castps_si256(x.high));
+  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+  return std::bit_cast<float>(_mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 1))));
 }
 
 inline __m256 bfloat16_bits(__m256i raised, __m256 x) noexcept {

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -34,6 +35,9 @@ inline F div(F a, F b) noexcept { return _mm512_div_ps(a, b); }
 inline F root(F a) noexcept { return _mm512_sqrt_ps(a); }
 inline F larger(F a, F b) noexcept { return _mm512_max_ps(a, b); }
 inline F smaller(F a, F b) noexcept { return _mm512_min_ps(a, b); }
+inline F larger_bits(F a, F b) noexcept {
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
 inline F magnitude(F a) noexcept { return _mm512_abs_ps(a); }
 inline F floored(F a) noexcept { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 inline F rounded(F a) noexcept { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -60,7 +64,9 @@ inline float fold(F x) noexcept {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-inline float fold_largest(F x) noexcept { return _mm512_reduce_max_ps(x); }
+inline float fold_largest(F x) noexcept {
+  return std::bit_cast<float>(_mm512_reduce_max_epi32(_mm512_castps_si512(x)));
+}
 
 inline F bfloat16_bits(__m512i raised, F x) noexcept {
   const F cut = _mm512_castsi512_ps(_mm512_and_si512(raised, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));

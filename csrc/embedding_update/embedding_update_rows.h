@@ -4,8 +4,9 @@
 // contracted, so all copies give the same bits.
 //
 // A primitive's name is its contract, but for these: larger(a, b) is a > b ? a : b, so b where one is NaN; smaller
-// likewise; exponent_of(x) is the power of two at or below |x|, reciprocal_of_power its inverse; fold sums lanes 8, 4,
-// 2, 1 apart; count_changed(x, y) counts lanes where the two differ, NaN aside.
+// likewise; larger_bits(a, b) is the larger as an integer, so of magnitudes the larger, NaN being the largest, and
+// fold_largest the largest lane in that sense; exponent_of(x) is the power of two at or below |x|, reciprocal_of_power
+// its inverse; fold sums lanes 8, 4, 2, 1 apart; count_changed(x, y) counts lanes where the two differ, NaN aside.
 
 #define RECFAST_INLINE __attribute__((always_inline))
 
@@ -101,13 +102,13 @@ class Block {
         for (std::int64_t r = 0; r < count; ++r) {
           const F* const w = w_ + r * vectors_;
           each([&](std::int64_t k) RECFAST_INLINE { put(args_.floats + (begin + r) * width_, k, w[k]); });
-          write(r, false);
+          write(r, false, kUnknown);
         }
         continue;
       }
       if constexpr (kStep) learn(count);
       if (rule_.stochastic && kFormat != Format::kFloat32) draw(draws_, count);
-      for (std::int64_t r = 0; r < count; ++r) clipped += write(r, rule_.stochastic);
+      for (std::int64_t r = 0; r < count; ++r) clipped += write(r, rule_.stochastic, kStep ? largest_[r] : kUnknown);
     }
     return clipped;
   }
@@ -123,7 +124,7 @@ class Block {
       rows_[0] = row_of(run);
       sum_run(run, g_);
       each([&](std::int64_t k) RECFAST_INLINE { w_[k] = part(args_.floats + run * width_, k); });
-      out[run - first] = slope(g_, w_, read_step(stored(0)));
+      out[run - first] = slope(g_, w_, read_step(stored(0)), kUnknown);
     }
   }
 
@@ -153,12 +154,15 @@ class Block {
         steps_[r] = step;
       }
       if (rule_.stochastic) draw(draws_, count);
-      for (std::int64_t r = 0; r < count; ++r) clipped += write(r, rule_.stochastic);
+      for (std::int64_t r = 0; r < count; ++r) clipped += write(r, rule_.stochastic, kUnknown);
     }
     return clipped;
   }
 
  private:
+  // A largest magnitude that nobody has looked for.
+  static constexpr float kUnknown = std::numeric_limits<float>::infinity();
+
   template <class Body>
   RECFAST_INLINE void each(const Body& body) const noexcept {
     if constexpr (kVectors > 0) {
@@ -398,7 +402,7 @@ class Block {
 
   // The 8-bit first moment, from x.
   RECFAST_INLINE void write_moment(std::uint8_t* moment, std::int64_t row) noexcept {
-    const float step = largest_of(x_) * (1.000001f / 127.0f);
+    const float step = largest_number_of(x_) * (1.000001f / 127.0f);
     const bool usable = step >= kSmallestStep && step <= std::numeric_limits<float>::max();
     const float written = usable ? step : 0.0f;
     const F inverse = set(usable ? 1.0f / step : 0.0f);
@@ -411,37 +415,55 @@ class Block {
     });
   }
 
+  // The largest magnitude, NaN where there is one.
   RECFAST_INLINE float largest_of(const F* values) const noexcept {
+    F largest = zero();
+    each([&](std::int64_t k) RECFAST_INLINE { largest = larger_bits(magnitude(values[k]), largest); });
+    return fold_largest(largest);
+  }
+
+  // NaN aside.
+  RECFAST_INLINE float largest_number_of(const F* values) const noexcept {
     F largest = zero();
     each([&](std::int64_t k) RECFAST_INLINE { largest = larger(magnitude(values[k]), largest); });
     return fold_largest(largest);
   }
 
-  // sum_d g_d * c(w'_d / step)
-  RECFAST_INLINE float slope(const F* g, const F* w, float step) const noexcept {
-    const F inverse = set(1.0f / step);
+  // sum_d g_d * c(w'_d / step); `largest` is that of w' or kUnknown. Rows that lie wholly inside the range, which most
+  // do, need not be compared with it column by column.
+  RECFAST_INLINE float slope(const F* g, const F* w, float step, float largest) const noexcept {
+    const float inverse = 1.0f / step;
+    F sums = zero();
+    if (largest * inverse < kHighest<kFormat>) {
+      each([&](std::int64_t k) RECFAST_INLINE {
+        const F x = mul(w[k], set(inverse));
+        sums = add(sums, mul(g[k], sub(rounded(x), x)));
+      });
+      return fold(sums);
+    }
     const F low = set(kLowest<kFormat>);
     const F high = set(kHighest<kFormat>);
-    F sums = zero();
     each([&](std::int64_t k) RECFAST_INLINE {
-      const F x = bounded(mul(w[k], inverse), low, high);
+      const F x = bounded(mul(w[k], set(inverse)), low, high);
       sums = add(sums, mul(g[k], select(between(low, x, high), sub(rounded(x), x), x)));
     });
     return fold(sums);
   }
 
-  // The new step sizes of the block's rows.
+  // The new step sizes of the block's rows, and the largest magnitudes of w'.
   RECFAST_INLINE void learn(std::int64_t count) noexcept {
+    for (std::int64_t r = 0; r < count; ++r) largest_[r] = largest_of(w_ + r * vectors_);
     if (rule_.step_rule != StepRule::kFixed) {
       for (std::int64_t r = 0; r < count; ++r) {
-        rates_[r] = rule_.step_scale * slope(g_ + r * vectors_, w_ + r * vectors_, steps_[r]);
+        rates_[r] = rule_.step_scale * slope(g_ + r * vectors_, w_ + r * vectors_, steps_[r], largest_[r]);
       }
       for (std::int64_t r = 0; r < count; ++r) steps_[r] = moved_step(steps_[r], rates_[r], rows_[r]);
     }
     if (!rule_.grow) return;
     for (std::int64_t r = 0; r < count; ++r) {
+      const float largest = largest_[r] == largest_[r] ? largest_[r] : largest_number_of(w_ + r * vectors_);
       // A little more than needed, so that no rounding lifts the largest weight over the last code.
-      const float needed = largest_of(w_ + r * vectors_) * (1.000001f / kHighest<kFormat>);
+      const float needed = largest * (1.000001f / kHighest<kFormat>);
       if (needed > steps_[r] && needed <= std::numeric_limits<float>::max()) steps_[r] = needed;
     }
   }
@@ -491,39 +513,55 @@ class Block {
     }
   }
 
-  // Returns how many values lay outside the range.
-  RECFAST_INLINE std::int64_t write(std::int64_t r, bool stochastic) noexcept {
-    std::uint8_t* const to = stored(r);
+  // Returns how many values lay outside the range; `largest` is the largest magnitude of w', or kUnknown.
+  RECFAST_INLINE std::int64_t write(std::int64_t r, bool stochastic, float largest) noexcept {
     const F* const w = w_ + r * vectors_;
     if constexpr (kFormat == Format::kFloat32) {
+      std::uint8_t* const to = stored(r);
       each([&](std::int64_t k) RECFAST_INLINE { put(reinterpret_cast<float*>(to), k, w[k]); });
       return 0;
-    } else {
-      const F* const u = u_ + r * vectors_;
-      if constexpr (kStep) std::memcpy(to, &steps_[r], sizeof(float));
-      const F inverse = set(1.0f / steps_[r]);
+    } else if constexpr (kStep) {
+      std::uint8_t* const to = stored(r);
+      const float inverse = 1.0f / steps_[r];
+      std::memcpy(to, &steps_[r], sizeof(float));
+      if (largest * inverse <= kHighest<kFormat>) {  // none to be clipped, no NaN
+        each([&](std::int64_t k) RECFAST_INLINE { write_part(r, k, mul(w[k], set(inverse)), stochastic); });
+        return 0;
+      }
       std::int64_t clipped = 0;
       each([&](std::int64_t k) RECFAST_INLINE {
-        F x = w[k];
-        if constexpr (kStep) x = mul(x, inverse);
-        constexpr float limit = kFormat == Format::kFloat16 ? kFloat16Max : kBFloat16Max;
-        const F low = set(kStep ? kLowest<kFormat> : -limit);
-        const F high = set(kStep ? kHighest<kFormat> : limit);
-        const F inside = kStep ? bounded(x, low, high) : bounded_or_nan(x, low, high);
+        const F x = mul(w[k], set(inverse));
+        const F inside = bounded(x, set(kLowest<kFormat>), set(kHighest<kFormat>));
         clipped += count_changed(x, inside);
-        if constexpr (is_integer(kFormat)) {
-          x = to_whole(inside, u[k], stochastic);
-        } else if constexpr (kFormat == Format::kFloat8) {
-          x = to_grid<3, -6>(inside, u[k], stochastic);
-        } else if constexpr (kFormat == Format::kFloat16) {
-          x = to_grid<10, -14>(inside, u[k], stochastic);
-        } else {
-          x = stochastic ? bfloat16_drawn(inside, u[k]) : bfloat16_nearest(inside);
-        }
-        put_codes<kFormat>(to + kHeader, k, x);
+        write_part(r, k, inside, stochastic);
+      });
+      return clipped;
+    } else {
+      constexpr float limit = kFormat == Format::kFloat16 ? kFloat16Max : kBFloat16Max;
+      std::int64_t clipped = 0;
+      each([&](std::int64_t k) RECFAST_INLINE {
+        const F inside = bounded_or_nan(w[k], set(-limit), set(limit));
+        clipped += count_changed(w[k], inside);
+        write_part(r, k, inside, stochastic);
       });
       return clipped;
     }
+  }
+
+  // Rounds 16 columns that lie inside the range, and writes their codes.
+  RECFAST_INLINE void write_part(std::int64_t r, std::int64_t k, F inside, bool stochastic) const noexcept {
+    const F u = u_[r * vectors_ + k];
+    F x;
+    if constexpr (is_integer(kFormat)) {
+      x = to_whole(inside, u, stochastic);
+    } else if constexpr (kFormat == Format::kFloat8) {
+      x = to_grid<3, -6>(inside, u, stochastic);
+    } else if constexpr (kFormat == Format::kFloat16) {
+      x = to_grid<10, -14>(inside, u, stochastic);
+    } else {
+      x = stochastic ? bfloat16_drawn(inside, u) : bfloat16_nearest(inside);
+    }
+    put_codes<kFormat>(stored(r) + kHeader, k, x);
   }
 
   // Copies, since a vector that is stored may alias anything but what never left this function.
@@ -541,6 +579,7 @@ class Block {
   std::int64_t rows_[kBlockRows + 4] = {};  // make_rows reads beyond the last
   float steps_[kBlockRows];
   float rates_[kBlockRows];
+  float largest_[kBlockRows];
   const Draws& draws_;
   const Draws& moment_draws_;
 };

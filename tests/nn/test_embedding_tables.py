@@ -694,3 +694,20 @@ def test_a_flipped_bit_is_told(kind, tmp_path):
     path.write_bytes(raw)
     with pytest.raises(InputError, match=f"{kind.__name__}: .* is damaged, expected the checksum"):
         kind.load(path, **({} if kind is EmbeddingTables else {"verify": True}))
+
+
+@pytest.mark.parametrize("damage", ["tables", "dim", "optimizer", "rows"])
+def test_state_that_says_too_little_is_refused(damage):
+    tables = make()
+    state = tables.state_dict()
+    extra = copy.deepcopy(state["_extra_state"])
+    if damage == "rows":
+        del next(iter(extra["tables"].values()))["rows"]
+    else:
+        extra[damage] = None
+    before = {name: x.clone() for name, x in state.items() if isinstance(x, torch.Tensor)}
+    with pytest.raises((InputError, RuntimeError), match="the state says nothing, or something of another kind, of"):
+        tables.load_state_dict({**{name: torch.zeros_like(x) for name, x in before.items()}, "_extra_state": extra})
+    for name, x in tables.state_dict().items():
+        if isinstance(x, torch.Tensor):
+            torch.testing.assert_close(x, before[name], rtol=0, atol=0)

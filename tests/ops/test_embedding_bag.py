@@ -194,6 +194,47 @@ def test_known_values():
     assert answer.tolist() == [[[31.75, -32.0], [6, 0]], [[0.5, -1.0], [6, 0]]]
 
 
+@pytest.mark.parametrize("width", [5, 64, 300])
+def test_products_are_added_fused(width, isa_levels):
+    """step * code is not rounded before it is added: what cancels leaves exactly the rounding of the first sum."""
+    codes = torch.tensor([[127], [-127]], dtype=torch.int8).expand(2, width).contiguous()
+    step = torch.tensor([1.1, 1.1])
+    table = ops.QuantizedTable.from_codes(codes, step)
+    exact = step[0].double() * 127
+    wanted = (exact.float().double() - exact).float()
+    assert wanted != 0
+    floats = torch.full((2, width), 0.1) * torch.tensor([[1.0], [-1.0]])
+    weights = torch.tensor([3.0, 3.0])
+    exact_float = floats[0, 0].double() * 3
+    wanted_float = (exact_float.float().double() - exact_float).float()
+    assert wanted_float != 0
+    ids, offsets = torch.tensor([0, 1]), torch.tensor([0, 2])
+    for _ in isa_levels():
+        assert torch.equal(ops.embedding_bag(table, ids, offsets), wanted.expand(1, width))
+        answer = ops.embedding_bag(floats, ids, offsets, per_sample_weights=weights)
+        assert torch.equal(answer, wanted_float.expand(1, width))
+
+
+def test_ids_outside_are_found_wherever_they_stand(isa_levels):
+    """Ids are looked through many bags at a time; every place in such a group, and both widths of ids."""
+    table = ops.quantize(torch.randn(10, 16, generator=torch.Generator().manual_seed(0)))
+    offsets = torch.cat([torch.arange(0, 150, 3), torch.tensor([150, 200])])
+    for dtype in (torch.int32, torch.int64):
+        ids = (torch.arange(200) % 10).to(dtype)
+        highest = torch.iinfo(dtype).max
+        for _ in isa_levels():
+            for position in [*range(0, 200, 7), 199]:
+                for value in (10, -1, highest, -highest - 1):
+                    wrong = ids.clone()
+                    wrong[position] = value
+                    with pytest.raises(OutOfRange, match=rf"indices\[{position}\] = {value} is outside \[0, 10\)"):
+                        ops.embedding_bag(table, wrong, offsets)
+                    known = ops.embedding_bag(table, wrong, offsets, check=False)
+                    bag = int(torch.searchsorted(offsets, position, right=True)) - 1
+                    others = torch.arange(51) != bag
+                    assert torch.equal(known[others], ops.embedding_bag(table, ids, offsets)[others])
+
+
 def test_float8_codes_and_nan(isa_levels):
     """Every code of float8 decodes to what torch says, the NaN codes to NaN."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(1, 256)

@@ -13,8 +13,10 @@ from recfast.nn.compressed import (
 from recfast.nn.dynamic_table import DynamicTable
 from recfast.nn.embedding_tables import EmbeddingTables, second_pass
 from recfast.nn.frozen_tables import FrozenTables
+from recfast.nn.hstu import HSTUBlock
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.target_attention import TargetAttention
+from recfast.nn.transformer_block import TransformerBlock
 
 __all__ = [
     "MLP",
@@ -23,6 +25,7 @@ __all__ = [
     "DynamicTable",
     "EmbeddingTables",
     "FrozenTables",
+    "HSTUBlock",
     "HashedTables",
     "PostTrainingTables",
     "ProductQuantizer",
@@ -31,6 +34,7 @@ __all__ = [
     "RobeTables",
     "SparseTables",
     "TargetAttention",
+    "TransformerBlock",
     "best_step",
     "fm_interaction",
     "second_pass",

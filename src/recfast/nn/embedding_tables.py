@@ -627,6 +627,12 @@ class EmbeddingTables(TableLookups):
             found = state.get("version") if isinstance(state, dict) else None
             raise InputError(f"{_PLACE}: the state has the version {found}, expected {_STATE_VERSION}")
         mine = self._layout()
+        missing = sorted(key for key, value in mine.items() if not isinstance(state.get(key), type(value)))
+        for name, found in {} if missing else state["tables"].items():
+            if not isinstance(found, dict) or not {"rows", "precision"} <= found.keys():
+                missing = [f"tables.{name}"]
+        if missing:
+            raise InputError(f"{_PLACE}: the state says nothing, or something of another kind, of {', '.join(missing)}")
         for name in mine["tables"].keys() - state["tables"].keys():
             raise InputError(f"{_PLACE}: the state has no table {name!r}, it has {', '.join(state['tables'])}")
         for name in state["tables"].keys() - mine["tables"].keys():

@@ -17,8 +17,10 @@ from recfast.ops.embedding_update import (
 )
 from recfast.ops.example_axpy import example_axpy
 from recfast.ops.formats import QuantizedTable, quantize, round_to
+from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.sequence_attention import sequence_attention
 
 __all__ = [
     "Codes",
@@ -41,8 +43,10 @@ __all__ = [
     "embedding_update_first_",
     "embedding_update_second_",
     "example_axpy",
+    "hstu_attention",
     "initial_rows",
     "quantize",
     "requantize_",
     "round_to",
+    "sequence_attention",
 ]

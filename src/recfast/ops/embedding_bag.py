@@ -571,10 +571,10 @@ def embedding_bag(
 
     Notes
     -----
-    Accumulates in the output's type in the order of the ids, products and sums rounded apart: the error is at most
-    (k + 3) * eps * sum |terms| for a bag of k ids, with equal bits on every instruction set and for any number of
-    threads. Differentiable in a float `table` (a dense gradient of its dtype, summed per row in the order of the ids,
-    in float32 for 16-bit tables) and in `per_sample_weights`; a QuantizedTable trains through
+    Accumulates in the output's type in the order of the ids, each product being added by a fused multiply-add: the
+    error is at most (k + 3) * eps * sum |terms| for a bag of k ids, with equal bits on every instruction set and for
+    any number of threads. Differentiable in a float `table` (a dense gradient of its dtype, summed per row in the order
+    of the ids, in float32 for 16-bit tables) and in `per_sample_weights`; a QuantizedTable trains through
     `recfast.ops.embedding_update_`. Backend: CPU (scalar, AVX2, AVX-512).
 
     References

@@ -1,0 +1,45 @@
+#include "hstu_attention/hstu_attention.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+
+#include "common/simd_avx2.h"
+#include "common/vectors.h"
+#include "hstu_attention/hstu_attention_kernel.h"
+
+namespace recfast::hstu_attention {
+
+void forward_avx2(const Args<float>& args, const Prepared<float>& prepared, const ForwardWork<float>& work,
+                const Task& task) noexcept {
+  Kernel<Avx2, float>::forward(args, prepared, work, task);
+}
+
+void forward_bf16_avx2(const Args<float, Bfloat16>& args, const Prepared<float>& prepared,
+                     const ForwardWork<float>& work, const Task& task) noexcept {
+  Kernel<Avx2, Bfloat16>::forward(args, prepared, work, task);
+}
+
+void backward_avx2(const Args<float>& args, const Gradients<float>& gradients, const Prepared<float>& prepared,
+                 const BackwardWork<float>& work, const Task& task, float* dq, float* position) noexcept {
+  Kernel<Avx2, float>::backward(args, gradients, prepared, work, task, dq, position);
+}
+
+void backward_bf16_avx2(const Args<float, Bfloat16>& args, const Gradients<float, Bfloat16>& gradients,
+                      const Prepared<float>& prepared, const BackwardWork<float>& work, const Task& task, float* dq,
+                      float* position) noexcept {
+  Kernel<Avx2, Bfloat16>::backward(args, gradients, prepared, work, task, dq, position);
+}
+
+}  // namespace recfast::hstu_attention
+
+#pragma GCC pop_options
+#endif
