@@ -191,6 +191,21 @@ def test_din_has_the_options_of_its_unit():
     assert ranker.config()["attention_hidden"] == [5]
 
 
+def test_din_learns_the_dice_of_its_unit():
+    schema = make_schema(full=False)
+    torch.manual_seed(0)
+    ranker = DIN(schema, dim=4, attention_hidden=(5, 3), attention_activation="dice")
+    batch = make_batch(schema, [3, 2])
+    ranker.loss(ranker(batch), batch).backward()
+    unit = ranker.attention[0]
+    assert unit.alpha.grad.abs().sum() > 0
+    assert unit.running_mean.abs().sum() > 0
+    assert ranker.config()["attention_activation"] == "dice"
+    before = unit.running_mean.clone()
+    ranker.eval()(batch)
+    assert torch.equal(unit.running_mean, before)
+
+
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("structure", ["parallel", "stacked"])
 def test_dcn_v2_is_its_formula(structure, full):

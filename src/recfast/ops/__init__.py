@@ -4,7 +4,7 @@ from recfast.ops import embedding_tables  # noqa: F401  (its op is for modules)
 from recfast.ops.category_top_k import category_top_k
 from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
-from recfast.ops.din_attention import DINWeights, din_attention
+from recfast.ops.din_attention import DiceWeights, DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
 from recfast.ops.embedding_bag import Features, embedding_bag
 from recfast.ops.embedding_update import (
@@ -31,6 +31,7 @@ __all__ = [
     "Codes",
     "DINWeights",
     "DPPResult",
+    "DiceWeights",
     "Features",
     "IdMap",
     "Pending",

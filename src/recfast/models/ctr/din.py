@@ -40,7 +40,8 @@ class DIN(nn.Module):
         Of the MLP.
     attention_hidden : one or two widths
         Of the activation unit.
-    attention_activation : {"prelu", "relu", "sigmoid", "silu"}
+    attention_activation : {"prelu", "dice", "relu", "sigmoid", "silu"}
+        The paper's is "dice".
     attention_mode : {"sum", "sigmoid", "softmax"}
         The paper's is "sum".
     precision : str or {column: str}
