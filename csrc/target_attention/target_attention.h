@@ -48,8 +48,8 @@ enum class Score : std::int64_t { kSoftmax = 0, kRelu = 1, kSilu = 2, kNone = 3 
 inline constexpr std::int64_t kTile = 64;
 // Rows after which a softmax starts afresh, to be merged: what threads share a long history by. A multiple of kTile.
 inline constexpr std::int64_t kChunk = 1024;
-// Candidates that share one reading of the keys.
-inline constexpr std::int64_t kBlock = 40;
+// Candidates that share one reading of the keys. A multiple of kLanes, at most kTile.
+inline constexpr std::int64_t kBlock = 48;
 // Rows after which `select` starts a list afresh. The lists are exact, so this changes no answer.
 inline constexpr std::int64_t kSelectChunk = 16384;
 
@@ -137,7 +137,7 @@ struct Entry {
 // One thread's working memory. A block's arrays are [H, kBlock, ...].
 template <class T>
 struct Work {
-  T* query;          // [H, kBlock, Dqp], or [kBlock, H Dq padded] for select
+  T* query;          // [H, Dq, kBlock], or [H Dq, kBlock] for select
   T* turned;         // keys [Dq, kTile], or [H Dq, kTile] for select
   T* scores;         // [kBlock, kTile]
   T* factor;         // [kBlock] what a block's sums shrink by with a new tile
@@ -147,7 +147,9 @@ struct Work {
   T* weight;         // [H, kBlock, kLanes]
   T* turned_values;  // [Dv, kTile] (backward, like the rest)
   T* dscores;        // [kBlock, kTile]
+  T* query_rows;     // [H, kBlock, Dqp]
   T* grad;           // [H, kBlock, Dvp]
+  T* turned_grad;    // [H, Dv, kBlock]
   T* delta;          // [H, kBlock]
   T* lse;            // [H, kBlock]
   T* dkeys;          // [H, kTile, Dqp]
@@ -163,7 +165,7 @@ struct Work {
     const bool forward = pass == Pass::kForward;
     const bool select = pass == Pass::kSelect;
     const std::int64_t widest = std::max(s.width(), s.value_width());
-    query = arena.take(select ? kBlock * padded(s.heads * s.dim) : s.heads * kBlock * s.width());
+    query = arena.take(s.heads * s.dim * kBlock);
     turned = arena.take((select ? s.heads * s.dim : s.dim) * kTile);
     scores = arena.take(kBlock * kTile);
     factor = arena.take(kBlock);
@@ -173,6 +175,8 @@ struct Work {
     weight = arena.take(forward ? s.heads * kBlock * kLanes : 0);
     turned_values = arena.take(backward ? s.value_dim * kTile : 0);
     dscores = arena.take(backward ? kBlock * kTile : 0);
+    query_rows = arena.take(backward ? s.heads * kBlock * s.width() : 0);
+    turned_grad = arena.take(backward ? s.heads * kBlock * s.value_dim : 0);
     grad = arena.take(backward ? s.heads * kBlock * s.value_width() : 0);
     delta = arena.take(backward ? s.heads * kBlock : 0);
     lse = arena.take(backward ? s.heads * kBlock : 0);

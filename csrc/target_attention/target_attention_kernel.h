@@ -17,11 +17,10 @@ struct Dense : Vectors<Simd> {
   using Base::store;
 
   // c[r, :] = start[r, :] + sum_k a[r, k] b[k, :], terms added in the order of k. Columns come in whole vectors.
+  // a[r, k] lies at a[r * ARow + k * AStep]: known to the compiler, so that a row costs no register for its address.
   // start: zeros; c itself (add); c times factor[r] (factor).
   struct Multiply {
     const T* a;
-    std::int64_t a_row;
-    std::int64_t a_step;
     std::int64_t rows;
     std::int64_t depth;
     const T* b;
@@ -33,81 +32,106 @@ struct Dense : Vectors<Simd> {
     const T* factor;
   };
 
-  template <int R, int J>
-  static void tile(const Multiply& p, std::int64_t row, std::int64_t column) noexcept {
-    V sum[R][J];
-    T* c = p.c + row * p.c_row + column;
-    const std::int64_t c_row = p.c_row;
-    if (!p.add) {
-      for (int r = 0; r < R; ++r) {
-        for (int j = 0; j < J; ++j) sum[r][j] = V{};
+  template <int ARow, int AStep>
+  struct Product {
+    template <int R, int J>
+    static void tile(const Multiply& p, std::int64_t row, std::int64_t column) noexcept {
+      // All loops over the tile are unrolled, or its sums would live in memory between them.
+      V sum[R][J];
+      T* c = p.c + row * p.c_row + column;
+      const std::int64_t c_row = p.c_row;
+      if (!p.add) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+          for (int j = 0; j < J; ++j) sum[r][j] = V{};
+        }
+      } else if (p.factor == nullptr) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+          for (int j = 0; j < J; ++j) sum[r][j] = load(c + r * c_row + j * kWidth);
+        }
+      } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const V factor = splat(p.factor[row + r]);
+#pragma GCC unroll 16
+          for (int j = 0; j < J; ++j) sum[r][j] = load(c + r * c_row + j * kWidth) * factor;
+        }
       }
-    } else {
+      const T* a = p.a + row * ARow;
+      const T* b = p.b + column;
+      const std::int64_t b_row = p.b_row;
+      for (std::int64_t k = p.depth; k > 0; --k) {
+        V w[J];
+#pragma GCC unroll 16
+        for (int j = 0; j < J; ++j) w[j] = load(b + j * kWidth);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const V x = splat(a[r * ARow]);
+#pragma GCC unroll 16
+          for (int j = 0; j < J; ++j) sum[r][j] = Simd::fma(x, w[j], sum[r][j]);
+        }
+        a += AStep;
+        b += b_row;
+      }
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const V factor = splat(p.factor == nullptr ? T{1} : p.factor[row + r]);
-        for (int j = 0; j < J; ++j) sum[r][j] = load(c + r * c_row + j * kWidth) * factor;
+#pragma GCC unroll 16
+        for (int j = 0; j < J; ++j) store(c + r * c_row + j * kWidth, sum[r][j]);
       }
     }
-    const T* a = p.a + row * p.a_row;
-    const T* b = p.b + column;
-    const std::int64_t a_row = p.a_row;
-    const std::int64_t a_step = p.a_step;
-    const std::int64_t b_row = p.b_row;
-    for (std::int64_t k = p.depth; k > 0; --k) {
-      V w[J];
-      for (int j = 0; j < J; ++j) w[j] = load(b + j * kWidth);
-      for (int r = 0; r < R; ++r) {
-        const V x = splat(a[r * a_row]);
-        for (int j = 0; j < J; ++j) sum[r][j] = Simd::fma(x, w[j], sum[r][j]);
+
+    template <int R, int J>
+    static void rows_of(const Multiply& p, std::int64_t row, std::int64_t column, std::int64_t count) noexcept {
+      if constexpr (R > 1) {
+        if (count < R) return rows_of<R - 1, J>(p, row, column, count);
       }
-      a += a_step;
-      b += b_row;
+      tile<R, J>(p, row, column);
     }
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < J; ++j) store(c + r * c_row + j * kWidth, sum[r][j]);
-    }
-  }
 
-  template <int R, int J>
-  static void rows_of(const Multiply& p, std::int64_t row, std::int64_t column, std::int64_t count) noexcept {
-    if constexpr (R > 1) {
-      if (count < R) return rows_of<R - 1, J>(p, row, column, count);
+    template <int J>
+    static void strip(const Multiply& p, std::int64_t column, std::int64_t vectors) noexcept {
+      if constexpr (J > 1) {
+        if (vectors < J) return strip<J - 1>(p, column, vectors);
+      }
+      // Tiles of about equal height: a low last one would wait for its own sums.
+      constexpr int kRows = Simd::tile_rows(J);
+      const std::int64_t tiles = (p.rows + kRows - 1) / kRows;
+      std::int64_t row = 0;
+      for (std::int64_t i = 1; i <= tiles; ++i) {
+        const std::int64_t next = p.rows * i / tiles;
+        rows_of<kRows, J>(p, row, column, next - row);
+        row = next;
+      }
     }
-    tile<R, J>(p, row, column);
-  }
 
-  template <int J>
-  static void strip(const Multiply& p, std::int64_t column, std::int64_t vectors) noexcept {
-    if constexpr (J > 1) {
-      if (vectors < J) return strip<J - 1>(p, column, vectors);
+    static void run(const Multiply& p) noexcept {
+      const std::int64_t vectors = p.columns / kWidth;
+      const std::int64_t strips = (vectors + Simd::kMaxColumns - 1) / Simd::kMaxColumns;
+      std::int64_t first = 0;
+      for (std::int64_t i = 1; i <= strips; ++i) {
+        const std::int64_t next = vectors * i / strips;
+        strip<Simd::kMaxColumns>(p, first * kWidth, next - first);
+        first = next;
+      }
     }
-    // Tiles of about equal height: a low last one would wait for its own sums.
-    constexpr int kRows = Simd::tile_rows(J);
-    const std::int64_t tiles = (p.rows + kRows - 1) / kRows;
-    std::int64_t row = 0;
-    for (std::int64_t i = 1; i <= tiles; ++i) {
-      const std::int64_t next = p.rows * i / tiles;
-      rows_of<kRows, J>(p, row, column, next - row);
-      row = next;
-    }
-  }
+  };
 
-  static void multiply(const Multiply& p) noexcept {
-    const std::int64_t vectors = p.columns / kWidth;
-    const std::int64_t strips = (vectors + Simd::kMaxColumns - 1) / Simd::kMaxColumns;
-    std::int64_t first = 0;
-    for (std::int64_t i = 1; i <= strips; ++i) {
-      const std::int64_t next = vectors * i / strips;
-      strip<Simd::kMaxColumns>(p, first * kWidth, next - first);
-      first = next;
-    }
-  }
+  // a turned, with a row for each of its columns: queries and gradients [width, kBlock].
+  static void multiply_block(const Multiply& p) noexcept { Product<1, kBlock>::run(p); }
+  // a as it is: scores [kBlock, kTile].
+  static void multiply_scores(const Multiply& p) noexcept { Product<kTile, 1>::run(p); }
+  // The rows of scores as columns of a.
+  static void multiply_scores_turned(const Multiply& p) noexcept { Product<1, kTile>::run(p); }
 
-  // 2^x for x <= 127; 0 below the smallest normal float. Relative error below 2 ulp.
+  // 2^x for x <= 127, relative error below 2 ulp; below the smallest normal float some value below it, and 0 from -127 on.
   static V power_of_two(V x) noexcept {
     if constexpr (std::is_same_v<T, float>) {
       typedef std::int32_t Integers __attribute__((vector_size(sizeof(V))));
       const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+      x = Simd::max(splat(-127.0f), x);    // NaN stays
       const V shifted = x + magic;
       const V r = x - (shifted - magic);
       V y = splat(1.535336188319500e-4f);
@@ -123,7 +147,7 @@ struct Dense : Vectors<Simd> {
       std::memcpy(&power, &shifted, sizeof power);
       bits += power << 23;  // the low bits of `shifted` are the integer
       std::memcpy(&y, &bits, sizeof y);
-      return x < splat(-126.0f) ? V{} : y;
+      return y;
     } else {
       for (std::int64_t i = 0; i < kWidth; ++i) x[i] = std::exp2(x[i]);
       return x;
@@ -143,7 +167,9 @@ struct Kernel : Dense<Simd> {
   using Base::dot;
   using Base::load;
   using Base::logistic;
-  using Base::multiply;
+  using Base::multiply_block;
+  using Base::multiply_scores;
+  using Base::multiply_scores_turned;
   using Base::power_of_two;
   using Base::power_of_two_scalar;
   using Base::splat;
@@ -191,7 +217,8 @@ struct Kernel : Dense<Simd> {
     }
   }
 
-  // turned [width, kTile]: turned[d, l] = rows[l][offset + d], zeros for the rest of the lanes of row n - 1.
+  // turned [width, Stride]: turned[d, l] = rows[l][offset + d], zeros for the rest of the lanes of row n - 1.
+  template <int Stride>
   static void turn(const In* const* rows, std::int64_t n, std::int64_t offset, std::int64_t width,
                    T* turned) noexcept {
     const std::int64_t lanes = padded(n);
@@ -207,12 +234,12 @@ struct Kernel : Dense<Simd> {
           for (std::int64_t i = 0; i < kWidth; ++i) x[i] = i < valid ? widen_part(rows[l + i] + offset + d, count) : V{};
         }
         Simd::transpose(x);
-        T* to = turned + d * kTile + l;
+        T* to = turned + d * Stride + l;
         if (count == kWidth) {
 #pragma GCC unroll 16
-          for (std::int64_t i = 0; i < kWidth; ++i) store(to + i * kTile, x[i]);
+          for (std::int64_t i = 0; i < kWidth; ++i) store(to + i * Stride, x[i]);
         } else {
-          for (std::int64_t i = 0; i < count; ++i) store(to + i * kTile, x[i]);
+          for (std::int64_t i = 0; i < count; ++i) store(to + i * Stride, x[i]);
         }
       }
     }
@@ -269,51 +296,66 @@ struct Kernel : Dense<Simd> {
     }
   }
 
-  static constexpr T iota(std::int64_t i) noexcept { return static_cast<T>(i); }
+  static constexpr T kNone = -std::numeric_limits<T>::infinity();
 
-  // y = scale * s over a tile, -inf past row n.
-  static V scaled(const T* s, std::int64_t i, std::int64_t n, V scale) noexcept {
+  // Lanes of group g that lie before row n; the rest becomes -inf.
+  static V valid(V x, std::int64_t first, std::int64_t n) noexcept {
     alignas(64) static constexpr T kIota[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    V y = load(s + i) * scale;
-    if (i + kWidth > n) {
-      const V lane = load(kIota) + splat(static_cast<T>(i));
-      y = lane < splat(static_cast<T>(n)) ? y : splat(-std::numeric_limits<T>::infinity());
-    }
-    return y;
+    return load(kIota) < splat(static_cast<T>(n - first)) ? x : splat(kNone);
   }
 
-  // The scores of one candidate and a tile become weights 2^(y - highest); what came before shrinks by the factor
-  // that is returned.
-  static T soften(T* s, std::int64_t n, T scale, T& highest, T* weight) noexcept {
-    const std::int64_t lanes = padded(n);
-    const V factor = splat(scale);
-    V top = splat(highest);
-    for (std::int64_t i = 0; i < lanes; i += kWidth) {
-      const V y = scaled(s, i, n, factor);
-      store(s + i, y);
-      top = Simd::max(y, top);
+  // highest[c] = max(highest[c], scale * max_l s[c, l]) and factor[c] = 2^(before - highest[c]). Groups: the tile's
+  // rows in units of kLanes.
+  template <int Groups>
+  static void raise(const T* s, std::int64_t n, std::int64_t count, T scale, T* highest, T* factor) noexcept {
+    constexpr std::int64_t kLast = (Groups - 1) * kLanes;
+    for (std::int64_t c = 0; c < count; ++c, s += kTile) {
+      V top = valid(load(s + kLast), kLast, n);
+      for (std::int64_t i = kWidth; i < kLanes; i += kWidth) {
+        top = Simd::max(valid(load(s + kLast + i), kLast + i, n), top);
+      }
+      for (std::int64_t i = 0; i < kLast; i += kWidth) top = Simd::max(load(s + i), top);
+      factor[c] = Simd::highest(top) * scale;
     }
-    const T before = highest;
-    const T now = Simd::highest(top);
-    V part[kParts];
-    T shrink{1};
-    if (now == before) {
-      for (std::int64_t i = 0; i < kParts; ++i) part[i] = load(weight + i * kWidth);
-    } else {
-      shrink = power_of_two_scalar(before - now);
-      for (std::int64_t i = 0; i < kParts; ++i) part[i] = load(weight + i * kWidth) * splat(shrink);
-      highest = now;
+    for (std::int64_t c = 0; c < count; c += kWidth) {  // rows are padded
+      const V before = load(highest + c);
+      const V now = Simd::max(load(factor + c), before);
+      store(highest + c, now);
+      store(factor + c, power_of_two(before - now));
     }
-    const V reference = splat(now);
-    for (std::int64_t i = 0; i < lanes; i += kLanes) {
-      for (std::int64_t j = 0; j < kParts; ++j) {
-        const V p = power_of_two(load(s + i + j * kWidth) - reference);
-        store(s + i + j * kWidth, p);
-        part[j] += p;
+  }
+
+  // Scores become weights 2^(scale * s - highest), which are added to what `factor` leaves of `weight`.
+  template <int Groups>
+  static void soften(T* s, std::int64_t n, std::int64_t count, T scale, const T* highest, const T* factor,
+                     T* weight) noexcept {
+    constexpr std::int64_t kLast = (Groups - 1) * kLanes;
+    const V by = splat(scale);
+    for (std::int64_t c = 0; c < count; ++c, s += kTile, weight += kLanes) {
+      const V reference = splat(highest[c]);
+      const V shrink = splat(factor[c]);
+      for (std::int64_t part = 0; part < kLanes; part += kWidth) {
+        V sum = load(weight + part) * shrink;
+        for (std::int64_t i = part; i <= kLast + part; i += kLanes) {
+          V x = Simd::fma(load(s + i), by, -reference);
+          if (i >= kLast) x = valid(x, i, n);
+          const V p = power_of_two(x);
+          store(s + i, p);
+          sum += p;
+        }
+        store(weight + part, sum);
       }
     }
-    for (std::int64_t i = 0; i < kParts; ++i) store(weight + i * kWidth, part[i]);
-    return shrink;
+  }
+
+  template <int Groups>
+  static void soften_block(T* s, std::int64_t n, std::int64_t count, T scale, T* highest, T* factor,
+                           T* weight) noexcept {
+    if constexpr (Groups > 1) {
+      if (n <= (Groups - 1) * kLanes) return soften_block<Groups - 1>(s, n, count, scale, highest, factor, weight);
+    }
+    raise<Groups>(s, n, count, scale, highest, factor);
+    soften<Groups>(s, n, count, scale, highest, factor, weight);
   }
 
   // The same without a softmax: each weight comes from its own score.
@@ -327,17 +369,37 @@ struct Kernel : Dense<Simd> {
     }
   }
 
+  // What products are multiplied by; its sign is in the queries, so that the highest product is the highest score.
   static T score_scale(const Args<In>& a) noexcept {
     constexpr double kLog2E = 1.4426950408889634;
-    return static_cast<T>(a.score == Score::kSoftmax ? a.scale * kLog2E : a.scale);
+    const double size = std::abs(a.scale);
+    return static_cast<T>(a.score == Score::kSoftmax ? size * kLog2E : size);
   }
 
-  static void load_block(const Args<In>& a, const Work<T>& w, std::int64_t first, std::int64_t count) noexcept {
-    const Shape& s = a.shape;
-    for (std::int64_t h = 0; h < s.heads; ++h) {
-      for (std::int64_t c = 0; c < count; ++c) {
-        widen_row(a.query[first + c] + h * s.dim, w.query + (h * kBlock + c) * s.width(), s.dim);
-      }
+  // turned [H, width, kBlock] = the heads of rows first, first + 1, ..., times `sign`.
+  static void load_turned(const Rows<const In>& rows, std::int64_t heads, std::int64_t width, std::int64_t first,
+                          std::int64_t count, T sign, T* turned) noexcept {
+    const In* row[kBlock];
+    for (std::int64_t c = 0; c < count; ++c) row[c] = rows[first + c];
+    for (std::int64_t h = 0; h < heads; ++h) turn<kBlock>(row, count, h * width, width, turned + h * width * kBlock);
+    if (sign == T{1}) return;
+    for (std::int64_t d = 0; d < heads * width; ++d) {
+      for (std::int64_t c = 0; c < count; ++c) turned[d * kBlock + c] *= sign;
+    }
+  }
+
+  static T sign_of(const Args<In>& a) noexcept { return a.scale < 0 ? T{-1} : T{1}; }
+
+  // Asks for one part of the rows that come after a tile. Inline by force: GCC takes a function that only prefetches for
+  // one without effect, and drops the call.
+  [[gnu::always_inline]] static inline void prefetch(const In* const* rows, std::int64_t n, std::int64_t stride, std::int64_t width,
+                       std::int64_t part, std::int64_t parts) noexcept {
+    constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(In));
+    if (stride == 0) return;
+    const std::int64_t last = n * (part + 1) / parts;
+    for (std::int64_t l = n * part / parts; l < last; ++l) {
+      const In* row = rows[l] + n * stride;
+      for (std::int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 0, 3);
     }
   }
 
@@ -346,28 +408,27 @@ struct Kernel : Dense<Simd> {
     const T scale = score_scale(a);
     const bool softmax = a.score == Score::kSoftmax;
     for (std::int64_t h = 0; h < s.heads; ++h) {
-      turn(tile.key, tile.n, h * s.dim, s.dim, w.turned);
-      multiply({w.query + h * kBlock * s.width(), s.width(), 1, count, s.dim, w.turned, kTile, padded(tile.n), w.scores,
-                kTile, false, nullptr});
-      for (std::int64_t c = 0; c < count; ++c) {
-        T* scores = w.scores + c * kTile;
-        if (softmax) {
-          const std::int64_t at = h * kBlock + c;
-          w.factor[c] = soften(scores, tile.n, scale, w.highest[at], w.weight + at * kLanes);
-        } else {
-          weigh(a.score, scores, tile.n, scale);
-        }
+      prefetch(tile.key, tile.n, tile.key_stride, s.heads * s.dim, h, s.heads);
+      turn<kTile>(tile.key, tile.n, h * s.dim, s.dim, w.turned);
+      multiply_block({w.query + h * s.dim * kBlock, count, s.dim, w.turned, kTile, padded(tile.n), w.scores, kTile,
+                      false, nullptr});
+      const std::int64_t at = h * kBlock;
+      if (softmax) {
+        soften_block<kTile / kLanes>(w.scores, tile.n, count, scale, w.highest + at, w.factor, w.weight + at * kLanes);
+      } else {
+        for (std::int64_t c = 0; c < count; ++c) weigh(a.score, w.scores + c * kTile, tile.n, scale);
       }
+      prefetch(tile.value, tile.n, tile.value_stride, s.heads * s.value_dim, h, s.heads);
       const Operand v = operand(tile.value, tile.n, h * s.value_dim, s.value_dim, tile.value_stride, w.rows);
-      multiply({w.scores, kTile, 1, count, tile.n, v.data, v.row, s.value_width(),
-                w.sum + h * kBlock * s.value_width(), s.value_width(), !first, softmax ? w.factor : nullptr});
+      multiply_scores({w.scores, count, tile.n, v.data, v.row, s.value_width(), w.sum + at * s.value_width(),
+                       s.value_width(), !first, softmax ? w.factor : nullptr});
     }
   }
 
   static void start_block(const Args<In>& a, const Work<T>& w, std::int64_t count) noexcept {
     const Shape& s = a.shape;
     for (std::int64_t h = 0; h < s.heads; ++h) {
-      std::fill_n(w.highest + h * kBlock, count, -std::numeric_limits<T>::infinity());
+      std::fill_n(w.highest + h * kBlock, kBlock, std::numeric_limits<T>::lowest());
       std::fill_n(w.weight + h * kBlock * kLanes, count * kLanes, T{0});
     }
   }
@@ -418,7 +479,7 @@ struct Kernel : Dense<Simd> {
     }
     Tile tile;
     if (a.listed == nullptr) {
-      load_block(a, w, p.first, count);
+      load_turned(a.query, a.shape.heads, a.shape.dim, p.first, count, sign_of(a), w.query);
       start_block(a, w, count);
       const std::int64_t begin = a.shape.begin[p.user];
       for (std::int64_t l = p.from; l < p.to; l += kTile) {
@@ -430,7 +491,7 @@ struct Kernel : Dense<Simd> {
     }
     std::int64_t index[kTile];
     for (std::int64_t c = p.first; c < p.last; ++c) {
-      load_block(a, w, c, 1);
+      load_turned(a.query, a.shape.heads, a.shape.dim, c, 1, sign_of(a), w.query);
       start_block(a, w, 1);
       const std::int64_t* list = a.listed + c * a.shape.listed;
       std::int64_t next = 0;
@@ -482,10 +543,12 @@ struct Kernel : Dense<Simd> {
                              std::int64_t count) noexcept {
     const Shape& s = a.shape;
     const bool softmax = a.score == Score::kSoftmax;
-    load_block(a, w, first, count);
+    load_turned(a.query, s.heads, s.dim, first, count, sign_of(a), w.query);
+    load_turned(g.grad, s.heads, s.value_dim, first, count, T{1}, w.turned_grad);
     for (std::int64_t h = 0; h < s.heads; ++h) {
       for (std::int64_t c = 0; c < count; ++c) {
         const std::int64_t at = h * kBlock + c;
+        widen_row(a.query[first + c] + h * s.dim, w.query_rows + at * s.width(), s.dim);
         T* grad = w.grad + at * s.value_width();
         widen_row(g.grad[first + c] + h * s.value_dim, grad, s.value_dim);
         if (!softmax) continue;
@@ -538,15 +601,16 @@ struct Kernel : Dense<Simd> {
     const std::int64_t value_width = s.value_width();
     const bool scores_too = g.query != nullptr || g.keys != nullptr;
     for (std::int64_t h = 0; h < s.heads; ++h) {
-      const T* query = w.query + h * kBlock * width;
+      const T* query = w.query_rows + h * kBlock * width;
       const T* grad = w.grad + h * kBlock * value_width;
       const std::int64_t lanes = padded(tile.n);
-      turn(tile.key, tile.n, h * s.dim, s.dim, w.turned);
-      multiply({query, width, 1, count, s.dim, w.turned, kTile, lanes, w.scores, kTile, false, nullptr});
+      turn<kTile>(tile.key, tile.n, h * s.dim, s.dim, w.turned);
+      multiply_block({w.query + h * s.dim * kBlock, count, s.dim, w.turned, kTile, lanes, w.scores, kTile, false,
+                      nullptr});
       if (scores_too) {
-        turn(tile.value, tile.n, h * s.value_dim, s.value_dim, w.turned_values);
-        multiply({grad, value_width, 1, count, s.value_dim, w.turned_values, kTile, lanes, w.dscores, kTile, false,
-                  nullptr});
+        turn<kTile>(tile.value, tile.n, h * s.value_dim, s.value_dim, w.turned_values);
+        multiply_block({w.turned_grad + h * s.value_dim * kBlock, count, s.value_dim, w.turned_values, kTile, lanes,
+                        w.dscores, kTile, false, nullptr});
       }
       for (std::int64_t c = 0; c < count; ++c) {
         const std::int64_t at = h * kBlock + c;
@@ -555,17 +619,17 @@ struct Kernel : Dense<Simd> {
                       softmax ? w.delta[at] : T{0});
       }
       if (g.values != nullptr) {
-        multiply({w.scores, 1, kTile, tile.n, count, grad, value_width, value_width, w.dvalues + h * kTile * value_width,
-                  value_width, !first, nullptr});
+        multiply_scores_turned({w.scores, tile.n, count, grad, value_width, value_width,
+                                w.dvalues + h * kTile * value_width, value_width, !first, nullptr});
       }
       if (g.keys != nullptr) {
-        multiply({w.dscores, 1, kTile, tile.n, count, query, width, width, w.dkeys + h * kTile * width, width, !first,
-                  nullptr});
+        multiply_scores_turned({w.dscores, tile.n, count, query, width, width, w.dkeys + h * kTile * width, width,
+                                !first, nullptr});
       }
       if (g.query != nullptr) {
         const Operand k = operand(tile.key, tile.n, h * s.dim, s.dim, tile.key_stride, w.rows);
-        multiply({w.dscores, kTile, 1, count, tile.n, k.data, k.row, width, dquery + h * width, s.heads * width, true,
-                  nullptr});
+        multiply_scores({w.dscores, count, tile.n, k.data, k.row, width, dquery + h * width, s.heads * width, true,
+                         nullptr});
       }
     }
   }
@@ -687,17 +751,17 @@ struct Kernel : Dense<Simd> {
     const V scale = splat(static_cast<T>(a.scale));
     std::int64_t size[kBlock];
     for (std::int64_t c = 0; c < count; ++c) {
-      widen_row(a.query[p.first + c], w.query + c * padded(width), width);
       w.factor[c] = -std::numeric_limits<T>::infinity();  // what an entry must not score below
       size[c] = 0;
     }
+    load_turned(a.query, 1, width, p.first, count, T{1}, w.query);
     const std::int64_t begin = s.begin[p.user];
     const In* rows[kTile];
     for (std::int64_t from = p.from; from < p.to; from += kTile) {
       const std::int64_t n = std::min(kTile, p.to - from);
       for (std::int64_t l = 0; l < n; ++l) rows[l] = a.keys[begin + from + l];
-      turn(rows, n, 0, width, w.turned);
-      multiply({w.query, padded(width), 1, count, width, w.turned, kTile, padded(n), w.scores, kTile, false, nullptr});
+      turn<kTile>(rows, n, 0, width, w.turned);
+      multiply_block({w.query, count, width, w.turned, kTile, padded(n), w.scores, kTile, false, nullptr});
       for (std::int64_t c = 0; c < count; ++c) {
         Entry<T>* entries = w.entries + c * room;
         T* scores = w.scores + c * kTile;
