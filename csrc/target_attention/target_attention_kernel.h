@@ -6,6 +6,53 @@
 
 namespace recfast::target_attention {
 
+// Asks for the rows that come after a tile, a few lines at a time: memory is busy all the while, and never with more
+// than it can have under way. Its functions are inline by force: GCC takes one that only prefetches for one without
+// effect, and drops the call.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* first, std::int64_t rows, std::int64_t stride_bytes, std::int64_t row_bytes) noexcept
+      : row_(static_cast<const char*>(first)), stride_(stride_bytes), bytes_(row_bytes), left_(rows) {}
+
+  [[nodiscard]] std::int64_t lines() const noexcept { return left_ * ((bytes_ + kLine - 1) / kLine); }
+
+  [[gnu::always_inline]] inline void ask(std::int64_t lines) noexcept {
+    for (; lines > 0 && left_ > 0; --lines) {
+      __builtin_prefetch(row_ + at_, 0, 3);
+      at_ += kLine;
+      if (at_ >= bytes_) {
+        at_ = 0;
+        row_ += stride_;
+        --left_;
+      }
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  const char* row_ = nullptr;
+  std::int64_t stride_ = 0;
+  std::int64_t bytes_ = 0;
+  std::int64_t left_ = 0;
+  std::int64_t at_ = 0;
+};
+
+// The rows of keys, then those of values, at a pace.
+struct Pace {
+  Ahead keys;
+  Ahead values;
+  std::int64_t share = 0;  // lines for each step
+
+  // A third of a head's lines in `steps` steps; the products of keys, the weights and the products of values take
+  // about as long as each other.
+  void over(std::int64_t lines, std::int64_t steps) noexcept { share = (lines + steps - 1) / std::max<std::int64_t>(steps, 1); }
+  [[gnu::always_inline]] inline void step() noexcept {
+    keys.ask(share);
+    values.ask(share);
+  }
+};
+
 template <class Simd>
 struct Dense : Vectors<Simd> {
   using T = typename Simd::T;
@@ -30,6 +77,8 @@ struct Dense : Vectors<Simd> {
     std::int64_t c_row;
     bool add;
     const T* factor;
+    Pace* pace = nullptr;
+    std::int64_t lines = 0;
   };
 
   template <int ARow, int AStep>
@@ -100,10 +149,12 @@ struct Dense : Vectors<Simd> {
       constexpr int kRows = Simd::tile_rows(J);
       const std::int64_t tiles = (p.rows + kRows - 1) / kRows;
       std::int64_t row = 0;
+      if (p.pace != nullptr) p.pace->over(p.lines, tiles);
       for (std::int64_t i = 1; i <= tiles; ++i) {
         const std::int64_t next = p.rows * i / tiles;
         rows_of<kRows, J>(p, row, column, next - row);
         row = next;
+        if (p.pace != nullptr) p.pace->step();
       }
     }
 
@@ -328,7 +379,7 @@ struct Kernel : Dense<Simd> {
   // Scores become weights 2^(scale * s - highest), which are added to what `factor` leaves of `weight`.
   template <int Groups>
   static void soften(T* s, std::int64_t n, std::int64_t count, T scale, const T* highest, const T* factor,
-                     T* weight) noexcept {
+                     T* weight, Pace& pace) noexcept {
     constexpr std::int64_t kLast = (Groups - 1) * kLanes;
     const V by = splat(scale);
     for (std::int64_t c = 0; c < count; ++c, s += kTile, weight += kLanes) {
@@ -345,17 +396,20 @@ struct Kernel : Dense<Simd> {
         }
         store(weight + part, sum);
       }
+      pace.step();
     }
   }
 
   template <int Groups>
   static void soften_block(T* s, std::int64_t n, std::int64_t count, T scale, T* highest, T* factor,
-                           T* weight) noexcept {
+                           T* weight, Pace& pace) noexcept {
     if constexpr (Groups > 1) {
-      if (n <= (Groups - 1) * kLanes) return soften_block<Groups - 1>(s, n, count, scale, highest, factor, weight);
+      if (n <= (Groups - 1) * kLanes) {
+        return soften_block<Groups - 1>(s, n, count, scale, highest, factor, weight, pace);
+      }
     }
     raise<Groups>(s, n, count, scale, highest, factor);
-    soften<Groups>(s, n, count, scale, highest, factor, weight);
+    soften<Groups>(s, n, count, scale, highest, factor, weight, pace);
   }
 
   // The same without a softmax: each weight comes from its own score.
@@ -390,39 +444,37 @@ struct Kernel : Dense<Simd> {
 
   static T sign_of(const Args<In>& a) noexcept { return a.scale < 0 ? T{-1} : T{1}; }
 
-  // Asks for one part of the rows that come after a tile. Inline by force: GCC takes a function that only prefetches for
-  // one without effect, and drops the call.
-  [[gnu::always_inline]] static inline void prefetch(const In* const* rows, std::int64_t n, std::int64_t stride, std::int64_t width,
-                       std::int64_t part, std::int64_t parts) noexcept {
-    constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(In));
-    if (stride == 0) return;
-    const std::int64_t last = n * (part + 1) / parts;
-    for (std::int64_t l = n * part / parts; l < last; ++l) {
-      const In* row = rows[l] + n * stride;
-      for (std::int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 0, 3);
-    }
-  }
-
   static void add_tile(const Args<In>& a, const Work<T>& w, const Tile& tile, std::int64_t count, bool first) noexcept {
     const Shape& s = a.shape;
     const T scale = score_scale(a);
     const bool softmax = a.score == Score::kSoftmax;
+    Pace pace;
+    if (tile.key_stride != 0) {
+      pace.keys = ahead(tile.key[0] + tile.n * tile.key_stride, tile.n, tile.key_stride, s.heads * s.dim);
+      pace.values = ahead(tile.value[0] + tile.n * tile.value_stride, tile.n, tile.value_stride, s.heads * s.value_dim);
+    }
+    const std::int64_t lines = std::max(pace.keys.lines(), pace.values.lines()) / (3 * s.heads) + 1;
     for (std::int64_t h = 0; h < s.heads; ++h) {
-      prefetch(tile.key, tile.n, tile.key_stride, s.heads * s.dim, h, s.heads);
       turn<kTile>(tile.key, tile.n, h * s.dim, s.dim, w.turned);
       multiply_block({w.query + h * s.dim * kBlock, count, s.dim, w.turned, kTile, padded(tile.n), w.scores, kTile,
-                      false, nullptr});
+                      false, nullptr, &pace, lines});
       const std::int64_t at = h * kBlock;
+      pace.over(lines, count);
       if (softmax) {
-        soften_block<kTile / kLanes>(w.scores, tile.n, count, scale, w.highest + at, w.factor, w.weight + at * kLanes);
+        soften_block<kTile / kLanes>(w.scores, tile.n, count, scale, w.highest + at, w.factor, w.weight + at * kLanes,
+                                     pace);
       } else {
         for (std::int64_t c = 0; c < count; ++c) weigh(a.score, w.scores + c * kTile, tile.n, scale);
       }
-      prefetch(tile.value, tile.n, tile.value_stride, s.heads * s.value_dim, h, s.heads);
       const Operand v = operand(tile.value, tile.n, h * s.value_dim, s.value_dim, tile.value_stride, w.rows);
       multiply_scores({w.scores, count, tile.n, v.data, v.row, s.value_width(), w.sum + at * s.value_width(),
-                       s.value_width(), !first, softmax ? w.factor : nullptr});
+                       s.value_width(), !first, softmax ? w.factor : nullptr, &pace, lines});
     }
+  }
+
+  static Ahead ahead(const In* first, std::int64_t rows, std::int64_t stride, std::int64_t width) noexcept {
+    constexpr std::int64_t kBytes = sizeof(In);
+    return {first, rows, stride * kBytes, width * kBytes};
   }
 
   static void start_block(const Args<In>& a, const Work<T>& w, std::int64_t count) noexcept {
