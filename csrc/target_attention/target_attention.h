@@ -82,7 +82,7 @@ struct Args {
   Rows<const In> values;
   const std::int64_t* listed;  // [Nc, K] or null
   Rows<In> out;                // read by backward
-  Wide<In>* lse;               // [Nc, H], softmax only: log2 of the denominator
+  Wide<In>* statistics;        // [Nc, H, 2], softmax only: the highest score times log2(e), 1 / sum 2^(... - highest)
   Wide<In>* scratch;
   std::int64_t* table;  // sizes(...).table numbers
 };
@@ -142,8 +142,8 @@ struct Work {
   T* scores;         // [kBlock, kTile]
   T* factor;         // [kBlock] what a block's sums shrink by with a new tile
   T* rows;           // keys or values of a tile, widened [kTile, Dp]
-  T* sum;            // [H, kBlock, Dvp] (forward, like the next two)
   T* highest;        // [H, kBlock]
+  T* sum;            // [H, kBlock, Dvp] (forward, like the next)
   T* weight;         // [H, kBlock, kLanes]
   T* turned_values;  // [Dv, kTile] (backward, like the rest)
   T* dscores;        // [kBlock, kTile]
@@ -151,7 +151,7 @@ struct Work {
   T* grad;           // [H, kBlock, Dvp]
   T* turned_grad;    // [H, Dv, kBlock]
   T* delta;          // [H, kBlock]
-  T* lse;            // [H, kBlock]
+  T* inverse;        // [H, kBlock]
   T* dkeys;          // [H, kTile, Dqp]
   T* dvalues;        // [H, kTile, Dvp]
   T* chunk_keys;     // [kChunk, H Dqp] where rows are listed
@@ -171,7 +171,7 @@ struct Work {
     factor = arena.take(kBlock);
     rows = arena.take(select ? 0 : kTile * widest);
     sum = arena.take(forward ? s.heads * kBlock * s.value_width() : 0);
-    highest = arena.take(forward ? s.heads * kBlock : 0);
+    highest = arena.take(select ? 0 : s.heads * kBlock);
     weight = arena.take(forward ? s.heads * kBlock * kLanes : 0);
     turned_values = arena.take(backward ? s.value_dim * kTile : 0);
     dscores = arena.take(backward ? kBlock * kTile : 0);
@@ -179,7 +179,7 @@ struct Work {
     turned_grad = arena.take(backward ? s.heads * kBlock * s.value_dim : 0);
     grad = arena.take(backward ? s.heads * kBlock * s.value_width() : 0);
     delta = arena.take(backward ? s.heads * kBlock : 0);
-    lse = arena.take(backward ? s.heads * kBlock : 0);
+    inverse = arena.take(backward ? s.heads * kBlock : 0);
     dkeys = arena.take(backward ? s.heads * kTile * s.width() : 0);
     dvalues = arena.take(backward ? s.heads * kTile * s.value_width() : 0);
     const bool scattered = backward && s.listed >= 0;
@@ -194,7 +194,7 @@ struct Work {
 template <class In>
 struct Form {
   using T = Wide<In>;
-  // One piece of forward. `partial` null: to out and lse; else [candidates of the piece, H, Dvp + 2], to be merged.
+  // One piece of forward. `partial` null: to out and statistics; else [candidates of the piece, H, Dvp + kLanes], to be merged.
   void (*attend)(const Args<In>&, const Work<T>&, const Piece&, T* partial) noexcept;
   // Merges `parts` partials that lie `step` apart, for candidate `candidate`.
   void (*merge)(const Args<In>&, const T* partial, std::int64_t parts, std::int64_t step, std::int64_t candidate) noexcept;

@@ -22,7 +22,7 @@ namespace {
 
 struct Vectors512 : Avx512 {
   static constexpr int kMaxColumns = 4;
-  static constexpr int tile_rows(int columns) { return columns <= 2 ? 12 : columns == 3 ? 8 : 6; }
+  static constexpr int tile_rows(int columns) { return columns == 1 ? 24 : columns == 2 ? 12 : columns == 3 ? 8 : 6; }
   static V max(V a, V b) noexcept { return _mm512_max_ps(a, b); }
   static float highest(V x) noexcept {
     const __m256 half = _mm256_max_ps(_mm512_maskz_extractf32x8_ps(0xFF, x, 0), _mm512_maskz_extractf32x8_ps(0xFF, x, 1));

@@ -81,28 +81,29 @@ struct Dense : Vectors<Simd> {
     std::int64_t lines = 0;
   };
 
-  template <int ARow, int AStep>
+  // CRow 0: c_row. Fresh: never `add`.
+  template <int ARow, int AStep, int CRow = 0, bool Fresh = false>
   struct Product {
     template <int R, int J>
     static void tile(const Multiply& p, std::int64_t row, std::int64_t column) noexcept {
       // All loops over the tile are unrolled, or its sums would live in memory between them.
       V sum[R][J];
-      T* c = p.c + row * p.c_row + column;
-      const std::int64_t c_row = p.c_row;
-      if (!p.add) {
-#pragma GCC unroll 16
+      const std::int64_t c_row = CRow == 0 ? p.c_row : CRow;
+      T* c = p.c + row * c_row + column;
+      if (Fresh || !p.add) {
+#pragma GCC unroll 24
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
           for (int j = 0; j < J; ++j) sum[r][j] = V{};
         }
       } else if (p.factor == nullptr) {
-#pragma GCC unroll 16
+#pragma GCC unroll 24
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
           for (int j = 0; j < J; ++j) sum[r][j] = load(c + r * c_row + j * kWidth);
         }
       } else {
-#pragma GCC unroll 16
+#pragma GCC unroll 24
         for (int r = 0; r < R; ++r) {
           const V factor = splat(p.factor[row + r]);
 #pragma GCC unroll 16
@@ -116,7 +117,7 @@ struct Dense : Vectors<Simd> {
         V w[J];
 #pragma GCC unroll 16
         for (int j = 0; j < J; ++j) w[j] = load(b + j * kWidth);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
         for (int r = 0; r < R; ++r) {
           const V x = splat(a[r * ARow]);
 #pragma GCC unroll 16
@@ -125,10 +126,13 @@ struct Dense : Vectors<Simd> {
         a += AStep;
         b += b_row;
       }
-#pragma GCC unroll 16
+      // The addresses of the stores are computed here, not kept from the loads: there are too few registers.
+      if constexpr (CRow == 0) asm("" : "+r"(c));
+#pragma GCC unroll 24
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-        for (int j = 0; j < J; ++j) store(c + r * c_row + j * kWidth, sum[r][j]);
+        for (int j = 0; j < J; ++j) store(c + j * kWidth, sum[r][j]);
+        c += c_row;
       }
     }
 
@@ -170,8 +174,8 @@ struct Dense : Vectors<Simd> {
     }
   };
 
-  // a turned, with a row for each of its columns: queries and gradients [width, kBlock].
-  static void multiply_block(const Multiply& p) noexcept { Product<1, kBlock>::run(p); }
+  // a turned, with a row for each of its columns: queries and gradients [width, kBlock]. c: scores [kBlock, kTile].
+  static void multiply_block(const Multiply& p) noexcept { Product<1, kBlock, kTile, true>::run(p); }
   // a as it is: scores [kBlock, kTile].
   static void multiply_scores(const Multiply& p) noexcept { Product<kTile, 1>::run(p); }
   // The rows of scores as columns of a.
@@ -396,7 +400,7 @@ struct Kernel : Dense<Simd> {
         }
         store(weight + part, sum);
       }
-      pace.step();
+      if (c % 4 == 0) pace.step();
     }
   }
 
@@ -459,7 +463,7 @@ struct Kernel : Dense<Simd> {
       multiply_block({w.query + h * s.dim * kBlock, count, s.dim, w.turned, kTile, padded(tile.n), w.scores, kTile,
                       false, nullptr, &pace, lines});
       const std::int64_t at = h * kBlock;
-      pace.over(lines, count);
+      pace.over(lines, (count + 3) / 4);
       if (softmax) {
         soften_block<kTile / kLanes>(w.scores, tile.n, count, scale, w.highest + at, w.factor, w.weight + at * kLanes,
                                      pace);
@@ -486,38 +490,61 @@ struct Kernel : Dense<Simd> {
   }
 
   static void finish(const Args<In>& a, std::int64_t candidate, std::int64_t h, const T* sum, T highest,
-                     T weight) noexcept {
+                     T inverse) noexcept {
     const Shape& s = a.shape;
     const bool softmax = a.score == Score::kSoftmax;
-    In* out = a.out[candidate] + h * s.value_dim;
-    narrow_row(sum, out, s.value_dim, softmax ? T{1} / weight : T{1});
-    if (softmax) a.lse[candidate * s.heads + h] = highest + std::log2(weight);
+    narrow_row(sum, a.out[candidate] + h * s.value_dim, s.value_dim, softmax ? inverse : T{1});
+    if (!softmax) return;
+    T* statistics = a.statistics + 2 * (candidate * s.heads + h);
+    statistics[0] = highest;
+    statistics[1] = inverse;
   }
 
   static void finish_empty(const Args<In>& a, std::int64_t candidate) noexcept {
     const Shape& s = a.shape;
     std::fill_n(a.out[candidate], s.heads * s.value_dim, In{});
-    if (a.score == Score::kSoftmax) std::fill_n(a.lse + candidate * s.heads, s.heads, T{0});
+    if (a.score == Score::kSoftmax) std::fill_n(a.statistics + 2 * candidate * s.heads, 2 * s.heads, T{0});
+  }
+
+  // The sum of each row's kLanes values, in the order of sum_lanes; rows count up to a multiple of kLanes.
+  static void sum_rows(const T* rows, std::int64_t count, T* sums) noexcept {
+    for (std::int64_t first = 0; first < count; first += kWidth) {
+      V lane[kLanes];
+      for (std::int64_t part = 0; part < kLanes; part += kWidth) {
+        V x[kWidth];
+        for (std::int64_t i = 0; i < kWidth; ++i) x[i] = load(rows + (first + i) * kLanes + part);
+        Simd::transpose(x);
+        for (std::int64_t i = 0; i < kWidth; ++i) lane[part + i] = x[i];
+      }
+#pragma GCC unroll 4
+      for (std::int64_t half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (std::int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
+      }
+      store(sums + first, lane[0]);
+    }
   }
 
   static void finish_block(const Args<In>& a, const Work<T>& w, std::int64_t first, std::int64_t count,
                            T* partial) noexcept {
     const Shape& s = a.shape;
     const std::int64_t step = s.heads * (s.value_width() + kLanes);
-    for (std::int64_t c = 0; c < count; ++c) {
-      for (std::int64_t h = 0; h < s.heads; ++h) {
+    for (std::int64_t h = 0; h < s.heads; ++h) {
+      alignas(64) T total[kBlock];
+      sum_rows(w.weight + h * kBlock * kLanes, count, total);
+      if (partial == nullptr) {
+        for (std::int64_t c = 0; c < count; c += kWidth) store(total + c, splat(T{1}) / load(total + c));
+      }
+      for (std::int64_t c = 0; c < count; ++c) {
         const std::int64_t at = h * kBlock + c;
         const T* sum = w.sum + at * s.value_width();
-        T lanes[kLanes];
-        std::copy_n(w.weight + at * kLanes, kLanes, lanes);
-        const T weight = sum_lanes(lanes);
         if (partial == nullptr) {
-          finish(a, first + c, h, sum, w.highest[at], weight);
+          finish(a, first + c, h, sum, w.highest[at], total[c]);
         } else {
           T* to = partial + c * step + h * (s.value_width() + kLanes);
           std::copy_n(sum, s.value_width(), to);
           to[s.value_width()] = w.highest[at];
-          to[s.value_width() + 1] = weight;
+          to[s.value_width() + 1] = total[c];
         }
       }
     }
@@ -585,7 +612,7 @@ struct Kernel : Dense<Simd> {
           store(sum + i, load(sum + i) * splat(keep) + load(other + i) * splat(take));
         }
       }
-      finish(a, candidate, h, sum, highest, weight);
+      finish(a, candidate, h, sum, highest, T{1} / weight);
     }
   }
 
@@ -606,25 +633,29 @@ struct Kernel : Dense<Simd> {
         if (!softmax) continue;
         widen_row(a.out[first + c] + h * s.value_dim, w.rows, s.value_dim);
         w.delta[at] = dot(grad, w.rows, s.value_width());
-        w.lse[at] = a.lse[(first + c) * s.heads + h];
+        w.highest[at] = a.statistics[2 * ((first + c) * s.heads + h)];
+        w.inverse[at] = a.statistics[2 * ((first + c) * s.heads + h) + 1];
       }
     }
   }
 
   // s and dp become p and scale * ds.
-  static void differentiate(const Args<In>& a, T* s, T* ds, std::int64_t n, T lse, T delta) noexcept {
+  static void differentiate(const Args<In>& a, T* s, T* ds, std::int64_t n, T highest, T inverse,
+                            T delta) noexcept {
     const V factor = splat(score_scale(a));
     const V scale = splat(static_cast<T>(a.scale));
     const V one = splat(T{1});
-    const V reference = splat(lse);
+    const V reference = splat(highest);
+    const V total = splat(inverse);
     const V mean = splat(delta);
     for (std::int64_t i = 0; i < padded(n); i += kWidth) {
-      const V y = load(s + i) * factor;
+      const V product = load(s + i);
+      const V y = product * factor;
       V p = y;
       V d = load(ds + i);
       switch (a.score) {
         case Score::kSoftmax:
-          p = power_of_two(y - reference);
+          p = power_of_two(Simd::fma(product, factor, -reference)) * total;
           d = p * (d - mean);
           break;
         case Score::kRelu:
@@ -667,8 +698,8 @@ struct Kernel : Dense<Simd> {
       for (std::int64_t c = 0; c < count; ++c) {
         const std::int64_t at = h * kBlock + c;
         const bool softmax = a.score == Score::kSoftmax;
-        differentiate(a, w.scores + c * kTile, w.dscores + c * kTile, tile.n, softmax ? w.lse[at] : T{0},
-                      softmax ? w.delta[at] : T{0});
+        differentiate(a, w.scores + c * kTile, w.dscores + c * kTile, tile.n, softmax ? w.highest[at] : T{0},
+                      softmax ? w.inverse[at] : T{0}, softmax ? w.delta[at] : T{0});
       }
       if (g.values != nullptr) {
         multiply_scores_turned({w.scores, tile.n, count, grad, value_width, value_width,
