@@ -50,7 +50,7 @@ inline constexpr std::int64_t kTile = 64;
 inline constexpr std::int64_t kChunk = 1024;
 // Candidates that share one reading of the keys. A multiple of kLanes, at most kTile.
 inline constexpr std::int64_t kBlock = 48;
-// Rows after which `select` starts a list afresh. The lists are exact, so this changes no answer.
+// Rows after which `select` starts a list afresh. The lists are exact, so this changes no answer. Below 2^31.
 inline constexpr std::int64_t kSelectChunk = 16384;
 
 struct Shape {
@@ -127,10 +127,14 @@ struct Piece {
   std::int64_t to = 0;
 };
 
-// A candidate's row as `select` ranks it.
+// A score as a whole number of the same order; NaN ranks like infinity.
+template <class T>
+using Rank = std::conditional_t<std::is_same_v<T, double>, std::int64_t, std::int32_t>;
+
+// A row as `select` ranks it.
 template <class T>
 struct Entry {
-  T score;
+  Rank<T> rank;
   std::int64_t position;
 };
 
@@ -156,9 +160,12 @@ struct Work {
   T* dvalues;        // [H, kTile, Dvp]
   T* chunk_keys;     // [kChunk, H Dqp] where rows are listed
   T* chunk_values;   // [kChunk, H Dvp]
-  Entry<T>* entries;  // [kBlock, entry_room(kept)] (select)
+  Rank<T>* ranks;    // [kBlock, room(kept)] (select, like the rest)
+  Rank<T>* spots;    // [kBlock, room(kept)] rows, counted from the first of the piece
+  Rank<T>* places;   // [room(kept)]
 
-  [[nodiscard]] static constexpr std::int64_t entry_room(std::int64_t kept) noexcept { return 2 * kept + 2 * kTile; }
+  // What a list of the best may grow to before it is cut back to `kept`; a multiple of kLanes.
+  [[nodiscard]] static constexpr std::int64_t room(std::int64_t kept) noexcept { return padded(2 * kept) + 2 * kTile; }
 
   Work(Arena<T>& arena, const Shape& s, Pass pass) noexcept {
     const bool backward = pass == Pass::kBackward;
@@ -185,8 +192,9 @@ struct Work {
     const bool scattered = backward && s.listed >= 0;
     chunk_keys = arena.take(scattered ? kChunk * s.heads * s.width() : 0);
     chunk_values = arena.take(scattered ? kChunk * s.heads * s.value_width() : 0);
-    constexpr auto kPer = static_cast<std::int64_t>(sizeof(Entry<T>) / sizeof(T));
-    entries = reinterpret_cast<Entry<T>*>(arena.take(select ? kBlock * entry_room(s.kept) * kPer : 0));
+    ranks = reinterpret_cast<Rank<T>*>(arena.take(select ? kBlock * room(s.kept) : 0));
+    spots = reinterpret_cast<Rank<T>*>(arena.take(select ? kBlock * room(s.kept) : 0));
+    places = reinterpret_cast<Rank<T>*>(arena.take(select ? room(s.kept) : 0));
   }
 };
 

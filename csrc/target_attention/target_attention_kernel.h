@@ -1,7 +1,7 @@
 // The kernel itself, for any vector type (see common/vectors.h). A form includes both inside its target region; the
 // standard headers and target_attention.h must have been included before, outside it. `Simd` gives on top:
 //   tile_rows(J), transpose(V (&)[W]), load_part(p, count), load_wide(BFloat16*), load_wide_part(BFloat16*, count),
-//   max(a, b), highest(V), not_below(V, V) (a bit for each lane that is not less).
+//   max(a, b), highest(V), reach(a, b) (of whole numbers: a bit for each lane with a >= b).
 #pragma once
 
 namespace recfast::target_attention {
@@ -821,8 +821,93 @@ struct Kernel : Dense<Simd> {
 
   // --- select ---
 
+  using R = Rank<T>;
+  typedef R Ranks __attribute__((vector_size(sizeof(V))));
+
+  static Ranks load_ranks(const R* p) noexcept {
+    Ranks v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store_ranks(R* p, Ranks v) noexcept { std::memcpy(p, &v, sizeof v); }
+
+  static Ranks rank(V y) noexcept {
+    y = y == y ? y + V{} : splat(std::numeric_limits<T>::infinity());  // -0 becomes 0
+    Ranks bits;
+    std::memcpy(&bits, &y, sizeof bits);
+    return bits ^ ((bits >> (8 * sizeof(R) - 1)) & std::numeric_limits<R>::max());
+  }
+
+  static std::int64_t count_from(const R* ranks, std::int64_t size, R least) noexcept {
+    Ranks sum{};
+    const Ranks bound = least - Ranks{};
+    std::int64_t i = 0;
+    for (; i + kWidth <= size; i += kWidth) sum -= load_ranks(ranks + i) >= bound;
+    std::int64_t count = 0;
+    for (std::int64_t j = 0; j < kWidth; ++j) count += sum[j];
+    for (; i < size; ++i) count += ranks[i] >= least;
+    return count;
+  }
+
+  // Keeps the `kept` best of `size` > kept entries, in their order; of equals the last. `least` is a rank that at
+  // least `kept` of them reach; it becomes the lowest that stays.
+  static void cut(R* ranks, R* spots, std::int64_t size, std::int64_t kept, R& least) noexcept {
+    std::int64_t low = least;
+    std::int64_t high = *std::max_element(ranks, ranks + size);
+    std::int64_t reach = size;  // how many reach `low`
+    while (low < high) {
+      // Above the middle, without overflow.
+      const auto middle = static_cast<std::int64_t>(
+          static_cast<std::uint64_t>(low) + (static_cast<std::uint64_t>(high) - static_cast<std::uint64_t>(low) + 1) / 2);
+      const std::int64_t count = count_from(ranks, size, static_cast<R>(middle));
+      if (count < kept) {
+        high = middle - 1;
+        continue;
+      }
+      low = middle;
+      reach = count;
+      if (count == kept) break;
+    }
+    least = static_cast<R>(low);
+    std::int64_t drop = (reach == size ? count_from(ranks, size, least) : reach) - kept;  // the first of those at `least`
+    std::int64_t to = 0;
+    for (std::int64_t i = 0; i < size; ++i) {
+      const R value = ranks[i];
+      const bool tie = value == least;
+      const bool stays = value > least || (tie && drop <= 0);
+      drop -= tie;
+      ranks[to] = value;
+      spots[to] = spots[i];
+      to += stays;
+    }
+  }
+
   static bool goes_before(const Entry<T>& a, const Entry<T>& b) noexcept {
-    return a.score > b.score || (a.score == b.score && a.position > b.position);
+    return a.rank > b.rank || (a.rank == b.rank && a.position > b.position);
+  }
+
+  // Entries, which lie in the order of their rows, best first. `places` and the lists have room past `size`.
+  static void sort(const R* ranks, const R* spots, std::int64_t size, std::int64_t from, R* places,
+                   Entry<T>* best) noexcept {
+    constexpr std::int64_t kFew = 512;
+    if (size > kFew) {
+      for (std::int64_t i = 0; i < size; ++i) best[i] = {ranks[i], from + spots[i]};
+      std::sort(best, best + size, goes_before);
+      return;
+    }
+    // How many go before each: those with a higher rank, and the later ones with an equal rank.
+    for (std::int64_t i = 0; i < size; i += kWidth) {
+      const Ranks mine = load_ranks(ranks + i);
+      const Ranks row = load_ranks(spots + i);
+      Ranks before{};
+      for (std::int64_t j = 0; j < size; ++j) {
+        const Ranks other = ranks[j] - Ranks{};
+        const Ranks other_row = spots[j] - Ranks{};
+        before -= (other > mine) | ((other == mine) & (other_row > row));
+      }
+      store_ranks(places + i, before);
+    }
+    for (std::int64_t i = 0; i < size; ++i) best[places[i]] = {ranks[i], from + spots[i]};
   }
 
   static void select(const Args<In>& a, const Work<T>& w, const Piece& p, Entry<T>* best) noexcept {
@@ -830,51 +915,69 @@ struct Kernel : Dense<Simd> {
     const std::int64_t count = p.last - p.first;
     const std::int64_t width = s.heads * s.dim;
     const std::int64_t kept = s.kept;
-    const std::int64_t room = Work<T>::entry_room(kept);
+    const std::int64_t room = Work<T>::room(kept);
     const V scale = splat(static_cast<T>(a.scale));
     std::int64_t size[kBlock];
+    R least[kBlock];  // what a row must reach
     for (std::int64_t c = 0; c < count; ++c) {
-      w.factor[c] = -std::numeric_limits<T>::infinity();  // what an entry must not score below
+      least[c] = std::numeric_limits<R>::min();
       size[c] = 0;
     }
     load_turned(a.query, 1, width, p.first, count, T{1}, w.query);
     const std::int64_t begin = s.begin[p.user];
     const In* rows[kTile];
+    alignas(64) R ranks[kTile];
     for (std::int64_t from = p.from; from < p.to; from += kTile) {
       const std::int64_t n = std::min(kTile, p.to - from);
       for (std::int64_t l = 0; l < n; ++l) rows[l] = a.keys[begin + from + l];
+      Pace pace;
+      pace.keys = ahead(rows[0] + n * a.keys.stride, n, a.keys.stride, width);
+      const std::int64_t lines = pace.keys.lines() / 2 + 1;
       turn<kTile>(rows, n, 0, width, w.turned);
-      multiply_block({w.query, count, width, w.turned, kTile, padded(n), w.scores, kTile, false, nullptr});
+      multiply_block({w.query, count, width, w.turned, kTile, padded(n), w.scores, kTile, false, nullptr, &pace, lines});
+      pace.over(lines, count);
       for (std::int64_t c = 0; c < count; ++c) {
-        Entry<T>* entries = w.entries + c * room;
-        T* scores = w.scores + c * kTile;
-        const V least = splat(w.factor[c]);
+        pace.step();
+        const T* scores = w.scores + c * kTile;
+        const Ranks bound = least[c] - Ranks{};
         std::uint64_t good = 0;
         for (std::int64_t i = 0; i < n; i += kWidth) {
-          const V y = load(scores + i) * scale;
-          store(scores + i, y);
-          good |= static_cast<std::uint64_t>(Simd::not_below(y, least)) << i;
+          const Ranks here = rank(load(scores + i) * scale);
+          store_ranks(ranks + i, here);
+          good |= static_cast<std::uint64_t>(Simd::reach(here, bound)) << i;
         }
-        if (n < kTile) good &= (std::uint64_t{1} << n) - 1;
-        for (; good != 0; good &= good - 1) {
-          const std::int64_t l = __builtin_ctzll(good);
-          // NaN ranks first, as in torch.topk; among them the later goes first.
-          const T score = scores[l] == scores[l] ? scores[l] : std::numeric_limits<T>::infinity();
-          entries[size[c]++] = {score, from + l};
+        const std::uint64_t all = n < kTile ? (std::uint64_t{1} << n) - 1 : ~std::uint64_t{0};
+        good &= all;
+        R* to = w.ranks + c * room + size[c];
+        R* spots = w.spots + c * room + size[c];
+        const std::int64_t first = from - p.from;
+        if (good == all) {
+          size[c] += n;
+          for (std::int64_t l = 0; l < n; ++l) {
+            to[l] = ranks[l];
+            spots[l] = static_cast<R>(first + l);
+          }
+        } else {
+          size[c] += __builtin_popcountll(good);
+          for (; good != 0; good &= good - 1) {
+            const std::int64_t l = __builtin_ctzll(good);
+            *to++ = ranks[l];
+            *spots++ = static_cast<R>(first + l);
+          }
         }
         if (size[c] > room - kTile) {
-          std::nth_element(entries, entries + kept - 1, entries + size[c], goes_before);
+          cut(w.ranks + c * room, w.spots + c * room, size[c], kept, least[c]);
           size[c] = kept;
-          w.factor[c] = entries[kept - 1].score;
         }
       }
     }
     for (std::int64_t c = 0; c < count; ++c) {
-      Entry<T>* entries = w.entries + c * room;
+      R* list = w.ranks + c * room;
+      R* spots = w.spots + c * room;
+      if (size[c] > kept) cut(list, spots, size[c], kept, least[c]);
       const std::int64_t found = std::min(kept, size[c]);
-      std::partial_sort(entries, entries + found, entries + size[c], goes_before);
-      std::copy_n(entries, found, best + c * kept);
-      std::fill_n(best + c * kept + found, kept - found, Entry<T>{-std::numeric_limits<T>::infinity(), -1});
+      sort(list, spots, found, p.from, w.places, best + c * kept);
+      std::fill_n(best + c * kept + found, kept - found, Entry<T>{std::numeric_limits<R>::min(), -1});
     }
   }
 
