@@ -247,7 +247,7 @@ struct Kernel : Dense<Simd> {
   }
 
   // to [padded(width)] = a row, widened with zeros.
-  static void widen_row(const In* from, T* to, std::int64_t width) noexcept {
+  static void widen_row(const In* __restrict from, T* __restrict to, std::int64_t width) noexcept {
     std::int64_t i = 0;
     for (; i + kWidth <= width; i += kWidth) store(to + i, widen(from + i));
     if (i < width) {
@@ -437,7 +437,19 @@ struct Kernel : Dense<Simd> {
   // turned [H, width, kBlock] = the heads of rows first, first + 1, ..., times `sign`.
   static void load_turned(const Rows<const In>& rows, std::int64_t heads, std::int64_t width, std::int64_t first,
                           std::int64_t count, T sign, T* turned) noexcept {
-    const In* row[kBlock];
+    if (count == 1) {  // without turning 15 rows of nothing
+      for (std::int64_t h = 0; h < heads; ++h, turned += width * kBlock) {
+        const In* from = rows[first] + h * width;
+        for (std::int64_t d = 0; d < width; d += kWidth) {
+          const std::int64_t n = std::min(kWidth, width - d);
+          T value[kWidth];
+          store(value, n == kWidth ? widen(from + d) : widen_part(from + d, n));
+          for (std::int64_t i = 0; i < n; ++i) turned[(d + i) * kBlock] = value[i] * sign;
+        }
+      }
+      return;
+    }
+    const In* row[kBlock]{};
     for (std::int64_t c = 0; c < count; ++c) row[c] = rows[first + c];
     for (std::int64_t h = 0; h < heads; ++h) turn<kBlock>(row, count, h * width, width, turned + h * width * kBlock);
     if (sign == T{1}) return;
@@ -508,6 +520,12 @@ struct Kernel : Dense<Simd> {
 
   // The sum of each row's kLanes values, in the order of sum_lanes; rows count up to a multiple of kLanes.
   static void sum_rows(const T* rows, std::int64_t count, T* sums) noexcept {
+    if (count == 1) {
+      T lanes[kLanes];
+      std::copy_n(rows, kLanes, lanes);
+      sums[0] = sum_lanes(lanes);
+      return;
+    }
     for (std::int64_t first = 0; first < count; first += kWidth) {
       V lane[kLanes];
       for (std::int64_t part = 0; part < kLanes; part += kWidth) {
@@ -869,7 +887,7 @@ struct Kernel : Dense<Simd> {
       if (count == kept) break;
     }
     least = static_cast<R>(low);
-    std::int64_t drop = (reach == size ? count_from(ranks, size, least) : reach) - kept;  // the first of those at `least`
+    std::int64_t drop = reach - kept;  // the first of those at `least`
     std::int64_t to = 0;
     for (std::int64_t i = 0; i < size; ++i) {
       const R value = ranks[i];

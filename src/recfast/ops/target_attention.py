@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from recfast import _C
 from recfast.errors import OutOfRange
 from recfast.ops import _check
 from recfast.ops._histories import Histories, check_candidates, histories, unit_rows
@@ -24,6 +25,7 @@ def _kernels(what: str):
 _FORWARD, _BACKWARD, _SELECT = _kernels("forward"), _kernels("backward"), _kernels("select")
 _SIZES = kernel("target_attention_sizes")
 _CHECK_LISTED = kernel("target_attention_check_listed")
+_LARGE = 4 << 20
 _LOG2_E = 1.4426950408889634
 
 
@@ -130,7 +132,10 @@ class _Call:
             if not asked:
                 return x.new_empty(0)
             if self.history.step is None:
-                return x.new_empty(x.shape)
+                rows = x.new_empty(x.shape)
+                if rows.nbytes >= _LARGE:  # fresh memory with a five-hundredth of the page faults
+                    _C.advise_huge_pages(rows.data_ptr(), rows.nbytes)
+                return rows
             # Padding lies outside every history, so no kernel writes it.
             return x.new_zeros(x.shape[0], self.history.step, *x.shape[2:])
 
