@@ -80,7 +80,7 @@ struct Args {
   Rows<const In> query;
   Rows<const In> keys;
   Rows<const In> values;
-  const std::int64_t* listed;  // [Nc, K] or null
+  const std::int64_t* listed;  // [Nc, K] if shape.listed >= 0
   Rows<In> out;                // read by backward
   Wide<In>* statistics;        // [Nc, H, 2], softmax only: the highest score times log2(e), 1 / sum 2^(... - highest)
   Wide<In>* scratch;

@@ -231,6 +231,9 @@ struct Kernel : Dense<Simd> {
   using Base::store;
   using Base::sum_lanes;
 
+  using Word = std::make_unsigned_t<Rank<T>>;
+  typedef Word Words __attribute__((vector_size(sizeof(V))));
+
   static V widen(const In* p) noexcept {
     if constexpr (std::is_same_v<In, T>) {
       return load(p);
@@ -259,15 +262,25 @@ struct Kernel : Dense<Simd> {
 
   // to = factor * from, rounded to nearest, ties to even.
   static void narrow_row(const T* __restrict from, In* __restrict to, std::int64_t width, T factor) noexcept {
+    const V by = splat(factor);
+    std::int64_t i = 0;
     if constexpr (std::is_same_v<In, T>) {
-      for (std::int64_t i = 0; i < width; ++i) to[i] = from[i] * factor;
+      for (; i + kWidth <= width; i += kWidth) store(to + i, load(from + i) * by);
+      for (; i < width; ++i) to[i] = from[i] * factor;
     } else {
-      for (std::int64_t i = 0; i < width; ++i) {
-        const float value = from[i] * factor;
-        std::uint32_t bits;
+      for (; i < width; i += kWidth) {  // `from` is padded, like all rows of sums
+        const V value = load(from + i) * by;
+        Words bits;
         std::memcpy(&bits, &value, sizeof bits);
-        const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-        to[i].bits = static_cast<std::uint16_t>(value != value ? 0x7FC0u : rounded);
+        bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+        bits = value == value ? bits : 0x7FC0u - Words{};
+        std::uint16_t halves[kWidth];
+        for (std::int64_t j = 0; j < kWidth; ++j) halves[j] = static_cast<std::uint16_t>(bits[j]);
+        if (i + kWidth <= width) {
+          std::memcpy(to + i, &halves, sizeof halves);
+        } else {
+          std::memcpy(to + i, &halves, static_cast<std::size_t>(width - i) * sizeof(In));
+        }
       }
     }
   }
@@ -460,15 +473,26 @@ struct Kernel : Dense<Simd> {
 
   static T sign_of(const Args<In>& a) noexcept { return a.scale < 0 ? T{-1} : T{1}; }
 
+  static Ahead ahead(const In* first, std::int64_t rows, std::int64_t stride, std::int64_t width) noexcept {
+    constexpr std::int64_t kBytes = sizeof(In);
+    return {first, rows, stride * kBytes, width * kBytes};
+  }
+
+  // The rows after a tile, where it is known where they lie.
+  static Pace pace_of(const Args<In>& a, const Tile& tile) noexcept {
+    const Shape& s = a.shape;
+    Pace pace;
+    if (tile.key_stride == 0) return pace;
+    pace.keys = ahead(tile.key[0] + tile.n * tile.key_stride, tile.n, tile.key_stride, s.heads * s.dim);
+    pace.values = ahead(tile.value[0] + tile.n * tile.value_stride, tile.n, tile.value_stride, s.heads * s.value_dim);
+    return pace;
+  }
+
   static void add_tile(const Args<In>& a, const Work<T>& w, const Tile& tile, std::int64_t count, bool first) noexcept {
     const Shape& s = a.shape;
     const T scale = score_scale(a);
     const bool softmax = a.score == Score::kSoftmax;
-    Pace pace;
-    if (tile.key_stride != 0) {
-      pace.keys = ahead(tile.key[0] + tile.n * tile.key_stride, tile.n, tile.key_stride, s.heads * s.dim);
-      pace.values = ahead(tile.value[0] + tile.n * tile.value_stride, tile.n, tile.value_stride, s.heads * s.value_dim);
-    }
+    Pace pace = pace_of(a, tile);
     const std::int64_t lines = std::max(pace.keys.lines(), pace.values.lines()) / (3 * s.heads) + 1;
     for (std::int64_t h = 0; h < s.heads; ++h) {
       turn<kTile>(tile.key, tile.n, h * s.dim, s.dim, w.turned);
@@ -486,11 +510,6 @@ struct Kernel : Dense<Simd> {
       multiply_scores({w.scores, count, tile.n, v.data, v.row, s.value_width(), w.sum + at * s.value_width(),
                        s.value_width(), !first, softmax ? w.factor : nullptr, &pace, lines});
     }
-  }
-
-  static Ahead ahead(const In* first, std::int64_t rows, std::int64_t stride, std::int64_t width) noexcept {
-    constexpr std::int64_t kBytes = sizeof(In);
-    return {first, rows, stride * kBytes, width * kBytes};
   }
 
   static void start_block(const Args<In>& a, const Work<T>& w, std::int64_t count) noexcept {
@@ -575,7 +594,7 @@ struct Kernel : Dense<Simd> {
       return;
     }
     Tile tile;
-    if (a.listed == nullptr) {
+    if (a.shape.listed < 0) {
       load_turned(a.query, a.shape.heads, a.shape.dim, p.first, count, sign_of(a), w.query);
       start_block(a, w, count);
       const std::int64_t begin = a.shape.begin[p.user];
@@ -694,24 +713,42 @@ struct Kernel : Dense<Simd> {
     }
   }
 
+  // Where the gradients of a tile's rows are summed: row l of head h lies at h * head + l * row.
+  struct Target {
+    T* keys;
+    std::int64_t key_head;
+    std::int64_t key_row;
+    T* values;
+    std::int64_t value_head;
+    std::int64_t value_row;
+  };
+
+  static Target aside(const Args<In>& a, const Work<T>& w) noexcept {
+    const std::int64_t width = a.shape.width();
+    const std::int64_t value_width = a.shape.value_width();
+    return {w.dkeys, kTile * width, width, w.dvalues, kTile * value_width, value_width};
+  }
+
   // dquery points to the block's first row and to head 0; rows lie H Dqp apart.
   static void backward_tile(const Args<In>& a, const Gradients<In>& g, const Work<T>& w, const Tile& tile,
-                            std::int64_t count, T* dquery, bool first) noexcept {
+                            std::int64_t count, T* dquery, const Target& to, bool first) noexcept {
     const Shape& s = a.shape;
     const std::int64_t width = s.width();
     const std::int64_t value_width = s.value_width();
     const bool scores_too = g.query != nullptr || g.keys != nullptr;
+    Pace pace = pace_of(a, tile);
+    const std::int64_t lines = std::max(pace.keys.lines(), pace.values.lines()) / (3 * s.heads) + 1;
     for (std::int64_t h = 0; h < s.heads; ++h) {
       const T* query = w.query_rows + h * kBlock * width;
       const T* grad = w.grad + h * kBlock * value_width;
       const std::int64_t lanes = padded(tile.n);
       turn<kTile>(tile.key, tile.n, h * s.dim, s.dim, w.turned);
       multiply_block({w.query + h * s.dim * kBlock, count, s.dim, w.turned, kTile, lanes, w.scores, kTile, false,
-                      nullptr});
+                      nullptr, &pace, lines});
       if (scores_too) {
         turn<kTile>(tile.value, tile.n, h * s.value_dim, s.value_dim, w.turned_values);
         multiply_block({w.turned_grad + h * s.value_dim * kBlock, count, s.value_dim, w.turned_values, kTile, lanes,
-                        w.dscores, kTile, false, nullptr});
+                        w.dscores, kTile, false, nullptr, &pace, lines});
       }
       for (std::int64_t c = 0; c < count; ++c) {
         const std::int64_t at = h * kBlock + c;
@@ -720,27 +757,26 @@ struct Kernel : Dense<Simd> {
                       softmax ? w.inverse[at] : T{0}, softmax ? w.delta[at] : T{0});
       }
       if (g.values != nullptr) {
-        multiply_scores_turned({w.scores, tile.n, count, grad, value_width, value_width,
-                                w.dvalues + h * kTile * value_width, value_width, !first, nullptr});
+        multiply_scores_turned({w.scores, tile.n, count, grad, value_width, value_width, to.values + h * to.value_head,
+                                to.value_row, !first, nullptr});
       }
       if (g.keys != nullptr) {
-        multiply_scores_turned({w.dscores, tile.n, count, query, width, width, w.dkeys + h * kTile * width, width,
+        multiply_scores_turned({w.dscores, tile.n, count, query, width, width, to.keys + h * to.key_head, to.key_row,
                                 !first, nullptr});
       }
       if (g.query != nullptr) {
         const Operand k = operand(tile.key, tile.n, h * s.dim, s.dim, tile.key_stride, w.rows);
         multiply_scores({w.dscores, count, tile.n, k.data, k.row, width, dquery + h * width, s.heads * width, true,
-                         nullptr});
+                         nullptr, &pace, lines});
       }
     }
   }
 
-  // Row l of head h lies at from + h * head + l * padded(width).
-  static void write_rows(const T* from, std::int64_t head, In* to, std::int64_t n, std::int64_t heads, std::int64_t width,
-                         std::int64_t row) noexcept {
+  // Row l of head h lies at from + (h * kTile + l) * padded(width).
+  static void write_rows(const T* from, In* to, std::int64_t n, std::int64_t heads, std::int64_t width) noexcept {
     for (std::int64_t l = 0; l < n; ++l) {
       for (std::int64_t h = 0; h < heads; ++h) {
-        narrow_row(from + h * head + l * row, to + (l * heads + h) * width, width, T{1});
+        narrow_row(from + (h * kTile + l) * padded(width), to + (l * heads + h) * width, width, T{1});
       }
     }
   }
@@ -755,25 +791,32 @@ struct Kernel : Dense<Simd> {
     Tile tile;
     for (std::int64_t l = p.from; l < p.to; l += kTile) {
       point(a, begin + l, std::min(kTile, p.to - l), tile);
+      In* keys = g.keys == nullptr ? nullptr : g.keys + (begin + l) * s.heads * s.dim;
+      In* values = g.values == nullptr ? nullptr : g.values + (begin + l) * s.heads * s.value_dim;
+      // Where the gradient's own rows are whole vectors, sums are made in them.
+      Target to = aside(a, w);
+      bool direct_keys = false;
+      bool direct_values = false;
+      if constexpr (std::is_same_v<In, T>) {
+        direct_keys = keys != nullptr && s.dim % kLanes == 0;
+        direct_values = values != nullptr && s.value_dim % kLanes == 0;
+        if (direct_keys) to.keys = keys, to.key_head = s.dim, to.key_row = s.heads * s.dim;
+        if (direct_values) to.values = values, to.value_head = s.value_dim, to.value_row = s.heads * s.value_dim;
+      }
       std::int64_t first = 0;
       for (std::int64_t block = 1; block <= blocks; ++block) {
         const std::int64_t last = candidates * block / blocks;
         if (blocks > 1 || l == p.from) load_gradients(a, g, w, p.first + first, last - first);
-        backward_tile(a, g, w, tile, last - first, dquery + first * row, block == 1);
+        backward_tile(a, g, w, tile, last - first, dquery + first * row, to, block == 1);
         first = last;
       }
       if (blocks == 0) {
-        std::fill_n(w.dkeys, s.heads * kTile * s.width(), T{0});
-        std::fill_n(w.dvalues, s.heads * kTile * s.value_width(), T{0});
+        if (keys != nullptr) std::fill_n(keys, tile.n * s.heads * s.dim, In{});
+        if (values != nullptr) std::fill_n(values, tile.n * s.heads * s.value_dim, In{});
+        continue;
       }
-      const std::int64_t at = (begin + l) * s.heads;
-      if (g.keys != nullptr) {
-        write_rows(w.dkeys, kTile * s.width(), g.keys + at * s.dim, tile.n, s.heads, s.dim, s.width());
-      }
-      if (g.values != nullptr) {
-        write_rows(w.dvalues, kTile * s.value_width(), g.values + at * s.value_dim, tile.n, s.heads, s.value_dim,
-                   s.value_width());
-      }
+      if (keys != nullptr && !direct_keys) write_rows(w.dkeys, keys, tile.n, s.heads, s.dim);
+      if (values != nullptr && !direct_values) write_rows(w.dvalues, values, tile.n, s.heads, s.value_dim);
     }
   }
 
@@ -803,7 +846,7 @@ struct Kernel : Dense<Simd> {
         if (tile.n == 0) break;
         if (!loaded) load_gradients(a, g, w, c, 1);
         loaded = true;
-        backward_tile(a, g, w, tile, 1, dquery + (c - p.first) * s.heads * s.width(), true);
+        backward_tile(a, g, w, tile, 1, dquery + (c - p.first) * s.heads * s.width(), aside(a, w), true);
         if (g.keys != nullptr) scatter(w.dkeys, index, tile.n, s.heads, s.width(), w.chunk_keys);
         if (g.values != nullptr) scatter(w.dvalues, index, tile.n, s.heads, s.value_width(), w.chunk_values);
       }
@@ -820,7 +863,7 @@ struct Kernel : Dense<Simd> {
   static void backward(const Args<In>& a, const Gradients<In>& g, const Work<T>& w, const Piece& p,
                        T* dquery) noexcept {
     if (g.query != nullptr) std::fill_n(dquery, (p.last - p.first) * a.shape.heads * a.shape.width(), T{0});
-    if (a.listed == nullptr) {
+    if (a.shape.listed < 0) {
       backward_shared(a, g, w, p, dquery);
     } else {
       backward_listed(a, g, w, p, dquery);

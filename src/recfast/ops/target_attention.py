@@ -25,7 +25,7 @@ def _kernels(what: str):
 _FORWARD, _BACKWARD, _SELECT = _kernels("forward"), _kernels("backward"), _kernels("select")
 _SIZES = kernel("target_attention_sizes")
 _CHECK_LISTED = kernel("target_attention_check_listed")
-_LARGE = 4 << 20
+_LARGE = 32 << 20  # bytes from which on malloc always maps fresh memory
 _LOG2_E = 1.4426950408889634
 
 
