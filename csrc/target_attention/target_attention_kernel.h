@@ -285,31 +285,31 @@ struct Kernel : Dense<Simd> {
     }
   }
 
-  // turned [width, Stride]: turned[d, l] = rows[l][offset + d], zeros for the rest of the lanes of row n - 1.
+  // turned [width, Stride]: turned[d, l] = rows[l][offset + d]. The lanes past row n - 1, up to a multiple of kLanes, hold
+  // that row again: numbers that nobody reads, and all loads alike.
   template <int Stride>
   static void turn(const In* const* rows, std::int64_t n, std::int64_t offset, std::int64_t width,
                    T* turned) noexcept {
     const std::int64_t lanes = padded(n);
     for (std::int64_t l = 0; l < lanes; l += kWidth) {
-      const std::int64_t valid = n - l;
-      for (std::int64_t d = 0; d < width; d += kWidth) {
-        const std::int64_t count = std::min(kWidth, width - d);
+      const In* row[kWidth];
+      for (std::int64_t i = 0; i < kWidth; ++i) row[i] = rows[std::min(l + i, n - 1)] + offset;
+      std::int64_t d = 0;
+      for (; d + kWidth <= width; d += kWidth) {
         V x[kWidth];
-        if (valid >= kWidth && count == kWidth) {
 #pragma GCC unroll 16
-          for (std::int64_t i = 0; i < kWidth; ++i) x[i] = widen(rows[l + i] + offset + d);
-        } else {
-          for (std::int64_t i = 0; i < kWidth; ++i) x[i] = i < valid ? widen_part(rows[l + i] + offset + d, count) : V{};
-        }
+        for (std::int64_t i = 0; i < kWidth; ++i) x[i] = widen(row[i] + d);
         Simd::transpose(x);
-        T* to = turned + d * Stride + l;
-        if (count == kWidth) {
 #pragma GCC unroll 16
-          for (std::int64_t i = 0; i < kWidth; ++i) store(to + i * Stride, x[i]);
-        } else {
-          for (std::int64_t i = 0; i < count; ++i) store(to + i * Stride, x[i]);
-        }
+        for (std::int64_t i = 0; i < kWidth; ++i) store(turned + (d + i) * Stride + l, x[i]);
       }
+      if (d == width) continue;
+      const std::int64_t rest = width - d;
+      V x[kWidth];
+#pragma GCC unroll 16
+      for (std::int64_t i = 0; i < kWidth; ++i) x[i] = widen_part(row[i] + d, rest);
+      Simd::transpose(x);
+      for (std::int64_t i = 0; i < rest; ++i) store(turned + (d + i) * Stride + l, x[i]);
     }
   }
 

@@ -174,6 +174,14 @@ def test_known_values():
     assert best.tolist() == [[0, 2], [2, 1], [-1, -1]]
 
 
+def test_no_position_at_all(isa_levels, poisoned_empty):
+    arguments, options = problem([3, 1], [2, 1], 2, 4, 3)
+    for positions in (torch.empty(3, 0, dtype=torch.int64), torch.full((3, 2), -1)):
+        for _ in isa_levels():
+            answers = gradients(arguments, {**options, "positions": positions})
+            assert not any(answer.any() for answer in answers)
+
+
 def test_far_scores_get_no_weight(isa_levels):
     query, values = torch.ones(1, 1, 1), torch.tensor([[[1.0]], [[7.0]], [[float(2**20)]]])
     keys = torch.tensor([[[200.0]], [[200.0]], [[-200.0]]])
