@@ -95,7 +95,8 @@ struct Gradients {
   In* values;
 };
 
-enum class Pass : std::int64_t { kForward = 0, kBackward = 1, kSelect = 2 };
+// kSearch: select, and forward over what it found.
+enum class Pass : std::int64_t { kForward = 0, kBackward = 1, kSelect = 2, kSearch = 3 };
 
 struct Sizes {
   std::int64_t scratch = 0;  // values of Wide<In>
@@ -115,6 +116,9 @@ void backward(const Args<In>& args, const Gradients<In>& gradients) noexcept;
 // Writes positions [Nc, kept], -1 where the history is shorter. Reads query and keys only.
 template <class In>
 void select(const Args<In>& args, std::int64_t* positions) noexcept;
+// The same, and forward over those rows, while they are still at hand.
+template <class In>
+void search(const Args<In>& args, std::int64_t* positions) noexcept;
 
 // --- what the forms share ---
 

@@ -359,8 +359,12 @@ def test_top_k_of_a_very_long_history(k, isa_levels):
         ]
     )
     for _ in isa_levels():
-        best = ops.attention_top_k(query, keys, torch.tensor([0, length]), k, candidate_offsets=torch.tensor([0, 3]))
+        rows = {"candidate_offsets": torch.tensor([0, 3])}
+        best = ops.attention_top_k(query, keys, torch.tensor([0, length]), k, **rows)
         assert torch.equal(best, wanted)
+        one_pass = ops.target_attention(query, keys, keys, torch.tensor([0, length]), top_k=k, **rows)
+        listed = ops.target_attention(query, keys, keys, torch.tensor([0, length]), positions=best, **rows)
+        assert torch.equal(one_pass, listed)
 
 
 def test_nan_scores_rank_first():
@@ -414,6 +418,8 @@ def test_threads_change_no_selection():
     arguments, options = problem([40_000, 7], [5, 2], 1, 4, 1)
     query, keys, _, offsets = arguments
     one, three = both_threads(lambda: ops.attention_top_k(query, keys, offsets, 30, **options))
+    assert torch.equal(one, three)
+    one, three = both_threads(lambda: ops.target_attention(*arguments, top_k=30, **options))
     assert torch.equal(one, three)
 
 

@@ -15,14 +15,14 @@ from recfast.ops._library import define, kernel
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _SCORES = ("softmax", "relu", "silu", "none")  # in the order of target_attention.h, like the passes
-_FORWARD_PASS, _BACKWARD_PASS, _SELECT_PASS = range(3)
+_FORWARD_PASS, _BACKWARD_PASS, _SELECT_PASS, _SEARCH_PASS = range(4)
 
 
 def _kernels(what: str):
     return {dtype: kernel(f"target_attention_{what}_{str(dtype).removeprefix('torch.')}") for dtype in _DTYPES}
 
 
-_FORWARD, _BACKWARD, _SELECT = _kernels("forward"), _kernels("backward"), _kernels("select")
+_FORWARD, _BACKWARD, _SELECT, _SEARCH = map(_kernels, ("forward", "backward", "select", "search"))
 _SIZES = kernel("target_attention_sizes")
 _CHECK_LISTED = kernel("target_attention_check_listed")
 _LARGE = 32 << 20  # bytes from which on malloc always maps fresh memory
@@ -64,13 +64,11 @@ class _Call:
             "candidates": 0 if self.candidates is None else self.candidates.data_ptr(),
         }
 
-    def list_rows(self, positions: torch.Tensor | None, *, check: bool) -> None:
+    def list_rows(self, positions: torch.Tensor | None) -> None:
         """Attend to `positions` only."""
         if positions is None:
             return
         self.listed = positions.contiguous()
-        if not check:
-            return
         at = _CHECK_LISTED(self.listed.data_ptr(), **self._shape())
         if at >= 0:
             candidate, column = divmod(at, self.listed.shape[1])
@@ -116,12 +114,17 @@ class _Call:
         _SELECT[self.dtype](**arguments, positions=positions.data_ptr())
         return positions
 
-    def attend(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The answer, its statistics and, for `kept` rows, which they are."""
         out = self.query.new_empty(self.rows, self.heads, self.widths[1])
         shape = (self.rows, self.heads, 2) if self.score == "softmax" else (0, 0, 0)
         statistics = torch.empty(shape, dtype=_wide(self.dtype))
-        _FORWARD[self.dtype](**self.arguments(_FORWARD_PASS, out, statistics))
-        return out, statistics
+        positions = torch.empty((self.rows, self.kept) if self.kept else (0, 0), dtype=torch.int64)
+        if self.kept:
+            _SEARCH[self.dtype](**self.arguments(_SEARCH_PASS, out, statistics), positions=positions.data_ptr())
+        else:
+            _FORWARD[self.dtype](**self.arguments(_FORWARD_PASS, out, statistics))
+        return out, statistics, positions
 
     def differentiate(
         self, grad, out, statistics, keys, values, wanted: tuple[bool, bool, bool]
@@ -159,10 +162,8 @@ def _cpu(query, keys, values, offsets, candidate_offsets, positions, scale, scor
     call = _Call(
         "target_attention", query, keys, values, offsets, candidate_offsets, scale=scale, score=score, kept=top_k or 0
     )
-    call.list_rows(call.select() if top_k is not None else positions, check=top_k is None)
-    out, statistics = call.attend()
-    # An op may not return what it was given, and a list that was given need not be saved twice.
-    return out, statistics, torch.empty(0, 0, dtype=torch.int64) if top_k is None else call.listed
+    call.list_rows(positions)
+    return call.attend()
 
 
 def _fake(query, keys, values, offsets, candidate_offsets, positions, scale, score, top_k):
@@ -191,7 +192,7 @@ def _cpu_backward(
     to_values,
 ):
     call = _Call("target_attention", query, keys, values, offsets, candidate_offsets, scale=scale, score=score)
-    call.list_rows(positions, check=True)
+    call.list_rows(positions)
     return call.differentiate(grad, out, statistics, keys, values, (to_query, to_keys, to_values))
 
 
