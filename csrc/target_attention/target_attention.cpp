@@ -250,12 +250,14 @@ void backward(const Args<In>& args, const Gradients<In>& gradients) noexcept {
     Arena<T> own(args.scratch + thread * work);
     std::int64_t partial = -1;
     const Piece piece = plan.piece(index, partial);
-    kernel.backward(args, gradients, Work<T>(own, s, Pass::kBackward), piece, partials + std::max<std::int64_t>(partial, 0) * row);
+    T* dquery = partials + std::max<std::int64_t>(partial, 0) * row;
+    kernel.backward(args, gradients, Work<T>(own, s, Pass::kBackward), piece, dquery);
   });
   if (gradients.query == nullptr) return;
   plan.each_partial(args.query.rows, [&](std::int64_t user, std::int64_t candidate) {
     const std::int64_t at = plan.first_partial(user) + candidate - s.first_candidate(user);
-    kernel.add_query(args, gradients.query, partials + at * row, plan.chunks(user), plan.candidates(user) * row, candidate);
+    const std::int64_t step = plan.candidates(user) * row;
+    kernel.add_query(args, gradients.query, partials + at * row, plan.chunks(user), step, candidate);
   });
 }
 

@@ -1,7 +1,7 @@
 // target_attention: dot-product attention of each candidate over its user's history, which the candidates share.
 //
 //   s[c, h, l] = scale * q[c, h] . k[l, h]
-//   out[c, h]  = sum_l p[c, h, l] v[l, h]      p = softmax_l(s) | max(s, 0) | s sigmoid(s) | s; an empty history gives 0
+//   out[c, h]  = sum_l p[c, h, l] v[l, h]     p = softmax_l(s) | max(s, 0) | s sigmoid(s) | s; an empty history gives 0
 //
 // over all rows of the history, or over a list of them for each candidate. Backward computes the scores again:
 //   dp = g . v_l,   dv_l += p g,   ds = p (dp - g . out) | [s > 0] dp | sigmoid(s) (1 + s (1 - sigmoid(s))) dp | dp
@@ -206,11 +206,14 @@ struct Work {
 template <class In>
 struct Form {
   using T = Wide<In>;
-  // One piece of forward. `partial` null: to out and statistics; else [candidates of the piece, H, Dvp + kLanes], to be merged.
+  // One piece of forward. `partial` null: to out and statistics; else [candidates of the piece, H, Dvp + kLanes], to be
+  // merged.
   void (*attend)(const Args<In>&, const Work<T>&, const Piece&, T* partial) noexcept;
   // Merges `parts` partials that lie `step` apart, for candidate `candidate`.
-  void (*merge)(const Args<In>&, const T* partial, std::int64_t parts, std::int64_t step, std::int64_t candidate) noexcept;
-  // One piece of backward, all candidates of the user: writes the gradients of its rows, and dquery [candidates, H, Dqp].
+  void (*merge)(const Args<In>&, const T* partial, std::int64_t parts, std::int64_t step,
+                std::int64_t candidate) noexcept;
+  // One piece of backward, all candidates of the user: writes the gradients of its rows, and dquery [candidates, H,
+  // Dqp].
   void (*backward)(const Args<In>&, const Gradients<In>&, const Work<T>&, const Piece&, T* dquery) noexcept;
   // Adds `parts` pieces of a query's gradient that lie `step` apart.
   void (*add_query)(const Args<In>&, In* dquery, const T* partial, std::int64_t parts, std::int64_t step,

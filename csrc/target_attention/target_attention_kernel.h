@@ -6,6 +6,9 @@
 
 namespace recfast::target_attention {
 
+// Without a name for its namespace, so that no other file's instructions can stand in for these at the link.
+namespace {
+
 // Asks for the rows that come after a tile, a few lines at a time: memory is busy all the while, and never with more
 // than it can have under way. Its functions are inline by force: GCC takes one that only prefetches for one without
 // effect, and drops the call.
@@ -46,12 +49,16 @@ struct Pace {
 
   // A third of a head's lines in `steps` steps; the products of keys, the weights and the products of values take
   // about as long as each other.
-  void over(std::int64_t lines, std::int64_t steps) noexcept { share = (lines + steps - 1) / std::max<std::int64_t>(steps, 1); }
+  void over(std::int64_t lines, std::int64_t steps) noexcept {
+    share = (lines + steps - 1) / std::max<std::int64_t>(steps, 1);
+  }
   [[gnu::always_inline]] inline void step() noexcept {
     keys.ask(share);
     values.ask(share);
   }
 };
+
+}  // namespace
 
 template <class Simd>
 struct Dense : Vectors<Simd> {
@@ -181,7 +188,8 @@ struct Dense : Vectors<Simd> {
   // The rows of scores as columns of a.
   static void multiply_scores_turned(const Multiply& p) noexcept { Product<1, kTile>::run(p); }
 
-  // 2^x for x <= 127, relative error below 2 ulp; below the smallest normal float some value below it, and 0 from -127 on.
+  // 2^x for x <= 127, relative error below 2 ulp; for floats below the smallest normal one some value below it, and 0
+  // from -127 on.
   static V power_of_two(V x) noexcept {
     if constexpr (std::is_same_v<T, float>) {
       typedef std::int32_t Integers __attribute__((vector_size(sizeof(V))));
@@ -285,8 +293,8 @@ struct Kernel : Dense<Simd> {
     }
   }
 
-  // turned [width, Stride]: turned[d, l] = rows[l][offset + d]. The lanes past row n - 1, up to a multiple of kLanes, hold
-  // that row again: numbers that nobody reads, and all loads alike.
+  // turned [width, Stride]: turned[d, l] = rows[l][offset + d]. The lanes past row n - 1, up to a multiple of kLanes,
+  // hold that row again: numbers that nobody reads, and all loads alike.
   template <int Stride>
   static void turn(const In* const* rows, std::int64_t n, std::int64_t offset, std::int64_t width,
                    T* turned) noexcept {
@@ -918,8 +926,8 @@ struct Kernel : Dense<Simd> {
     std::int64_t reach = size;  // how many reach `low`
     while (low < high) {
       // Above the middle, without overflow.
-      const auto middle = static_cast<std::int64_t>(
-          static_cast<std::uint64_t>(low) + (static_cast<std::uint64_t>(high) - static_cast<std::uint64_t>(low) + 1) / 2);
+      const auto apart = static_cast<std::uint64_t>(high) - static_cast<std::uint64_t>(low);
+      const auto middle = static_cast<std::int64_t>(static_cast<std::uint64_t>(low) + apart / 2 + (apart & 1));
       const std::int64_t count = count_from(ranks, size, static_cast<R>(middle));
       if (count < kept) {
         high = middle - 1;
@@ -995,7 +1003,8 @@ struct Kernel : Dense<Simd> {
       pace.keys = ahead(rows[0] + n * a.keys.stride, n, a.keys.stride, width);
       const std::int64_t lines = pace.keys.lines() / 2 + 1;
       turn<kTile>(rows, n, 0, width, w.turned);
-      multiply_block({w.query, count, width, w.turned, kTile, padded(n), w.scores, kTile, false, nullptr, &pace, lines});
+      multiply_block({w.query, count, width, w.turned, kTile, padded(n), w.scores, kTile, false, nullptr, &pace,
+                      lines});
       pace.over(lines, count);
       for (std::int64_t c = 0; c < count; ++c) {
         pace.step();

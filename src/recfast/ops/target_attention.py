@@ -563,7 +563,7 @@ def attention_top_k(
     Notes
     -----
     The selection is exact for scores as rounded to float32 (float64 for float64); scores of other ISA levels may
-    differ in the last bits, and near-ties with them. The keys are read once for up to 40 candidates, and no scores are
+    differ in the last bits, and near-ties with them. The keys are read once for up to 48 candidates, and no scores are
     stored. Without gradient. Backends: CPU (scalar, AVX2, AVX-512).
 
     References
