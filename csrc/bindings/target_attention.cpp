@@ -34,7 +34,7 @@ recfast::target_attention::Args<In> target_args(const Named& named) {
           .values = {named.pointer<const In>("values"), 0, value_width, named.number("values_stride")},
           .listed = named.pointer<const std::int64_t>("listed"),
           .out = {named.pointer<In>("out"), candidates, value_width, value_width},
-          .lse = named.pointer<Wide<In>>("lse"),
+          .statistics = named.pointer<Wide<In>>("statistics"),
           .scratch = named.pointer<Wide<In>>("scratch"),
           .table = named.pointer<std::int64_t>("table")};
 }
@@ -61,6 +61,15 @@ void target_backward(const py::kwargs& arguments) {
 }
 
 template <class In>
+void target_search(const py::kwargs& arguments) {
+  const Named named(arguments);
+  const auto args = target_args<In>(named);
+  auto* positions = named.pointer<std::int64_t>("positions");
+  py::gil_scoped_release unlocked;
+  recfast::target_attention::search(args, positions);
+}
+
+template <class In>
 void target_select(const py::kwargs& arguments) {
   const Named named(arguments);
   const auto args = target_args<In>(named);
@@ -81,7 +90,10 @@ void bind_target_attention(py::module_& m) {
   m.def("target_attention_select_float32", &target_select<float>);
   m.def("target_attention_select_bfloat16", &target_select<BFloat16>);
   m.def("target_attention_select_float64", &target_select<double>);
-  // pass: 0 forward, 1 backward, 2 select. (values of scratch, numbers of the table)
+  m.def("target_attention_search_float32", &target_search<float>);
+  m.def("target_attention_search_bfloat16", &target_search<BFloat16>);
+  m.def("target_attention_search_float64", &target_search<double>);
+  // pass: 0 forward, 1 backward, 2 select, 3 search. (values of scratch, numbers of the table)
   m.def("target_attention_sizes", [](std::int64_t pass, std::int64_t wide, const py::kwargs& arguments) {
     using namespace recfast::target_attention;
     const Sizes needed = sizes(target_shape(Named(arguments)), static_cast<Pass>(pass), wide);

@@ -29,9 +29,10 @@ struct Scalar : Portable<Value> {
     for (int i = 1; i < kWidth; ++i) top = x[i] > top ? x[i] : top;
     return top;
   }
-  static unsigned not_below(V x, V least) noexcept {
+  template <class Ranks>
+  static unsigned reach(Ranks a, Ranks b) noexcept {
     unsigned bits = 0;
-    for (int i = 0; i < kWidth; ++i) bits |= static_cast<unsigned>(!(x[i] < least[i])) << i;
+    for (int i = 0; i < kWidth; ++i) bits |= static_cast<unsigned>(a[i] >= b[i]) << i;
     return bits;
   }
   static void transpose(V (&x)[kWidth]) noexcept {
@@ -117,6 +118,10 @@ class Plan {
     const std::int64_t parts = chunks(user);
     return pass_ == Pass::kBackward || parts > 1 ? parts * candidates(user) : 0;
   }
+  [[nodiscard]] std::int64_t user_of(std::int64_t candidate) const noexcept {
+    if (shape_.candidates == nullptr) return candidate;
+    return std::upper_bound(shape_.candidates, shape_.candidates + shape_.users + 1, candidate) - shape_.candidates - 1;
+  }
   [[nodiscard]] std::int64_t size() const noexcept { return pieces_[shape_.users]; }
   [[nodiscard]] std::int64_t first_partial(std::int64_t user) const noexcept { return partials_[user]; }
 
@@ -145,10 +150,7 @@ class Plan {
   void each_partial(std::int64_t rows, const Body& body) const {
     constexpr std::int64_t kGrain = 64;
     parallel_for(rows, kGrain, [&](std::int64_t first, std::int64_t last) {
-      std::int64_t user = first;
-      if (shape_.candidates != nullptr) {
-        user = std::upper_bound(shape_.candidates, shape_.candidates + shape_.users + 1, first) - shape_.candidates - 1;
-      }
+      std::int64_t user = user_of(first);
       for (std::int64_t candidate = first; candidate < last; ++candidate) {
         while (shape_.first_candidate(user + 1) <= candidate) ++user;
         if (partial_rows(user) > 0) body(user, candidate);
@@ -187,6 +189,12 @@ std::int64_t work_size(const Shape& shape, Pass pass) noexcept {
 }  // namespace
 
 Sizes sizes(const Shape& shape, Pass pass, std::int64_t wide) noexcept {
+  if (pass == Pass::kSearch) {
+    Sizes both = sizes(shape, Pass::kSelect, wide);
+    both.scratch += max_threads() * (wide == sizeof(float) ? work_size<float>(shape, Pass::kForward)
+                                                           : work_size<double>(shape, Pass::kForward));
+    return both;
+  }
   const Plan plan(shape, pass);
   std::int64_t rows = 0;
   for (std::int64_t user = 0; user < shape.users; ++user) rows += plan.partial_rows(user);
@@ -242,25 +250,39 @@ void backward(const Args<In>& args, const Gradients<In>& gradients) noexcept {
     Arena<T> own(args.scratch + thread * work);
     std::int64_t partial = -1;
     const Piece piece = plan.piece(index, partial);
-    kernel.backward(args, gradients, Work<T>(own, s, Pass::kBackward), piece, partials + std::max<std::int64_t>(partial, 0) * row);
+    T* dquery = partials + std::max<std::int64_t>(partial, 0) * row;
+    kernel.backward(args, gradients, Work<T>(own, s, Pass::kBackward), piece, dquery);
   });
   if (gradients.query == nullptr) return;
   plan.each_partial(args.query.rows, [&](std::int64_t user, std::int64_t candidate) {
     const std::int64_t at = plan.first_partial(user) + candidate - s.first_candidate(user);
-    kernel.add_query(args, gradients.query, partials + at * row, plan.chunks(user), plan.candidates(user) * row, candidate);
+    const std::int64_t step = plan.candidates(user) * row;
+    kernel.add_query(args, gradients.query, partials + at * row, plan.chunks(user), step, candidate);
   });
 }
 
+namespace {
+
+// `attend`: null, or what forward is to do with the rows that were found.
 template <class In>
-void select(const Args<In>& args, std::int64_t* positions) noexcept {
+void find(const Args<In>& args, std::int64_t* positions, const Args<In>* attend) noexcept {
   using T = Wide<In>;
   const Shape& s = args.shape;
   const Form<In>& kernel = form<In>();
   const Plan plan(s, Pass::kSelect, args.table);
   const std::int64_t work = work_size<T>(s, Pass::kSelect);
+  const std::int64_t attend_work = attend == nullptr ? 0 : work_size<T>(s, Pass::kForward);
   const std::int64_t row = partial_width(s, Pass::kSelect, sizeof(T));
-  T* lists = args.scratch + max_threads() * work;  // a block of each thread's own, then those to be merged
+  T* attend_scratch = args.scratch + max_threads() * work;
+  T* lists = attend_scratch + max_threads() * attend_work;  // a block of each thread's own, then those to be merged
   T* partials = lists + max_threads() * kBlock * row;
+  const auto follow = [&](Piece piece, int thread) {
+    if (attend == nullptr) return;
+    piece.from = 0;
+    piece.to = s.length(piece.user);
+    Arena<T> own(attend_scratch + thread * attend_work);
+    kernel.attend(*attend, Work<T>(own, s, Pass::kForward), piece, nullptr);
+  };
   parallel_for_each(plan.size(), [&](std::int64_t index, int thread) {
     Arena<T> own(args.scratch + thread * work);
     std::int64_t partial = -1;
@@ -270,15 +292,33 @@ void select(const Args<In>& args, std::int64_t* positions) noexcept {
     if (partial >= 0) return;
     const std::int64_t size = (piece.last - piece.first) * s.kept;
     for (std::int64_t i = 0; i < size; ++i) positions[piece.first * s.kept + i] = best[i].position;
+    follow(piece, thread);
   });
   if (plan.first_partial(s.users) == 0) return;
-  plan.each_partial(args.query.rows, [&](std::int64_t user, std::int64_t candidate) {
+  parallel_for_each(args.query.rows, [&](std::int64_t candidate, int thread) {
+    const std::int64_t user = plan.user_of(candidate);
+    if (plan.partial_rows(user) == 0) return;
     const std::int64_t at = plan.first_partial(user) + candidate - s.first_candidate(user);
-    const std::int64_t step = plan.candidates(user) * s.kept;
     auto* best = reinterpret_cast<Entry<T>*>(partials + at * row);
-    kernel.merge_lists(best, plan.chunks(user), step, s.kept);
+    kernel.merge_lists(best, plan.chunks(user), plan.candidates(user) * s.kept, s.kept);
     for (std::int64_t i = 0; i < s.kept; ++i) positions[candidate * s.kept + i] = best[i].position;
+    follow({.user = user, .first = candidate, .last = candidate + 1}, thread);
   });
+}
+
+}  // namespace
+
+template <class In>
+void select(const Args<In>& args, std::int64_t* positions) noexcept {
+  find<In>(args, positions, nullptr);
+}
+
+template <class In>
+void search(const Args<In>& args, std::int64_t* positions) noexcept {
+  Args<In> attend = args;
+  attend.shape.listed = args.shape.kept;
+  attend.listed = positions;
+  find(args, positions, &attend);
 }
 
 template void forward(const Args<float>&) noexcept;
@@ -288,7 +328,10 @@ template void backward(const Args<float>&, const Gradients<float>&) noexcept;
 template void backward(const Args<double>&, const Gradients<double>&) noexcept;
 template void backward(const Args<BFloat16>&, const Gradients<BFloat16>&) noexcept;
 template void select(const Args<float>&, std::int64_t*) noexcept;
+template void search(const Args<float>&, std::int64_t*) noexcept;
 template void select(const Args<double>&, std::int64_t*) noexcept;
+template void search(const Args<double>&, std::int64_t*) noexcept;
 template void select(const Args<BFloat16>&, std::int64_t*) noexcept;
+template void search(const Args<BFloat16>&, std::int64_t*) noexcept;
 
 }  // namespace recfast::target_attention
