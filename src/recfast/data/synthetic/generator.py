@@ -129,9 +129,9 @@ class Generator:
 
         `history_length` events a user, one every hour until the log begins. There are five eras, of which the latest
         has 1/200 of the events and the earliest a half; in each the user follows three topics that belong to no other
-        era, and one event in ten (`history_noise`) strays to any item that is there when the log begins. A click depends on the count n of the item's
-        topic over the whole past: h = log(1 + n), less its mean over the topics. So each part of the past tells of
-        interests that no other part does.
+        era, and one event in ten (`history_noise`) strays to any item that is there when the log begins. A click
+        depends on the count n of the item's topic over the whole past: h = log(1 + n), less its mean over the topics.
+        So each part of the past tells of interests that no other part does.
         """
         world = self._world
         if not self.config.history_length:
