@@ -31,6 +31,8 @@ class Named {
 
   [[nodiscard]] std::int64_t number(const char* name) const { return arguments_[name].cast<std::int64_t>(); }
 
+  [[nodiscard]] double real(const char* name) const { return arguments_[name].cast<double>(); }
+
   // A tensor's address; 0 gives the null pointer.
   template <class T>
   [[nodiscard]] T* pointer(const char* name) const {
@@ -50,5 +52,6 @@ void bind_embedding_update(py::module_& m);
 void bind_example_axpy(py::module_& m);
 void bind_id_map(py::module_& m);
 void bind_initial_rows(py::module_& m);
+void bind_target_attention(py::module_& m);
 
 }  // namespace recfast::bindings

@@ -73,4 +73,5 @@ PYBIND11_MODULE(_C, m) {
   bind_embedding_update(m);
   bind_id_map(m);
   bind_initial_rows(m);
+  bind_target_attention(m);
 }

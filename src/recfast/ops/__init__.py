@@ -19,6 +19,7 @@ from recfast.ops.example_axpy import example_axpy
 from recfast.ops.formats import QuantizedTable, quantize, round_to
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.target_attention import attention_top_k, target_attention
 
 __all__ = [
     "Codes",
@@ -30,6 +31,7 @@ __all__ = [
     "QuantizedTable",
     "RowsIndex",
     "UpdateState",
+    "attention_top_k",
     "code_rows_search",
     "code_search",
     "din_attention",
@@ -44,4 +46,5 @@ __all__ = [
     "quantize",
     "requantize_",
     "round_to",
+    "target_attention",
 ]
