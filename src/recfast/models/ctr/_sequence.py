@@ -1,8 +1,8 @@
-"""What the rankers over long histories share: embeddings, the place of the candidate, the MLP on top."""
+"""What the rankers over long histories share: embeddings, the place of the candidate, what stands on top."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,14 +10,14 @@ from torch import nn
 
 from recfast.errors import InputError
 from recfast.models.ctr import _inputs
-from recfast.nn import MLP, EmbeddingTables
+from recfast.nn import EmbeddingTables
 
 if TYPE_CHECKING:
     from recfast.data import Batch, Schema
 
 
 class History(NamedTuple):
-    """One history of a batch beside its candidates.
+    """One history of a batch beside its candidates, in the order in which attention takes them.
 
     query [R, D], keys [T, D]
         Embeddings of the candidates and of the events, out of one table.
@@ -32,30 +32,36 @@ class History(NamedTuple):
 
     def last(self, count: int) -> History:
         """The same with the latest `count` events of each user."""
-        return self._replace(**dict(zip(("keys", "offsets"), _inputs.last(*self[1:3], count), strict=True)))
+        keys, offsets = _inputs.last(self.keys, self.offsets, count)
+        return self._replace(keys=keys, offsets=offsets)
 
 
 class SequenceRanker(nn.Module):
-    """Fields, and what each history says of the candidate, in one MLP.
+    """Fields, and what each history says of the candidate, under one head.
 
     .. math::
-        \\hat y = \\mathrm{MLP}([e_1, \\dots, e_F,\\; u_1,\\; u_1 \\odot e_c,\\; u_2, \\dots,\\; x])
+        \\hat y = \\mathrm{head}([e_1, \\dots, e_F,\\; u_1,\\; u_1 \\odot e_c,\\; u_2, \\dots,\\; x])
 
     A model says what :math:`u_1, u_2, \\dots` are: `interests` gives one or more vectors [R, D] for a history. A
-    sequence of items meets the candidate item; a sequence of another column meets that column.
+    sequence of items meets the candidate item; a sequence of another column meets that column. How much of a history
+    there is, the schema says (`max_length` of the sequence).
 
     Parameters
     ----------
     schema : Schema
-        Fitted, with at least one sequence, whose `max_length` bounds the history.
-    dim, hidden, activation, precision, tables, dropout
-        As the models have them.
+        Fitted, with at least one sequence.
+    dim, precision, tables
+        Of the embeddings, as the models have them.
     unit : () -> Module
         What reads one history; made once for each, in `self.attention`.
+    head : width -> Module
+        From all features [R, width] to a logit [R, 1]; `self.mlp`.
     parts : int
         How many vectors `interests` gives.
-    **own
-        The model's own options, for `config`.
+    crossed : bool
+        Their products with the candidate are features too.
+    **options
+        The model's other options, for `config`.
     """
 
     task = "ranking"
@@ -65,57 +71,56 @@ class SequenceRanker(nn.Module):
         schema: Schema,
         *,
         dim: int,
-        hidden: Sequence[int],
-        activation: str,
         precision: str | Mapping[str, str],
         tables: Mapping[str, Any] | None,
-        dropout: float,
         unit: Callable[[], nn.Module],
+        head: Callable[[int], nn.Module],
         parts: int = 1,
-        **own: Any,
+        crossed: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__()
         if not schema.sequences:
-            raise InputError(
-                f"{type(self).__name__}: the schema has no Sequence column; at least one history is needed"
-            )
-        self.schema = schema
+            name = type(self).__name__
+            raise InputError(f"{name}: the schema has no Sequence column; at least one history is needed")
+        self.schema, self.crossed = schema, crossed
         self._config = {
             "dim": dim,
-            "hidden": list(hidden),
-            "activation": activation,
             "precision": precision if isinstance(precision, str) else dict(precision),
             "tables": dict(tables or {}),
-            "dropout": dropout,
-            **own,
+            **options,
         }
         self.tables = EmbeddingTables(schema, dim, precision=precision, **(tables or {}))
         # One unit a sequence, and where its candidate stands among the categorical columns.
         names = [column.name for column in schema.categorical]
         self.targets = [names.index(column.of) for column in schema.sequences]
         self.attention = nn.ModuleList(unit() for _ in schema.sequences)
-        width = dim * (len(names) + 2 * parts * len(schema.sequences))
-        width += len(schema.numeric) + sum(column.dim for column in schema.vectors)
-        self.mlp = self.head(width, hidden, activation, dropout)
+        width = dim * (len(names) + (1 + crossed) * parts * len(schema.sequences))
+        self.mlp = head(width + len(schema.numeric) + sum(column.dim for column in schema.vectors))
 
-    def head(self, width: int, hidden: Sequence[int], activation: str, dropout: float) -> nn.Module:
-        """What turns all the features [R, width] into a logit [R, 1]."""
-        return MLP(width, hidden, activation=activation, dropout=dropout)
+    def embed(self, batch: Batch) -> tuple[list[torch.Tensor], list[Any]]:
+        """Return the fields [R, D], and for each history what `interests` takes: here a `History`."""
+        looked_up = self.tables.lookup(_inputs.requests(self.schema, batch))
+        fields = list(looked_up[: len(self.schema.categorical)])
+        histories = [
+            History(fields[target], keys, batch.sequences[column.name].offsets, batch.candidate_offsets)
+            for column, keys, target in zip(
+                self.schema.sequences, looked_up[len(fields) :], self.targets, strict=True
+            )
+        ]
+        return fields, histories
 
-    def interests(self, index: int, history: History, batch: Batch) -> list[torch.Tensor]:
+    def interests(self, index: int, history: Any) -> list[torch.Tensor]:
         """Return the vectors [R, D] that history number `index` of the schema gives."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the logit of each row, float32 [R]; candidates of one user share that user's histories."""
-        looked_up = self.tables.lookup(_inputs.requests(self.schema, batch))
-        count = len(self.schema.categorical)
-        parts = list(looked_up[:count])
-        for index, (column, keys) in enumerate(zip(self.schema.sequences, looked_up[count:], strict=True)):
-            query = looked_up[self.targets[index]]
-            history = History(query, keys, batch.sequences[column.name].offsets, batch.candidate_offsets)
-            for interest in self.interests(index, history, batch):
-                parts += [interest, query * interest]
+        fields, histories = self.embed(batch)
+        parts = list(fields)
+        for index, history in enumerate(histories):
+            for interest in self.interests(index, history):
+                parts += [interest, fields[self.targets[index]] * interest] if self.crossed else [interest]
         if self.schema.numeric:
             parts.append(batch.numeric)
         parts += [batch.vectors[column.name] for column in self.schema.vectors]
@@ -128,3 +133,10 @@ class SequenceRanker(nn.Module):
     def config(self) -> dict[str, Any]:
         """Return the options that rebuild this model with `models.build`."""
         return dict(self._config)
+
+
+def check_least(model: str, least: Mapping[str, int], **values: int) -> None:
+    """Refuse options that are not whole numbers, or are below what `least` says."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least[name]:
+            raise ValueError(f"{model}: {name} must be a whole number of at least {least[name]}, got {value!r}")

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from recfast.models.ctr._sequence import History, SequenceRanker
-from recfast.nn import TargetAttention
+from recfast.nn import MLP, TargetAttention
 
 if TYPE_CHECKING:
     import torch
 
-    from recfast.data import Batch, Schema
+    from recfast.data import Schema
 
 
 class DIN(SequenceRanker):
@@ -66,17 +66,18 @@ class DIN(SequenceRanker):
         super().__init__(
             schema,
             dim=dim,
-            hidden=hidden,
-            activation=activation,
             precision=precision,
             tables=tables,
-            dropout=dropout,
             unit=lambda: TargetAttention(dim, attention_hidden, activation=attention_activation, mode=attention_mode),
+            head=lambda width: MLP(width, hidden, activation=activation, dropout=dropout),
+            hidden=list(hidden),
+            activation=activation,
+            dropout=dropout,
             attention_hidden=list(attention_hidden),
             attention_activation=attention_activation,
             attention_mode=attention_mode,
         )
 
-    def interests(self, index: int, history: History, batch: Batch) -> list[torch.Tensor]:
+    def interests(self, index: int, history: History) -> list[torch.Tensor]:
         """Return u_c [R, D] of one history."""
         return [self.attention[index](*history)]
