@@ -10,20 +10,26 @@ from recfast.nn.compressed import (
     SparseTables,
     best_step,
 )
+from recfast.nn.dare import DARE
 from recfast.nn.dynamic_table import DynamicTable
 from recfast.nn.embedding_tables import EmbeddingTables, second_pass
 from recfast.nn.frozen_tables import FrozenTables
+from recfast.nn.multi_head_target_attention import MultiHeadTargetAttention
 from recfast.nn.quantizer import ProductQuantizer
+from recfast.nn.sdim import SDIM
 from recfast.nn.target_attention import TargetAttention
 
 __all__ = [
+    "DARE",
     "MLP",
+    "SDIM",
     "CrossNetV2",
     "Dice",
     "DynamicTable",
     "EmbeddingTables",
     "FrozenTables",
     "HashedTables",
+    "MultiHeadTargetAttention",
     "PostTrainingTables",
     "ProductQuantizer",
     "PrunedTables",

@@ -1,6 +1,7 @@
 """Functions on tensors with a compiled kernel behind each. `<op>.reference` is the same call in plain torch."""
 
 from recfast.ops import embedding_tables  # noqa: F401  (its op is for modules)
+from recfast.ops.category_top_k import category_top_k
 from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
 from recfast.ops.din_attention import DINWeights, din_attention
@@ -17,8 +18,11 @@ from recfast.ops.embedding_update import (
 )
 from recfast.ops.example_axpy import example_axpy
 from recfast.ops.formats import QuantizedTable, quantize, round_to
+from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_table
+from recfast.ops.simhash import simhash
 from recfast.ops.target_attention import attention_top_k, target_attention
 
 __all__ = [
@@ -31,6 +35,7 @@ __all__ = [
     "QuantizedTable",
     "RowsIndex",
     "UpdateState",
+    "category_top_k",
     "attention_top_k",
     "code_rows_search",
     "code_search",
@@ -42,9 +47,14 @@ __all__ = [
     "embedding_update_first_",
     "embedding_update_second_",
     "example_axpy",
+    "hamming_top_k",
     "initial_rows",
     "quantize",
     "requantize_",
     "round_to",
+    "sdim_append",
+    "sdim_attention",
+    "sdim_table",
+    "simhash",
     "target_attention",
 ]

@@ -1,0 +1,127 @@
+"""SDIM: a long history as a table of sums, looked up by the hash of each candidate."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from recfast.ops import sdim_append, sdim_attention, sdim_table, simhash
+
+
+class SDIM(nn.Module):
+    """Attention over a history of any length at a cost per candidate that does not depend on its length.
+
+    Keys and candidates are hashed by the signs of fixed random projections; a candidate attends to the events it
+    collides with, through a table of their sums. It has no parameters: gradients reach `values` (the keys, unless given
+    apart), which is how the embeddings learn.
+
+    Parameters
+    ----------
+    dim : int
+        Width of queries and keys.
+    tables : int
+        Number of hashes M; each candidate looks up one bucket of each. The paper has 48 hash functions: 16 of 3 bits.
+    bits : int
+        Bits of a hash, 1 to 8. More bits mean fewer collisions: attention to nearer keys only.
+    seed : int
+        Of the projections (a buffer `projections` [dim, tables, bits], part of the state: a saved table fits only the
+        projections that made it, so cast the module to another dtype before the first table, not after).
+    normalize : bool
+        Divide each bucket's sum by its length first, as the paper does.
+
+    References
+    ----------
+    Cao et al., "Sampling Is All You Need on Modeling Long-Term User Behaviors for CTR Prediction", CIKM 2022,
+    arXiv 2205.10249.
+
+    Examples
+    --------
+    >>> sdim = SDIM(8)
+    >>> keys, offsets = torch.randn(5, 8), torch.tensor([0, 4, 5])
+    >>> sdim(torch.randn(3, 8), keys, offsets, torch.tensor([0, 1, 3])).shape    # two users, 1 and 2 candidates
+    torch.Size([3, 8])
+    >>> table = sdim.table(keys, offsets)                                        # kept with the users
+    >>> table = sdim.append(table, torch.randn(1, 8), torch.tensor([0, 0, 1]))   # the second one did something
+    >>> sdim(torch.randn(2, 8), table=table).shape
+    torch.Size([2, 8])
+    """
+
+    projections: torch.Tensor
+
+    def __init__(
+        self, dim: int, tables: int = 16, bits: int = 3, *, seed: int = 0, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        if dim < 1 or tables < 1 or not 1 <= bits <= 8:
+            raise ValueError(
+                f"SDIM: dim and tables must be positive and bits 1 to 8, got dim={dim}, tables={tables}, bits={bits}"
+            )
+        self.dim, self.tables, self.bits, self.seed, self.normalize = dim, tables, bits, seed, normalize
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("projections", torch.randn(dim, tables, bits, generator=generator))
+
+    def codes(self, x: torch.Tensor) -> torch.Tensor:
+        """The hashes of rows [..., D]: uint8 [..., tables]. See `ops.simhash`."""
+        return simhash(x, self.projections)
+
+    def table(self, keys: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum each user's values by bucket; see `ops.sdim_table`.
+
+        Parameters
+        ----------
+        keys : Tensor [T, D], or padded [B, L, D] (read in place)
+        offsets : Tensor [B + 1], or the lengths [B] of padded keys
+        values : Tensor like `keys` but for its width Dv, optional
+            `keys` where left out.
+
+        Returns
+        -------
+        Tensor [B, tables, 2**bits, Dv], float32 (float64 for float64 values)
+        """
+        return sdim_table(self.codes(keys), keys if values is None else values, offsets, bits=self.bits)
+
+    def append(
+        self, table: torch.Tensor, keys: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Continue a saved table with new events, given like those of `table`; see `ops.sdim_append`."""
+        return sdim_append(table, self.codes(keys), keys if values is None else values, offsets)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+        candidate_offsets: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+        table: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the interest in each candidate.
+
+        Parameters
+        ----------
+        query : Tensor [Nc, D]
+        keys, offsets, values
+            The histories, as for `table`; not needed where that is given.
+        candidate_offsets : Tensor [B + 1], optional
+            Left out, each user has one candidate.
+        table : Tensor [B, tables, 2**bits, Dv], optional
+            Made before, from these or other histories of the same users.
+
+        Returns
+        -------
+        Tensor [Nc, Dv], dtype of `query`; 0 where the history is empty.
+        """
+        if table is None:
+            if keys is None or offsets is None:
+                raise ValueError("SDIM: keys and offsets are needed where table is left out")
+            table = self.table(keys, offsets, values)
+        elif keys is not None or offsets is not None or values is not None:
+            raise ValueError("SDIM: give keys, offsets and values, or a table of them, not both")
+        codes = self.codes(query)
+        out = sdim_attention(codes, table, candidate_offsets=candidate_offsets, normalize=self.normalize)
+        return out.to(query.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, tables={self.tables}, bits={self.bits}, seed={self.seed}, normalize={self.normalize}"
+        )
