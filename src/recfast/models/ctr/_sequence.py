@@ -104,9 +104,7 @@ class SequenceRanker(nn.Module):
         fields = list(looked_up[: len(self.schema.categorical)])
         histories = [
             History(fields[target], keys, batch.sequences[column.name].offsets, batch.candidate_offsets)
-            for column, keys, target in zip(
-                self.schema.sequences, looked_up[len(fields) :], self.targets, strict=True
-            )
+            for column, keys, target in zip(self.schema.sequences, looked_up[len(fields) :], self.targets, strict=True)
         ]
         return fields, histories
 

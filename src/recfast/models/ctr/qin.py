@@ -52,8 +52,8 @@ class QIN(SequenceRanker):
     .. math::
         u_c = e_c + W^o \\sum_l \\mathrm{ReLU}\\big((W^q e_c)^\\top W^k e_l / (\\sqrt d\\, n)\\big)\\, W^v e_l
 
-    Fields and :math:`u_c` go through quadratic layers :math:`x + \\mathrm{PReLU}(\\sum_r x \\odot (W_r x + b_r))`, whose
-    products take the place of an MLP's hidden layers, and one linear layer.
+    Fields and :math:`u_c` go through layers :math:`x + \\mathrm{PReLU}(\\sum_r x \\odot (W_r x + b_r))`, whose products
+    take the place of an MLP's hidden layers, and one linear layer.
 
     Parameters
     ----------

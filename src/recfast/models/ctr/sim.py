@@ -31,11 +31,11 @@ class SIM(SequenceRanker):
         \\text{hard: the latest k with } \\mathrm{category}(l) = \\mathrm{category}(c), \\qquad
         \\text{soft: top-}k \\text{ of } r_{cl} = (W_a e_c)^\\top (W_b e_l)
 
-    The exact search is multi-head attention over those, :math:`u_c`; a second one over the last S events gives
-    :math:`v_c`; both, and their products with :math:`e_c`, enter the MLP beside the fields. The weights of the soft search
-    learn from a loss of their own, added with the factor `auxiliary`: that of an MLP over
-    :math:`[U, U \\odot e_c, e_c]`, :math:`U = \\frac1n \\sum_l r_{cl} e_l` (n, the schema's `max_length`, is not in the
-    paper; it keeps long sums in bounds). The paper's time intervals have no place here, for histories carry no times.
+    The exact search is multi-head attention over those, :math:`u_c`; another over the last S events gives :math:`v_c`;
+    both, and their products with :math:`e_c`, enter the MLP beside the fields. :math:`W_a` and :math:`W_b` learn from a
+    loss of their own, added with the factor `auxiliary`: that of an MLP over :math:`[U, U \\odot e_c, e_c]`,
+    :math:`U = \\frac1n \\sum_l r_{cl} e_l` (n, the schema's `max_length`, is not in the paper; it keeps long sums in
+    bounds). The paper's time intervals have no place here, for histories carry no times.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ class SIM(SequenceRanker):
         Of the MLP.
     search : {"soft", "hard"}
     category : str or None
-        "hard" only: the column of the items that must be equal; items whose value is unknown are not found. What value
-        an item has is learned from the data set by `prepare`, which `train.fit` calls, and is part of the weights.
+        "hard" only: the column of the items that must be equal; unknown values are not. `prepare`, which `train.fit`
+        calls, reads the items' values from the data set; they are part of the weights.
     heads : int
         Must divide `dim`.
     top_k : int
@@ -90,11 +90,13 @@ class SIM(SequenceRanker):
         if search not in ("soft", "hard"):
             raise ValueError(f"SIM: search must be one of soft, hard, got {search!r}")
         check_least("SIM", {"top_k": 1, "short": 0}, top_k=top_k, short=short)
+        if not auxiliary >= 0:
+            raise ValueError(f"SIM: auxiliary must be at least 0, got {auxiliary!r}")
         rows = _check_category(schema, category) if search == "hard" else 0
         self.search, self.category, self.top_k, self.short, self.auxiliary = search, category, top_k, short, auxiliary
 
         def unit() -> nn.Module:
-            parts: dict[str, nn.Module] = {"long": MultiHeadTargetAttention(dim, heads)}
+            parts: dict[str, nn.Module] = {"long": MultiHeadTargetAttention(dim, heads, fold=True)}
             if short:
                 parts["short"] = MultiHeadTargetAttention(dim, heads)
             if search == "soft":
@@ -125,14 +127,15 @@ class SIM(SequenceRanker):
         if search == "hard":
             # The category of each item; -1 until `prepare` says it.
             self.register_buffer("categories", torch.full((rows,), -1))
+        self._prepared = False
+        # In training, the soft searches' own logits of the last forward pass.
         self._searches: list[torch.Tensor] = []
 
     def prepare(self, dataset: Dataset) -> None:
         """Learn the items' categories, for the hard search."""
         if self.search == "hard":
-            side = dataset.side("item")
-            ids = torch.as_tensor(side["ids"][:, side["columns"].index(self.category)])
-            self.categories.copy_(ids)
+            side, self._prepared = dataset.side("item"), True
+            self.categories.copy_(torch.as_tensor(side["ids"][:, side["columns"].index(self.category)]))
 
     def embed(self, batch: Batch) -> tuple[list[torch.Tensor], list[Any]]:
         """Return the fields, and for each history beside it the ids of candidates and events."""
@@ -142,8 +145,57 @@ class SIM(SequenceRanker):
 
     def interests(self, index: int, history: tuple[History, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
         """Return u_c and v_c [R, D] of one history."""
-        whole, query_ids, key_ids = history
-        unit = self.attention[index]
-        search = self._hard if self.search == "hard" else self._soft
-        found = [unit["long"](*whole, positions=search(index, whole, query_ids, key_ids))]
+        whole, unit = history[0], self.attention[index]
+        chosen = self._hard(index, *history) if self.search == "hard" else self._soft(index, whole)
+        found = [unit["long"](*whole, positions=chosen)]
         return [*found, unit["short"](*whole.last(self.short))] if self.short else found
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return the logit of each row, float32 [R]; candidates of one user share that user's histories."""
+        self._searches = []
+        return super().forward(batch)
+
+    def _hard(self, index: int, history: History, query_ids: torch.Tensor, key_ids: torch.Tensor) -> torch.Tensor:
+        if self.schema.sequences[index].of == self.category:
+            wanted, there = query_ids, key_ids
+        elif self._prepared:
+            wanted, there = self.categories[query_ids], self.categories[key_ids]
+        else:
+            raise InputError("SIM: the categories of the items are not known, call prepare(dataset) first")
+        # 0 is "unknown", which is not alike.
+        wanted = wanted.masked_fill(wanted == 0, -1)
+        return category_top_k(wanted, there, history.offsets, self.top_k, candidate_offsets=history.candidate_offsets)
+
+    def _soft(self, index: int, history: History) -> torch.Tensor:
+        unit = self.attention[index]
+        query, keys = unit["query"](history.query).unsqueeze(1), unit["key"](history.keys).unsqueeze(1)
+        shared = {"candidate_offsets": history.candidate_offsets, "scale": 1 / self.schema.sequences[index].max_length}
+        if self.training:
+            values, e = history.keys.unsqueeze(1), history.query
+            u = target_attention(query, keys, values, history.offsets, score="none", **shared).squeeze(1)
+            self._searches.append(unit["auxiliary"](torch.cat([u, u * e, e], dim=1)).squeeze(1))
+        return attention_top_k(query.detach(), keys.detach(), history.offsets, self.top_k, **shared)
+
+    def loss(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the mean negative log-likelihood of the labels, in training with that of the search's own answer."""
+        searches = sum(_inputs.binary_cross_entropy(logit, batch) for logit in self._searches)
+        return _inputs.binary_cross_entropy(output, batch) + self.auxiliary * searches
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *rest)
+        self._prepared = self.search == "hard" and bool((self.categories >= 0).all())
+
+
+def _check_category(schema: Schema, category: str | None) -> int:
+    """The rows of the items' table, once it is clear that every sequence can be searched by the category."""
+    names = [column.name for column in schema.categorical if column.side == "item" and column.role is None]
+    if category not in names:
+        known = ", ".join(names) or "none"
+        raise InputError(f"SIM: search = 'hard' needs category, a column of the items ({known}), got {category!r}")
+    for column in schema.sequences:
+        if column.of not in (schema.item, category):
+            raise InputError(
+                f"SIM: the sequence {column.name!r} lists {column.of!r}, expected {schema.item!r} or {category!r}, "
+                "which have a category"
+            )
+    return schema.rows(schema.item)
