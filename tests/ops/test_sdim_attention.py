@@ -143,7 +143,9 @@ def test_gradcheck(normalize):
     assert torch.autograd.gradcheck(
         lambda x: ops.sdim_attention(query_codes, x, candidate_offsets=rows, normalize=normalize), [table]
     )
-    assert torch.autograd.gradcheck(lambda x: ops.sdim_table(codes, x, offsets, bits=2), [values.detach().requires_grad_()])
+    assert torch.autograd.gradcheck(
+        lambda x: ops.sdim_table(codes, x, offsets, bits=2), [values.detach().requires_grad_()]
+    )
 
 
 def test_padded_gradcheck():
@@ -159,7 +161,9 @@ def test_empty_buckets_have_no_gradient(isa_levels):
     table[0, 0, 1] = torch.tensor([1e-13, 0.0, 0.0])
     for _ in isa_levels():
         leaf = table.clone().requires_grad_()
-        out = ops.sdim_attention(torch.tensor([[0], [1]], dtype=torch.uint8), leaf, candidate_offsets=torch.tensor([0, 2]))
+        out = ops.sdim_attention(
+            torch.tensor([[0], [1]], dtype=torch.uint8), leaf, candidate_offsets=torch.tensor([0, 2])
+        )
         assert not out.any()
         out.sum().backward()
         assert not leaf.grad.any()
@@ -388,12 +392,20 @@ def test_rejects_bad_input(change, error, sentence):
     ("change", "error", "sentence"),
     [
         ({"table": torch.zeros(2, 3, 6, 4)}, ValueError, "table must have 2, 4, ... or 256 buckets .* got 6"),
-        ({"table": torch.zeros(2, 3, 4)}, ValueError, r"table must have shape \[B, M, 2\*\*bits, Dv\], got \[2, 3, 4\]"),
+        (
+            {"table": torch.zeros(2, 3, 4)},
+            ValueError,
+            r"table must have shape \[B, M, 2\*\*bits, Dv\], got \[2, 3, 4\]",
+        ),
         ({"table": torch.zeros(2, 3, 8, 4).half()}, TypeError, "table must be float32 or bfloat16 or float64"),
         ({"query_codes": torch.zeros(2, 4, dtype=torch.uint8)}, ValueError, r"query_codes must have shape \[Nc, 3\]"),
         ({"query_codes": torch.zeros(3, 3, dtype=torch.uint8)}, ValueError, r"one row a user \(2\)"),
         ({"candidate_offsets": torch.tensor([0, 1, 3])}, ValueError, r"candidate_offsets\[-1\] must be 2"),
-        ({"candidate_offsets": torch.tensor([0, 2])}, ValueError, r"candidate_offsets must have shape \[3\], got \[2\]"),
+        (
+            {"candidate_offsets": torch.tensor([0, 2])},
+            ValueError,
+            r"candidate_offsets must have shape \[3\], got \[2\]",
+        ),
     ],
 )
 def test_attention_rejects_bad_input(change, error, sentence):

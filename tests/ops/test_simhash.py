@@ -19,7 +19,9 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 
 def projections_for(x, tables, bits, seed=1):
-    return random(x.shape[-1], tables, bits, seed=seed, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return random(
+        x.shape[-1], tables, bits, seed=seed, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
+    )
 
 
 def bits_of(codes, bits):

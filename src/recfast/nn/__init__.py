@@ -13,6 +13,7 @@ from recfast.nn.compressed import (
 from recfast.nn.dare import DARE
 from recfast.nn.dynamic_table import DynamicTable
 from recfast.nn.embedding_tables import EmbeddingTables, second_pass
+from recfast.nn.eta import ETA
 from recfast.nn.frozen_tables import FrozenTables
 from recfast.nn.multi_head_target_attention import MultiHeadTargetAttention
 from recfast.nn.quantizer import ProductQuantizer
@@ -21,6 +22,7 @@ from recfast.nn.target_attention import TargetAttention
 
 __all__ = [
     "DARE",
+    "ETA",
     "MLP",
     "SDIM",
     "CrossNetV2",

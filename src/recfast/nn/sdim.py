@@ -48,9 +48,7 @@ class SDIM(nn.Module):
 
     projections: torch.Tensor
 
-    def __init__(
-        self, dim: int, tables: int = 16, bits: int = 3, *, seed: int = 0, normalize: bool = True
-    ) -> None:
+    def __init__(self, dim: int, tables: int = 16, bits: int = 3, *, seed: int = 0, normalize: bool = True) -> None:
         super().__init__()
         if dim < 1 or tables < 1 or not 1 <= bits <= 8:
             raise ValueError(
@@ -122,6 +120,4 @@ class SDIM(nn.Module):
         return out.to(query.dtype)
 
     def extra_repr(self) -> str:
-        return (
-            f"dim={self.dim}, tables={self.tables}, bits={self.bits}, seed={self.seed}, normalize={self.normalize}"
-        )
+        return f"dim={self.dim}, tables={self.tables}, bits={self.bits}, seed={self.seed}, normalize={self.normalize}"

@@ -118,8 +118,8 @@ def category_top_k(
 
     Notes
     -----
-    No category is special: an "unknown" one, if there is such, matches itself. Exact: equal on every instruction set and
-    thread count. Not differentiable. Backends: CPU (scalar, AVX2, AVX-512).
+    No category is special: an "unknown" one, if there is such, matches itself. Exact: equal on every instruction set
+    and thread count. Not differentiable. Backends: CPU (scalar, AVX2, AVX-512).
 
     References
     ----------

@@ -87,7 +87,8 @@ def reference(
 
 
 _op = define(
-    "hamming_top_k(Tensor query_codes, Tensor key_codes, Tensor offsets, Tensor? candidate_offsets, SymInt k) -> Tensor",
+    "hamming_top_k(Tensor query_codes, Tensor key_codes, Tensor offsets, Tensor? candidate_offsets, SymInt k) "
+    "-> Tensor",
     cpu=_cpu,
     fake=_fake,
     samples=_samples,

@@ -159,9 +159,7 @@ def _prepare_table(op, codes, values, offsets, bits):
     return users, offsets.to(torch.int64)
 
 
-def table_reference(
-    codes: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, *, bits: int
-) -> torch.Tensor:
+def table_reference(codes: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, *, bits: int) -> torch.Tensor:
     """The same in plain torch: one scatter of all events."""
     values, flat_offsets = flat_rows(values, offsets)
     codes, _ = flat_rows(codes, offsets)
@@ -356,7 +354,13 @@ def _samples() -> Iterator[tuple]:
 def _samples_backward() -> Iterator[tuple]:
     for codes, table, candidate_offsets, normalize in _samples():
         table = table.detach()
-        yield torch.ones_like(_op(codes, table, candidate_offsets, normalize)), codes, table, candidate_offsets, normalize
+        yield (
+            torch.ones_like(_op(codes, table, candidate_offsets, normalize)),
+            codes,
+            table,
+            candidate_offsets,
+            normalize,
+        )
 
 
 _op = define(
@@ -416,8 +420,8 @@ def sdim_attention(
     candidate_offsets : Tensor [B + 1], int32 or int64, optional
         User b's candidates are rows `candidate_offsets[b]:candidate_offsets[b + 1]`; left out, each user has one.
     normalize : bool
-        Divide each bucket's sum by its length |x| first (the paper's form): n(x) = x / |x|, but 0 where |x| <= 1e-12, as
-        in an empty bucket. Otherwise n(x) = x.
+        Divide each bucket's sum by its length |x| first (the paper's form): n(x) = x / |x|, but 0 where |x| <= 1e-12,
+        as in an empty bucket. Otherwise n(x) = x.
 
     Returns
     -------

@@ -89,7 +89,9 @@ def reference(x: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
     return (positive.unflatten(-1, (tables, bits)) * weight).sum(-1).to(code_dtype(bits))
 
 
-_op = define("simhash(Tensor x, Tensor projections) -> Tensor", cpu=_cpu, fake=_fake, samples=_samples, expected=reference)
+_op = define(
+    "simhash(Tensor x, Tensor projections) -> Tensor", cpu=_cpu, fake=_fake, samples=_samples, expected=reference
+)
 
 
 def simhash(x: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
