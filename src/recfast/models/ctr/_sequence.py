@@ -10,7 +10,7 @@ from torch import nn
 
 from recfast.errors import InputError
 from recfast.models.ctr import _inputs
-from recfast.nn import EmbeddingTables
+from recfast.nn import EmbeddingTables, MultiHeadTargetAttention
 
 if TYPE_CHECKING:
     from recfast.data import Batch, Schema
@@ -95,6 +95,12 @@ class SequenceRanker(nn.Module):
         names = [column.name for column in schema.categorical]
         self.targets = [names.index(column.of) for column in schema.sequences]
         self.attention = nn.ModuleList(unit() for _ in schema.sequences)
+        for module in self.attention.modules():
+            if isinstance(module, MultiHeadTargetAttention):
+                # At the start attention is that of the embeddings themselves: alike events score high and come out as
+                # they are. From random projections a search would learn from events taken at random.
+                for projection in (module.w_q, module.w_k, module.w_v, module.w_o):
+                    nn.init.eye_(projection.weight)
         width = dim * (len(names) + (1 + crossed) * parts * len(schema.sequences))
         self.mlp = head(width + len(schema.numeric) + sum(column.dim for column in schema.vectors))
 

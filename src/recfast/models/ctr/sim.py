@@ -100,8 +100,9 @@ class SIM(SequenceRanker):
             if short:
                 parts["short"] = MultiHeadTargetAttention(dim, heads)
             if search == "soft":
-                parts["query"] = nn.Linear(dim, search_dim or dim, bias=False)
-                parts["key"] = nn.Linear(dim, search_dim or dim, bias=False)
+                for name in ("query", "key"):
+                    parts[name] = nn.Linear(dim, search_dim or dim, bias=False)
+                    nn.init.eye_(parts[name].weight)  # as `SequenceRanker` does with the attention's
                 parts["auxiliary"] = MLP(3 * dim, hidden, activation=activation, dropout=dropout)
             return nn.ModuleDict(parts)
 
