@@ -3,15 +3,15 @@
     python benchmarks/history_length.py --seeds 3 --ml-100k PATH/ml-100k --out results
 
 Every finished training is a line of OUT/runs.jsonl and is not done again; OUT/history_length.md and
-OUT/history_length.png are written after each (`--report` writes them from what is there).
+OUT/history_length.png are written after each seed (`--report` writes them from what is there).
 
-The data come from the built-in generator: users with 10,000 events before the log begins, in eras of different topics, of
-which the latest are the shortest; a click depends on how often the whole past has the topic of the item. A request is
-20 items shown to a user at a time, which share the user's history. Every model is given the last L events of it, passes
-once over the requests of the first 80 % of the log, and is measured on those of the rest, which take part in no choice:
-each model has one set of options, and there is no stopping early. Only lengths differ within a row of the table.
+The data come from the built-in generator: users with 10,000 events before the log begins, in eras of different topics,
+of which the latest are the shortest; a click depends on how often the whole past has the topic of the item. A request
+is 20 items shown to a user at a time, which share the user's history. Every model is given the last L events of it,
+passes once over the requests of the first 80 % of the log, and is measured on those of the rest, which take part in no
+choice: each model has one set of options, and there is no stopping early. Only lengths differ within a row of the table.
 
-On MovieLens 100K every model is given whole histories, trains for a few epochs and is measured on the test split, at the
+On MovieLens 100K every model is given whole histories, trains for two epochs and is measured on the test split, at the
 epoch with the best AUC on the validation split.
 """
 
@@ -328,19 +328,22 @@ def markdown(study: Study, seeds: int) -> str:
 
     python benchmarks/history_length.py --seeds {seeds} --ml-100k PATH/ml-100k --out results
 
-Generated data: {options["rows"]:,} rows, {options["list_length"]} candidates a request, {options["n_users"]:,} users with
-{options["history_length"]:,} events each before the log, {options["n_items"]} items of 48 topics; a click depends on the count of the
-item's topic over all of them. L is how many of the latest events a model is given. One pass over the first 80 % of the
-requests, {REQUESTS} a step; AUC and log loss on the other 20 %, which chose nothing. D = {study.dim}, Adam at {DENSE_LR:g}, tables at
-{TABLE_LR:g} (row-wise Adagrad), MLP (64, 32). Seeds (of weights and order; the data are the same) behind each cell: {counts(study, seeds)};
-mean ± standard deviation where there are several. In bold the best of a length.
+Generated data: {options["rows"]:,} rows, {options["list_length"]} candidates a request; {options["n_users"]:,} users
+with {options["history_length"]:,} events each before the log begins; {options["n_items"]} items of 48 topics. A click
+depends on the count of the item's topic over all of these events. L is how many of the latest ones a model is given.
+One pass over the first 80 % of the requests, {REQUESTS} a step; AUC and log loss on the other 20 %. D = {study.dim},
+Adam at {DENSE_LR:g}, tables at {TABLE_LR:g} (row-wise Adagrad), MLP (64, 32).
 
-Times are medians over the steps and requests of a training, the least of the seeds, on one thread; forward, backward and
-update of {REQUESTS} requests, and the scores of one request of {CANDIDATES}. The machine's load while this ran was {min(load, default=0):.1f} to {max(load, default=0):.1f}
-(a quiet one has 1): above 2, times say little more than which is larger.
+Seeds (of weights and order; the data are the same) behind each cell: {counts(study, seeds)}. Mean ± standard deviation
+where there are several. In bold the best of a length.
 
-MovieLens 100K: whole histories, {ML_NEGATIVES} drawn negative a like, test AUC at the best of {ML_EPOCHS} epochs by the validation
-AUC; seed 0 alone unless a deviation is given.
+Times are medians over the steps, or requests, of a training, the least of the seeds, on one thread: a step is forward,
+backward and update of {REQUESTS} requests; a request is scored by itself. The machine's load while this ran was
+{min(load, default=0):.1f} to {max(load, default=0):.1f}, and a quiet one has 1: above 2, times tell little more than
+which is the larger.
+
+MovieLens 100K: whole histories, {ML_NEGATIVES} drawn negative a like, test AUC at the better of {ML_EPOCHS} epochs by
+the validation AUC; seed 0 alone.
 
 {table(study, seeds)}
 """
