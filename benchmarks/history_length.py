@@ -9,7 +9,8 @@ The data come from the built-in generator: users with 10,000 events before the l
 of which the latest are the shortest; a click depends on how often the whole past has the topic of the item. A request
 is 20 items shown to a user at a time, which share the user's history. Every model is given the last L events of it,
 passes once over the requests of the first 80 % of the log, and is measured on those of the rest, which take part in no
-choice: each model has one set of options, and there is no stopping early. Only lengths differ within a row of the table.
+choice: each model has one set of options, and there is no stopping early. Only lengths differ within a row of the
+table.
 
 On MovieLens 100K every model is given whole histories, trains for two epochs and is measured on the test split, at the
 epoch with the best AUC on the validation split.

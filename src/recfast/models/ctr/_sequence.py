@@ -46,6 +46,10 @@ class SequenceRanker(nn.Module):
     sequence of items meets the candidate item; a sequence of another column meets that column. How much of a history
     there is, the schema says (`max_length` of the sequence).
 
+    The projections of every `nn.MultiHeadTargetAttention` start as the identity: attention is at first that of the
+    embeddings themselves, so that alike events score high and come out as they are. Drawn at random, as published,
+    a search would first learn from events taken at random.
+
     Parameters
     ----------
     schema : Schema
@@ -97,8 +101,6 @@ class SequenceRanker(nn.Module):
         self.attention = nn.ModuleList(unit() for _ in schema.sequences)
         for module in self.attention.modules():
             if isinstance(module, MultiHeadTargetAttention):
-                # At the start attention is that of the embeddings themselves: alike events score high and come out as
-                # they are. From random projections a search would learn from events taken at random.
                 for projection in (module.w_q, module.w_k, module.w_v, module.w_o):
                     nn.init.eye_(projection.weight)
         width = dim * (len(names) + (1 + crossed) * parts * len(schema.sequences))
