@@ -273,9 +273,16 @@ def test_fit_on_users_with_a_past(tmp_path):
         max_length=300,
     )
     model = models.SIM(dataset.schema, dim=4, hidden=(8,), search="hard", category="topic", top_k=10, short=5)
-    run = train.fit(model, dataset, epochs=2, batch_size=256, lr=5e-3, out=tmp_path / "run")
+    run = train.fit(model, dataset, epochs=2, batch_size=16, shared_histories=True, lr=5e-3, out=tmp_path / "run")
     assert [entry["loss"] for entry in run.history][1] < run.history[0]["loss"]
+    assert run.steps == 2 * -(-len(dataset.train.requests()[1:]) // 16)
     again = models.load(tmp_path / "run")
     batch = next(iter(data.Loader(dataset.test, 4, shared=True)))
     assert batch.sequences["history"].lengths().max() == 300
     assert torch.equal(again(batch), run.model(batch))
+    # Rows that share a history, and rows with a copy each, are measured alike; so is the validation in `fit`.
+    together, apart = (train.evaluate(again, dataset.valid, shared=shared) for shared in (True, False))
+    assert together == pytest.approx(apart, rel=1e-5)
+    assert together == pytest.approx(run.metrics, rel=1e-5)
+    with pytest.raises(InputError, match="shared_histories is for rankers, and TwoTower is a retriever"):
+        train.fit(models.TwoTower(dataset.schema), dataset, shared_histories=True)
