@@ -101,7 +101,7 @@ MODELS = [
     Model("SIM, soft", "SIM", note="k = S = 50"),
     Model("TWIN", "TWIN", note="k = S = 50"),
     Model("DARE", "DARE", lambda length: {"attention_dim": 8, "top_k": None}, note="8 wide, all events"),
-    Model("QIN", "QIN", lambda length: {"divisor": length / 10}, note="divisor L / 10; its own head"),
+    Model("QIN", "QIN", lambda length: {"divisor": length / 100}, note="divisor L / 100; its own head"),
 ]
 
 
