@@ -293,7 +293,7 @@ def table(study: Study, seeds: int) -> str:
             row.append(f"**{text}**" if found and statistics.fmean(found) == top[length] else text)
         longest = cells.get(LENGTHS[-1] if model.reads else LENGTHS[0], [])
         row.append(spread([run["logloss"] for run in longest]) if longest else "")
-        for key in ("train_ms", "score_ms"):
+        for key in ("least_train_ms", "least_score_ms"):
             row.append(
                 " / ".join(f"{min(r[key] for r in cells[length]):.3g}" if length in cells else "" for length in timed)
                 if model.reads
@@ -338,10 +338,10 @@ Adam at {DENSE_LR:g}, tables at {TABLE_LR:g} (row-wise Adagrad), MLP (64, 32).
 Seeds (of weights and order; the data are the same) behind each cell: {counts(study, seeds)}. Mean ± standard deviation
 where there are several. In bold the best of a length.
 
-Times are medians over the steps, or requests, of a training, the least of the seeds, on one thread: a step is forward,
-backward and update of {REQUESTS} requests; a request is scored by itself. The machine's load while this ran was
-{min(load, default=0):.1f} to {max(load, default=0):.1f}, and a quiet one has 1: above 2, times tell little more than
-which is the larger.
+Times are the least of all steps, or requests, of the trainings (all have histories of equal length), on one thread: a
+step is forward, backward and update of {REQUESTS} requests; a request is scored by itself. The machine's load while
+this ran was {min(load, default=0):.1f} to {max(load, default=0):.1f}, and a quiet one has 1: above 2, times tell little
+more than which is the larger.
 
 MovieLens 100K: whole histories, {ML_NEGATIVES} drawn negative a like, test AUC at the better of {ML_EPOCHS} epochs by
 the validation AUC; seed 0 alone.
@@ -368,7 +368,7 @@ def plot(study: Study, seeds: int, path: Path) -> None:
         if not cells:
             continue
         style = {"color": colour, "label": model.name}
-        for panel, key in zip(panels, ("auc", "train_ms", "score_ms"), strict=True):
+        for panel, key in zip(panels, ("auc", "least_train_ms", "least_score_ms"), strict=True):
             read = statistics.fmean if key == "auc" else min
             values = [read([run[key] for run in found]) for found in cells.values()]
             if model.reads:
@@ -380,7 +380,7 @@ def plot(study: Study, seeds: int, path: Path) -> None:
         panels[0].axhline(truth[0]["auc"], color="black", linestyle="--", linewidth=1, label="the truth itself")
     for panel, title in zip(panels, titles, strict=True):
         panel.set_xscale("log")
-        panel.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
+        panel.set_xticks(LENGTHS, [f"{length // 1000}k" if length % 1000 == 0 else f"{length}" for length in LENGTHS])
         panel.minorticks_off()
         panel.set_xlabel("events of the history")
         panel.set_title(title)
