@@ -34,7 +34,7 @@ recfast::target_attention::Args<In> target_args(const Named& named) {
           .values = {named.pointer<const In>("values"), 0, value_width, named.number("values_stride")},
           .listed = named.pointer<const std::int64_t>("listed"),
           .out = {named.pointer<In>("out"), candidates, value_width, value_width},
-          .lse = named.pointer<Wide<In>>("lse"),
+          .statistics = named.pointer<Wide<In>>("statistics"),
           .scratch = named.pointer<Wide<In>>("scratch"),
           .table = named.pointer<std::int64_t>("table")};
 }

@@ -29,9 +29,10 @@ struct Scalar : Portable<Value> {
     for (int i = 1; i < kWidth; ++i) top = x[i] > top ? x[i] : top;
     return top;
   }
-  static unsigned not_below(V x, V least) noexcept {
+  template <class Ranks>
+  static unsigned reach(Ranks a, Ranks b) noexcept {
     unsigned bits = 0;
-    for (int i = 0; i < kWidth; ++i) bits |= static_cast<unsigned>(!(x[i] < least[i])) << i;
+    for (int i = 0; i < kWidth; ++i) bits |= static_cast<unsigned>(a[i] >= b[i]) << i;
     return bits;
   }
   static void transpose(V (&x)[kWidth]) noexcept {

@@ -48,9 +48,9 @@ enum class Score : std::int64_t { kSoftmax = 0, kRelu = 1, kSilu = 2, kNone = 3 
 inline constexpr std::int64_t kTile = 64;
 // Rows after which a softmax starts afresh, to be merged: what threads share a long history by. A multiple of kTile.
 inline constexpr std::int64_t kChunk = 1024;
-// Candidates that share one reading of the keys.
-inline constexpr std::int64_t kBlock = 40;
-// Rows after which `select` starts a list afresh. The lists are exact, so this changes no answer.
+// Candidates that share one reading of the keys. A multiple of kLanes, at most kTile.
+inline constexpr std::int64_t kBlock = 48;
+// Rows after which `select` starts a list afresh. The lists are exact, so this changes no answer. Below 2^31.
 inline constexpr std::int64_t kSelectChunk = 16384;
 
 struct Shape {
@@ -80,9 +80,9 @@ struct Args {
   Rows<const In> query;
   Rows<const In> keys;
   Rows<const In> values;
-  const std::int64_t* listed;  // [Nc, K] or null
+  const std::int64_t* listed;  // [Nc, K] if shape.listed >= 0
   Rows<In> out;                // read by backward
-  Wide<In>* lse;               // [Nc, H], softmax only: log2 of the denominator
+  Wide<In>* statistics;        // [Nc, H, 2], softmax only: the highest score times log2(e), 1 / sum 2^(... - highest)
   Wide<In>* scratch;
   std::int64_t* table;  // sizes(...).table numbers
 };
@@ -127,62 +127,74 @@ struct Piece {
   std::int64_t to = 0;
 };
 
-// A candidate's row as `select` ranks it.
+// A score as a whole number of the same order; NaN ranks like infinity.
+template <class T>
+using Rank = std::conditional_t<std::is_same_v<T, double>, std::int64_t, std::int32_t>;
+
+// A row as `select` ranks it.
 template <class T>
 struct Entry {
-  T score;
+  Rank<T> rank;
   std::int64_t position;
 };
 
 // One thread's working memory. A block's arrays are [H, kBlock, ...].
 template <class T>
 struct Work {
-  T* query;          // [H, kBlock, Dqp], or [kBlock, H Dq padded] for select
+  T* query;          // [H, Dq, kBlock], or [H Dq, kBlock] for select
   T* turned;         // keys [Dq, kTile], or [H Dq, kTile] for select
   T* scores;         // [kBlock, kTile]
   T* factor;         // [kBlock] what a block's sums shrink by with a new tile
   T* rows;           // keys or values of a tile, widened [kTile, Dp]
-  T* sum;            // [H, kBlock, Dvp] (forward, like the next two)
   T* highest;        // [H, kBlock]
+  T* sum;            // [H, kBlock, Dvp] (forward, like the next)
   T* weight;         // [H, kBlock, kLanes]
   T* turned_values;  // [Dv, kTile] (backward, like the rest)
   T* dscores;        // [kBlock, kTile]
+  T* query_rows;     // [H, kBlock, Dqp]
   T* grad;           // [H, kBlock, Dvp]
+  T* turned_grad;    // [H, Dv, kBlock]
   T* delta;          // [H, kBlock]
-  T* lse;            // [H, kBlock]
+  T* inverse;        // [H, kBlock]
   T* dkeys;          // [H, kTile, Dqp]
   T* dvalues;        // [H, kTile, Dvp]
   T* chunk_keys;     // [kChunk, H Dqp] where rows are listed
   T* chunk_values;   // [kChunk, H Dvp]
-  Entry<T>* entries;  // [kBlock, entry_room(kept)] (select)
+  Rank<T>* ranks;    // [kBlock, room(kept)] (select, like the rest)
+  Rank<T>* spots;    // [kBlock, room(kept)] rows, counted from the first of the piece
+  Rank<T>* places;   // [room(kept)]
 
-  [[nodiscard]] static constexpr std::int64_t entry_room(std::int64_t kept) noexcept { return 2 * kept + 2 * kTile; }
+  // What a list of the best may grow to before it is cut back to `kept`; a multiple of kLanes.
+  [[nodiscard]] static constexpr std::int64_t room(std::int64_t kept) noexcept { return padded(2 * kept) + 2 * kTile; }
 
   Work(Arena<T>& arena, const Shape& s, Pass pass) noexcept {
     const bool backward = pass == Pass::kBackward;
     const bool forward = pass == Pass::kForward;
     const bool select = pass == Pass::kSelect;
     const std::int64_t widest = std::max(s.width(), s.value_width());
-    query = arena.take(select ? kBlock * padded(s.heads * s.dim) : s.heads * kBlock * s.width());
+    query = arena.take(s.heads * s.dim * kBlock);
     turned = arena.take((select ? s.heads * s.dim : s.dim) * kTile);
     scores = arena.take(kBlock * kTile);
     factor = arena.take(kBlock);
     rows = arena.take(select ? 0 : kTile * widest);
     sum = arena.take(forward ? s.heads * kBlock * s.value_width() : 0);
-    highest = arena.take(forward ? s.heads * kBlock : 0);
+    highest = arena.take(select ? 0 : s.heads * kBlock);
     weight = arena.take(forward ? s.heads * kBlock * kLanes : 0);
     turned_values = arena.take(backward ? s.value_dim * kTile : 0);
     dscores = arena.take(backward ? kBlock * kTile : 0);
+    query_rows = arena.take(backward ? s.heads * kBlock * s.width() : 0);
+    turned_grad = arena.take(backward ? s.heads * kBlock * s.value_dim : 0);
     grad = arena.take(backward ? s.heads * kBlock * s.value_width() : 0);
     delta = arena.take(backward ? s.heads * kBlock : 0);
-    lse = arena.take(backward ? s.heads * kBlock : 0);
+    inverse = arena.take(backward ? s.heads * kBlock : 0);
     dkeys = arena.take(backward ? s.heads * kTile * s.width() : 0);
     dvalues = arena.take(backward ? s.heads * kTile * s.value_width() : 0);
     const bool scattered = backward && s.listed >= 0;
     chunk_keys = arena.take(scattered ? kChunk * s.heads * s.width() : 0);
     chunk_values = arena.take(scattered ? kChunk * s.heads * s.value_width() : 0);
-    constexpr auto kPer = static_cast<std::int64_t>(sizeof(Entry<T>) / sizeof(T));
-    entries = reinterpret_cast<Entry<T>*>(arena.take(select ? kBlock * entry_room(s.kept) * kPer : 0));
+    ranks = reinterpret_cast<Rank<T>*>(arena.take(select ? kBlock * room(s.kept) : 0));
+    spots = reinterpret_cast<Rank<T>*>(arena.take(select ? kBlock * room(s.kept) : 0));
+    places = reinterpret_cast<Rank<T>*>(arena.take(select ? room(s.kept) : 0));
   }
 };
 
@@ -190,7 +202,7 @@ struct Work {
 template <class In>
 struct Form {
   using T = Wide<In>;
-  // One piece of forward. `partial` null: to out and lse; else [candidates of the piece, H, Dvp + 2], to be merged.
+  // One piece of forward. `partial` null: to out and statistics; else [candidates of the piece, H, Dvp + kLanes], to be merged.
   void (*attend)(const Args<In>&, const Work<T>&, const Piece&, T* partial) noexcept;
   // Merges `parts` partials that lie `step` apart, for candidate `candidate`.
   void (*merge)(const Args<In>&, const T* partial, std::int64_t parts, std::int64_t step, std::int64_t candidate) noexcept;

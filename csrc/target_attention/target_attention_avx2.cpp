@@ -29,8 +29,13 @@ struct Vectors256 : Avx2 {
     top = _mm_max_ps(top, _mm_movehl_ps(top, top));
     return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
   }
-  static unsigned not_below(V x, V least) noexcept {
-    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x, least, _CMP_NLT_UQ)));
+  template <class Ranks>
+  static unsigned reach(Ranks a, Ranks b) noexcept {
+    __m256i x;
+    __m256i y;
+    std::memcpy(&x, &a, sizeof x);
+    std::memcpy(&y, &b, sizeof y);
+    return 0xFFu & ~static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(y, x))));
   }
 
   static void transpose(V (&x)[8]) noexcept {

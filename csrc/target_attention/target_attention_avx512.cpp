@@ -22,7 +22,7 @@ namespace {
 
 struct Vectors512 : Avx512 {
   static constexpr int kMaxColumns = 4;
-  static constexpr int tile_rows(int columns) { return columns <= 2 ? 12 : columns == 3 ? 8 : 6; }
+  static constexpr int tile_rows(int columns) { return columns == 1 ? 24 : columns == 2 ? 12 : columns == 3 ? 8 : 6; }
   static V max(V a, V b) noexcept { return _mm512_max_ps(a, b); }
   static float highest(V x) noexcept {
     const __m256 half = _mm256_max_ps(_mm512_maskz_extractf32x8_ps(0xFF, x, 0), _mm512_maskz_extractf32x8_ps(0xFF, x, 1));
@@ -30,7 +30,14 @@ struct Vectors512 : Avx512 {
     top = _mm_max_ps(top, _mm_movehl_ps(top, top));
     return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
   }
-  static unsigned not_below(V x, V least) noexcept { return _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ); }
+  template <class Ranks>
+  static unsigned reach(Ranks a, Ranks b) noexcept {
+    __m512i x;
+    __m512i y;
+    std::memcpy(&x, &a, sizeof x);
+    std::memcpy(&y, &b, sizeof y);
+    return _mm512_cmpge_epi32_mask(x, y);
+  }
 
   static V pairs(V a, V b, bool high) noexcept {
     const __m512d x = _mm512_castps_pd(a);

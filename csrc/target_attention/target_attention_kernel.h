@@ -1,10 +1,57 @@
 // The kernel itself, for any vector type (see common/vectors.h). A form includes both inside its target region; the
 // standard headers and target_attention.h must have been included before, outside it. `Simd` gives on top:
 //   tile_rows(J), transpose(V (&)[W]), load_part(p, count), load_wide(BFloat16*), load_wide_part(BFloat16*, count),
-//   max(a, b), highest(V), not_below(V, V) (a bit for each lane that is not less).
+//   max(a, b), highest(V), reach(a, b) (of whole numbers: a bit for each lane with a >= b).
 #pragma once
 
 namespace recfast::target_attention {
+
+// Asks for the rows that come after a tile, a few lines at a time: memory is busy all the while, and never with more
+// than it can have under way. Its functions are inline by force: GCC takes one that only prefetches for one without
+// effect, and drops the call.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* first, std::int64_t rows, std::int64_t stride_bytes, std::int64_t row_bytes) noexcept
+      : row_(static_cast<const char*>(first)), stride_(stride_bytes), bytes_(row_bytes), left_(rows) {}
+
+  [[nodiscard]] std::int64_t lines() const noexcept { return left_ * ((bytes_ + kLine - 1) / kLine); }
+
+  [[gnu::always_inline]] inline void ask(std::int64_t lines) noexcept {
+    for (; lines > 0 && left_ > 0; --lines) {
+      __builtin_prefetch(row_ + at_, 0, 3);
+      at_ += kLine;
+      if (at_ >= bytes_) {
+        at_ = 0;
+        row_ += stride_;
+        --left_;
+      }
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  const char* row_ = nullptr;
+  std::int64_t stride_ = 0;
+  std::int64_t bytes_ = 0;
+  std::int64_t left_ = 0;
+  std::int64_t at_ = 0;
+};
+
+// The rows of keys, then those of values, at a pace.
+struct Pace {
+  Ahead keys;
+  Ahead values;
+  std::int64_t share = 0;  // lines for each step
+
+  // A third of a head's lines in `steps` steps; the products of keys, the weights and the products of values take
+  // about as long as each other.
+  void over(std::int64_t lines, std::int64_t steps) noexcept { share = (lines + steps - 1) / std::max<std::int64_t>(steps, 1); }
+  [[gnu::always_inline]] inline void step() noexcept {
+    keys.ask(share);
+    values.ask(share);
+  }
+};
 
 template <class Simd>
 struct Dense : Vectors<Simd> {
@@ -17,11 +64,10 @@ struct Dense : Vectors<Simd> {
   using Base::store;
 
   // c[r, :] = start[r, :] + sum_k a[r, k] b[k, :], terms added in the order of k. Columns come in whole vectors.
+  // a[r, k] lies at a[r * ARow + k * AStep]: known to the compiler, so that a row costs no register for its address.
   // start: zeros; c itself (add); c times factor[r] (factor).
   struct Multiply {
     const T* a;
-    std::int64_t a_row;
-    std::int64_t a_step;
     std::int64_t rows;
     std::int64_t depth;
     const T* b;
@@ -31,83 +77,116 @@ struct Dense : Vectors<Simd> {
     std::int64_t c_row;
     bool add;
     const T* factor;
+    Pace* pace = nullptr;
+    std::int64_t lines = 0;
   };
 
-  template <int R, int J>
-  static void tile(const Multiply& p, std::int64_t row, std::int64_t column) noexcept {
-    V sum[R][J];
-    T* c = p.c + row * p.c_row + column;
-    const std::int64_t c_row = p.c_row;
-    if (!p.add) {
-      for (int r = 0; r < R; ++r) {
-        for (int j = 0; j < J; ++j) sum[r][j] = V{};
+  // CRow 0: c_row. Fresh: never `add`.
+  template <int ARow, int AStep, int CRow = 0, bool Fresh = false>
+  struct Product {
+    template <int R, int J>
+    static void tile(const Multiply& p, std::int64_t row, std::int64_t column) noexcept {
+      // All loops over the tile are unrolled, or its sums would live in memory between them.
+      V sum[R][J];
+      const std::int64_t c_row = CRow == 0 ? p.c_row : CRow;
+      T* c = p.c + row * c_row + column;
+      if (Fresh || !p.add) {
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+          for (int j = 0; j < J; ++j) sum[r][j] = V{};
+        }
+      } else if (p.factor == nullptr) {
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+          for (int j = 0; j < J; ++j) sum[r][j] = load(c + r * c_row + j * kWidth);
+        }
+      } else {
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r) {
+          const V factor = splat(p.factor[row + r]);
+#pragma GCC unroll 16
+          for (int j = 0; j < J; ++j) sum[r][j] = load(c + r * c_row + j * kWidth) * factor;
+        }
       }
-    } else {
+      const T* a = p.a + row * ARow;
+      const T* b = p.b + column;
+      const std::int64_t b_row = p.b_row;
+      for (std::int64_t k = p.depth; k > 0; --k) {
+        V w[J];
+#pragma GCC unroll 16
+        for (int j = 0; j < J; ++j) w[j] = load(b + j * kWidth);
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r) {
+          const V x = splat(a[r * ARow]);
+#pragma GCC unroll 16
+          for (int j = 0; j < J; ++j) sum[r][j] = Simd::fma(x, w[j], sum[r][j]);
+        }
+        a += AStep;
+        b += b_row;
+      }
+      // The addresses of the stores are computed here, not kept from the loads: there are too few registers.
+      if constexpr (CRow == 0) asm("" : "+r"(c));
+#pragma GCC unroll 24
       for (int r = 0; r < R; ++r) {
-        const V factor = splat(p.factor == nullptr ? T{1} : p.factor[row + r]);
-        for (int j = 0; j < J; ++j) sum[r][j] = load(c + r * c_row + j * kWidth) * factor;
+#pragma GCC unroll 16
+        for (int j = 0; j < J; ++j) store(c + j * kWidth, sum[r][j]);
+        c += c_row;
       }
     }
-    const T* a = p.a + row * p.a_row;
-    const T* b = p.b + column;
-    const std::int64_t a_row = p.a_row;
-    const std::int64_t a_step = p.a_step;
-    const std::int64_t b_row = p.b_row;
-    for (std::int64_t k = p.depth; k > 0; --k) {
-      V w[J];
-      for (int j = 0; j < J; ++j) w[j] = load(b + j * kWidth);
-      for (int r = 0; r < R; ++r) {
-        const V x = splat(a[r * a_row]);
-        for (int j = 0; j < J; ++j) sum[r][j] = Simd::fma(x, w[j], sum[r][j]);
+
+    template <int R, int J>
+    static void rows_of(const Multiply& p, std::int64_t row, std::int64_t column, std::int64_t count) noexcept {
+      if constexpr (R > 1) {
+        if (count < R) return rows_of<R - 1, J>(p, row, column, count);
       }
-      a += a_step;
-      b += b_row;
+      tile<R, J>(p, row, column);
     }
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < J; ++j) store(c + r * c_row + j * kWidth, sum[r][j]);
-    }
-  }
 
-  template <int R, int J>
-  static void rows_of(const Multiply& p, std::int64_t row, std::int64_t column, std::int64_t count) noexcept {
-    if constexpr (R > 1) {
-      if (count < R) return rows_of<R - 1, J>(p, row, column, count);
+    template <int J>
+    static void strip(const Multiply& p, std::int64_t column, std::int64_t vectors) noexcept {
+      if constexpr (J > 1) {
+        if (vectors < J) return strip<J - 1>(p, column, vectors);
+      }
+      // Tiles of about equal height: a low last one would wait for its own sums.
+      constexpr int kRows = Simd::tile_rows(J);
+      const std::int64_t tiles = (p.rows + kRows - 1) / kRows;
+      std::int64_t row = 0;
+      if (p.pace != nullptr) p.pace->over(p.lines, tiles);
+      for (std::int64_t i = 1; i <= tiles; ++i) {
+        const std::int64_t next = p.rows * i / tiles;
+        rows_of<kRows, J>(p, row, column, next - row);
+        row = next;
+        if (p.pace != nullptr) p.pace->step();
+      }
     }
-    tile<R, J>(p, row, column);
-  }
 
-  template <int J>
-  static void strip(const Multiply& p, std::int64_t column, std::int64_t vectors) noexcept {
-    if constexpr (J > 1) {
-      if (vectors < J) return strip<J - 1>(p, column, vectors);
+    static void run(const Multiply& p) noexcept {
+      const std::int64_t vectors = p.columns / kWidth;
+      const std::int64_t strips = (vectors + Simd::kMaxColumns - 1) / Simd::kMaxColumns;
+      std::int64_t first = 0;
+      for (std::int64_t i = 1; i <= strips; ++i) {
+        const std::int64_t next = vectors * i / strips;
+        strip<Simd::kMaxColumns>(p, first * kWidth, next - first);
+        first = next;
+      }
     }
-    // Tiles of about equal height: a low last one would wait for its own sums.
-    constexpr int kRows = Simd::tile_rows(J);
-    const std::int64_t tiles = (p.rows + kRows - 1) / kRows;
-    std::int64_t row = 0;
-    for (std::int64_t i = 1; i <= tiles; ++i) {
-      const std::int64_t next = p.rows * i / tiles;
-      rows_of<kRows, J>(p, row, column, next - row);
-      row = next;
-    }
-  }
+  };
 
-  static void multiply(const Multiply& p) noexcept {
-    const std::int64_t vectors = p.columns / kWidth;
-    const std::int64_t strips = (vectors + Simd::kMaxColumns - 1) / Simd::kMaxColumns;
-    std::int64_t first = 0;
-    for (std::int64_t i = 1; i <= strips; ++i) {
-      const std::int64_t next = vectors * i / strips;
-      strip<Simd::kMaxColumns>(p, first * kWidth, next - first);
-      first = next;
-    }
-  }
+  // a turned, with a row for each of its columns: queries and gradients [width, kBlock]. c: scores [kBlock, kTile].
+  static void multiply_block(const Multiply& p) noexcept { Product<1, kBlock, kTile, true>::run(p); }
+  // a as it is: scores [kBlock, kTile].
+  static void multiply_scores(const Multiply& p) noexcept { Product<kTile, 1>::run(p); }
+  // The rows of scores as columns of a.
+  static void multiply_scores_turned(const Multiply& p) noexcept { Product<1, kTile>::run(p); }
 
-  // 2^x for x <= 127; 0 below the smallest normal float. Relative error below 2 ulp.
+  // 2^x for x <= 127, relative error below 2 ulp; below the smallest normal float some value below it, and 0 from -127 on.
   static V power_of_two(V x) noexcept {
     if constexpr (std::is_same_v<T, float>) {
       typedef std::int32_t Integers __attribute__((vector_size(sizeof(V))));
       const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+      x = Simd::max(splat(-127.0f), x);    // NaN stays
       const V shifted = x + magic;
       const V r = x - (shifted - magic);
       V y = splat(1.535336188319500e-4f);
@@ -123,7 +202,7 @@ struct Dense : Vectors<Simd> {
       std::memcpy(&power, &shifted, sizeof power);
       bits += power << 23;  // the low bits of `shifted` are the integer
       std::memcpy(&y, &bits, sizeof y);
-      return x < splat(-126.0f) ? V{} : y;
+      return y;
     } else {
       for (std::int64_t i = 0; i < kWidth; ++i) x[i] = std::exp2(x[i]);
       return x;
@@ -143,12 +222,17 @@ struct Kernel : Dense<Simd> {
   using Base::dot;
   using Base::load;
   using Base::logistic;
-  using Base::multiply;
+  using Base::multiply_block;
+  using Base::multiply_scores;
+  using Base::multiply_scores_turned;
   using Base::power_of_two;
   using Base::power_of_two_scalar;
   using Base::splat;
   using Base::store;
   using Base::sum_lanes;
+
+  using Word = std::make_unsigned_t<Rank<T>>;
+  typedef Word Words __attribute__((vector_size(sizeof(V))));
 
   static V widen(const In* p) noexcept {
     if constexpr (std::is_same_v<In, T>) {
@@ -166,7 +250,7 @@ struct Kernel : Dense<Simd> {
   }
 
   // to [padded(width)] = a row, widened with zeros.
-  static void widen_row(const In* from, T* to, std::int64_t width) noexcept {
+  static void widen_row(const In* __restrict from, T* __restrict to, std::int64_t width) noexcept {
     std::int64_t i = 0;
     for (; i + kWidth <= width; i += kWidth) store(to + i, widen(from + i));
     if (i < width) {
@@ -178,20 +262,31 @@ struct Kernel : Dense<Simd> {
 
   // to = factor * from, rounded to nearest, ties to even.
   static void narrow_row(const T* __restrict from, In* __restrict to, std::int64_t width, T factor) noexcept {
+    const V by = splat(factor);
+    std::int64_t i = 0;
     if constexpr (std::is_same_v<In, T>) {
-      for (std::int64_t i = 0; i < width; ++i) to[i] = from[i] * factor;
+      for (; i + kWidth <= width; i += kWidth) store(to + i, load(from + i) * by);
+      for (; i < width; ++i) to[i] = from[i] * factor;
     } else {
-      for (std::int64_t i = 0; i < width; ++i) {
-        const float value = from[i] * factor;
-        std::uint32_t bits;
+      for (; i < width; i += kWidth) {  // `from` is padded, like all rows of sums
+        const V value = load(from + i) * by;
+        Words bits;
         std::memcpy(&bits, &value, sizeof bits);
-        const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-        to[i].bits = static_cast<std::uint16_t>(value != value ? 0x7FC0u : rounded);
+        bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+        bits = value == value ? bits : 0x7FC0u - Words{};
+        std::uint16_t halves[kWidth];
+        for (std::int64_t j = 0; j < kWidth; ++j) halves[j] = static_cast<std::uint16_t>(bits[j]);
+        if (i + kWidth <= width) {
+          std::memcpy(to + i, &halves, sizeof halves);
+        } else {
+          std::memcpy(to + i, &halves, static_cast<std::size_t>(width - i) * sizeof(In));
+        }
       }
     }
   }
 
-  // turned [width, kTile]: turned[d, l] = rows[l][offset + d], zeros for the rest of the lanes of row n - 1.
+  // turned [width, Stride]: turned[d, l] = rows[l][offset + d], zeros for the rest of the lanes of row n - 1.
+  template <int Stride>
   static void turn(const In* const* rows, std::int64_t n, std::int64_t offset, std::int64_t width,
                    T* turned) noexcept {
     const std::int64_t lanes = padded(n);
@@ -207,12 +302,12 @@ struct Kernel : Dense<Simd> {
           for (std::int64_t i = 0; i < kWidth; ++i) x[i] = i < valid ? widen_part(rows[l + i] + offset + d, count) : V{};
         }
         Simd::transpose(x);
-        T* to = turned + d * kTile + l;
+        T* to = turned + d * Stride + l;
         if (count == kWidth) {
 #pragma GCC unroll 16
-          for (std::int64_t i = 0; i < kWidth; ++i) store(to + i * kTile, x[i]);
+          for (std::int64_t i = 0; i < kWidth; ++i) store(to + i * Stride, x[i]);
         } else {
-          for (std::int64_t i = 0; i < count; ++i) store(to + i * kTile, x[i]);
+          for (std::int64_t i = 0; i < count; ++i) store(to + i * Stride, x[i]);
         }
       }
     }
@@ -269,51 +364,69 @@ struct Kernel : Dense<Simd> {
     }
   }
 
-  static constexpr T iota(std::int64_t i) noexcept { return static_cast<T>(i); }
+  static constexpr T kNone = -std::numeric_limits<T>::infinity();
 
-  // y = scale * s over a tile, -inf past row n.
-  static V scaled(const T* s, std::int64_t i, std::int64_t n, V scale) noexcept {
+  // Lanes of group g that lie before row n; the rest becomes -inf.
+  static V valid(V x, std::int64_t first, std::int64_t n) noexcept {
     alignas(64) static constexpr T kIota[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    V y = load(s + i) * scale;
-    if (i + kWidth > n) {
-      const V lane = load(kIota) + splat(static_cast<T>(i));
-      y = lane < splat(static_cast<T>(n)) ? y : splat(-std::numeric_limits<T>::infinity());
-    }
-    return y;
+    return load(kIota) < splat(static_cast<T>(n - first)) ? x : splat(kNone);
   }
 
-  // The scores of one candidate and a tile become weights 2^(y - highest); what came before shrinks by the factor
-  // that is returned.
-  static T soften(T* s, std::int64_t n, T scale, T& highest, T* weight) noexcept {
-    const std::int64_t lanes = padded(n);
-    const V factor = splat(scale);
-    V top = splat(highest);
-    for (std::int64_t i = 0; i < lanes; i += kWidth) {
-      const V y = scaled(s, i, n, factor);
-      store(s + i, y);
-      top = Simd::max(y, top);
+  // highest[c] = max(highest[c], scale * max_l s[c, l]) and factor[c] = 2^(before - highest[c]). Groups: the tile's
+  // rows in units of kLanes.
+  template <int Groups>
+  static void raise(const T* s, std::int64_t n, std::int64_t count, T scale, T* highest, T* factor) noexcept {
+    constexpr std::int64_t kLast = (Groups - 1) * kLanes;
+    for (std::int64_t c = 0; c < count; ++c, s += kTile) {
+      V top = valid(load(s + kLast), kLast, n);
+      for (std::int64_t i = kWidth; i < kLanes; i += kWidth) {
+        top = Simd::max(valid(load(s + kLast + i), kLast + i, n), top);
+      }
+      for (std::int64_t i = 0; i < kLast; i += kWidth) top = Simd::max(load(s + i), top);
+      factor[c] = Simd::highest(top) * scale;
     }
-    const T before = highest;
-    const T now = Simd::highest(top);
-    V part[kParts];
-    T shrink{1};
-    if (now == before) {
-      for (std::int64_t i = 0; i < kParts; ++i) part[i] = load(weight + i * kWidth);
-    } else {
-      shrink = power_of_two_scalar(before - now);
-      for (std::int64_t i = 0; i < kParts; ++i) part[i] = load(weight + i * kWidth) * splat(shrink);
-      highest = now;
+    for (std::int64_t c = 0; c < count; c += kWidth) {  // rows are padded
+      const V before = load(highest + c);
+      const V now = Simd::max(load(factor + c), before);
+      store(highest + c, now);
+      store(factor + c, power_of_two(before - now));
     }
-    const V reference = splat(now);
-    for (std::int64_t i = 0; i < lanes; i += kLanes) {
-      for (std::int64_t j = 0; j < kParts; ++j) {
-        const V p = power_of_two(load(s + i + j * kWidth) - reference);
-        store(s + i + j * kWidth, p);
-        part[j] += p;
+  }
+
+  // Scores become weights 2^(scale * s - highest), which are added to what `factor` leaves of `weight`.
+  template <int Groups>
+  static void soften(T* s, std::int64_t n, std::int64_t count, T scale, const T* highest, const T* factor,
+                     T* weight, Pace& pace) noexcept {
+    constexpr std::int64_t kLast = (Groups - 1) * kLanes;
+    const V by = splat(scale);
+    for (std::int64_t c = 0; c < count; ++c, s += kTile, weight += kLanes) {
+      const V reference = splat(highest[c]);
+      const V shrink = splat(factor[c]);
+      for (std::int64_t part = 0; part < kLanes; part += kWidth) {
+        V sum = load(weight + part) * shrink;
+        for (std::int64_t i = part; i <= kLast + part; i += kLanes) {
+          V x = Simd::fma(load(s + i), by, -reference);
+          if (i >= kLast) x = valid(x, i, n);
+          const V p = power_of_two(x);
+          store(s + i, p);
+          sum += p;
+        }
+        store(weight + part, sum);
+      }
+      if (c % 4 == 0) pace.step();
+    }
+  }
+
+  template <int Groups>
+  static void soften_block(T* s, std::int64_t n, std::int64_t count, T scale, T* highest, T* factor,
+                           T* weight, Pace& pace) noexcept {
+    if constexpr (Groups > 1) {
+      if (n <= (Groups - 1) * kLanes) {
+        return soften_block<Groups - 1>(s, n, count, scale, highest, factor, weight, pace);
       }
     }
-    for (std::int64_t i = 0; i < kParts; ++i) store(weight + i * kWidth, part[i]);
-    return shrink;
+    raise<Groups>(s, n, count, scale, highest, factor);
+    soften<Groups>(s, n, count, scale, highest, factor, weight, pace);
   }
 
   // The same without a softmax: each weight comes from its own score.
@@ -327,84 +440,148 @@ struct Kernel : Dense<Simd> {
     }
   }
 
+  // What products are multiplied by; its sign is in the queries, so that the highest product is the highest score.
   static T score_scale(const Args<In>& a) noexcept {
     constexpr double kLog2E = 1.4426950408889634;
-    return static_cast<T>(a.score == Score::kSoftmax ? a.scale * kLog2E : a.scale);
+    const double size = std::abs(a.scale);
+    return static_cast<T>(a.score == Score::kSoftmax ? size * kLog2E : size);
   }
 
-  static void load_block(const Args<In>& a, const Work<T>& w, std::int64_t first, std::int64_t count) noexcept {
-    const Shape& s = a.shape;
-    for (std::int64_t h = 0; h < s.heads; ++h) {
-      for (std::int64_t c = 0; c < count; ++c) {
-        widen_row(a.query[first + c] + h * s.dim, w.query + (h * kBlock + c) * s.width(), s.dim);
+  // turned [H, width, kBlock] = the heads of rows first, first + 1, ..., times `sign`.
+  static void load_turned(const Rows<const In>& rows, std::int64_t heads, std::int64_t width, std::int64_t first,
+                          std::int64_t count, T sign, T* turned) noexcept {
+    if (count == 1) {  // without turning 15 rows of nothing
+      for (std::int64_t h = 0; h < heads; ++h, turned += width * kBlock) {
+        const In* from = rows[first] + h * width;
+        for (std::int64_t d = 0; d < width; d += kWidth) {
+          const std::int64_t n = std::min(kWidth, width - d);
+          T value[kWidth];
+          store(value, n == kWidth ? widen(from + d) : widen_part(from + d, n));
+          for (std::int64_t i = 0; i < n; ++i) turned[(d + i) * kBlock] = value[i] * sign;
+        }
       }
+      return;
     }
+    const In* row[kBlock]{};
+    for (std::int64_t c = 0; c < count; ++c) row[c] = rows[first + c];
+    for (std::int64_t h = 0; h < heads; ++h) turn<kBlock>(row, count, h * width, width, turned + h * width * kBlock);
+    if (sign == T{1}) return;
+    for (std::int64_t d = 0; d < heads * width; ++d) {
+      for (std::int64_t c = 0; c < count; ++c) turned[d * kBlock + c] *= sign;
+    }
+  }
+
+  static T sign_of(const Args<In>& a) noexcept { return a.scale < 0 ? T{-1} : T{1}; }
+
+  static Ahead ahead(const In* first, std::int64_t rows, std::int64_t stride, std::int64_t width) noexcept {
+    constexpr std::int64_t kBytes = sizeof(In);
+    return {first, rows, stride * kBytes, width * kBytes};
+  }
+
+  // The rows after a tile, where it is known where they lie.
+  static Pace pace_of(const Args<In>& a, const Tile& tile) noexcept {
+    const Shape& s = a.shape;
+    Pace pace;
+    if (tile.key_stride == 0) return pace;
+    pace.keys = ahead(tile.key[0] + tile.n * tile.key_stride, tile.n, tile.key_stride, s.heads * s.dim);
+    pace.values = ahead(tile.value[0] + tile.n * tile.value_stride, tile.n, tile.value_stride, s.heads * s.value_dim);
+    return pace;
   }
 
   static void add_tile(const Args<In>& a, const Work<T>& w, const Tile& tile, std::int64_t count, bool first) noexcept {
     const Shape& s = a.shape;
     const T scale = score_scale(a);
     const bool softmax = a.score == Score::kSoftmax;
+    Pace pace = pace_of(a, tile);
+    const std::int64_t lines = std::max(pace.keys.lines(), pace.values.lines()) / (3 * s.heads) + 1;
     for (std::int64_t h = 0; h < s.heads; ++h) {
-      turn(tile.key, tile.n, h * s.dim, s.dim, w.turned);
-      multiply({w.query + h * kBlock * s.width(), s.width(), 1, count, s.dim, w.turned, kTile, padded(tile.n), w.scores,
-                kTile, false, nullptr});
-      for (std::int64_t c = 0; c < count; ++c) {
-        T* scores = w.scores + c * kTile;
-        if (softmax) {
-          const std::int64_t at = h * kBlock + c;
-          w.factor[c] = soften(scores, tile.n, scale, w.highest[at], w.weight + at * kLanes);
-        } else {
-          weigh(a.score, scores, tile.n, scale);
-        }
+      turn<kTile>(tile.key, tile.n, h * s.dim, s.dim, w.turned);
+      multiply_block({w.query + h * s.dim * kBlock, count, s.dim, w.turned, kTile, padded(tile.n), w.scores, kTile,
+                      false, nullptr, &pace, lines});
+      const std::int64_t at = h * kBlock;
+      pace.over(lines, (count + 3) / 4);
+      if (softmax) {
+        soften_block<kTile / kLanes>(w.scores, tile.n, count, scale, w.highest + at, w.factor, w.weight + at * kLanes,
+                                     pace);
+      } else {
+        for (std::int64_t c = 0; c < count; ++c) weigh(a.score, w.scores + c * kTile, tile.n, scale);
       }
       const Operand v = operand(tile.value, tile.n, h * s.value_dim, s.value_dim, tile.value_stride, w.rows);
-      multiply({w.scores, kTile, 1, count, tile.n, v.data, v.row, s.value_width(),
-                w.sum + h * kBlock * s.value_width(), s.value_width(), !first, softmax ? w.factor : nullptr});
+      multiply_scores({w.scores, count, tile.n, v.data, v.row, s.value_width(), w.sum + at * s.value_width(),
+                       s.value_width(), !first, softmax ? w.factor : nullptr, &pace, lines});
     }
   }
 
   static void start_block(const Args<In>& a, const Work<T>& w, std::int64_t count) noexcept {
     const Shape& s = a.shape;
     for (std::int64_t h = 0; h < s.heads; ++h) {
-      std::fill_n(w.highest + h * kBlock, count, -std::numeric_limits<T>::infinity());
+      std::fill_n(w.highest + h * kBlock, kBlock, std::numeric_limits<T>::lowest());
       std::fill_n(w.weight + h * kBlock * kLanes, count * kLanes, T{0});
     }
   }
 
   static void finish(const Args<In>& a, std::int64_t candidate, std::int64_t h, const T* sum, T highest,
-                     T weight) noexcept {
+                     T inverse) noexcept {
     const Shape& s = a.shape;
     const bool softmax = a.score == Score::kSoftmax;
-    In* out = a.out[candidate] + h * s.value_dim;
-    narrow_row(sum, out, s.value_dim, softmax ? T{1} / weight : T{1});
-    if (softmax) a.lse[candidate * s.heads + h] = highest + std::log2(weight);
+    narrow_row(sum, a.out[candidate] + h * s.value_dim, s.value_dim, softmax ? inverse : T{1});
+    if (!softmax) return;
+    T* statistics = a.statistics + 2 * (candidate * s.heads + h);
+    statistics[0] = highest;
+    statistics[1] = inverse;
   }
 
   static void finish_empty(const Args<In>& a, std::int64_t candidate) noexcept {
     const Shape& s = a.shape;
     std::fill_n(a.out[candidate], s.heads * s.value_dim, In{});
-    if (a.score == Score::kSoftmax) std::fill_n(a.lse + candidate * s.heads, s.heads, T{0});
+    if (a.score == Score::kSoftmax) std::fill_n(a.statistics + 2 * candidate * s.heads, 2 * s.heads, T{0});
+  }
+
+  // The sum of each row's kLanes values, in the order of sum_lanes; rows count up to a multiple of kLanes.
+  static void sum_rows(const T* rows, std::int64_t count, T* sums) noexcept {
+    if (count == 1) {
+      T lanes[kLanes];
+      std::copy_n(rows, kLanes, lanes);
+      sums[0] = sum_lanes(lanes);
+      return;
+    }
+    for (std::int64_t first = 0; first < count; first += kWidth) {
+      V lane[kLanes];
+      for (std::int64_t part = 0; part < kLanes; part += kWidth) {
+        V x[kWidth];
+        for (std::int64_t i = 0; i < kWidth; ++i) x[i] = load(rows + (first + i) * kLanes + part);
+        Simd::transpose(x);
+        for (std::int64_t i = 0; i < kWidth; ++i) lane[part + i] = x[i];
+      }
+#pragma GCC unroll 4
+      for (std::int64_t half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (std::int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
+      }
+      store(sums + first, lane[0]);
+    }
   }
 
   static void finish_block(const Args<In>& a, const Work<T>& w, std::int64_t first, std::int64_t count,
                            T* partial) noexcept {
     const Shape& s = a.shape;
     const std::int64_t step = s.heads * (s.value_width() + kLanes);
-    for (std::int64_t c = 0; c < count; ++c) {
-      for (std::int64_t h = 0; h < s.heads; ++h) {
+    for (std::int64_t h = 0; h < s.heads; ++h) {
+      alignas(64) T total[kBlock];
+      sum_rows(w.weight + h * kBlock * kLanes, count, total);
+      if (partial == nullptr) {
+        for (std::int64_t c = 0; c < count; c += kWidth) store(total + c, splat(T{1}) / load(total + c));
+      }
+      for (std::int64_t c = 0; c < count; ++c) {
         const std::int64_t at = h * kBlock + c;
         const T* sum = w.sum + at * s.value_width();
-        T lanes[kLanes];
-        std::copy_n(w.weight + at * kLanes, kLanes, lanes);
-        const T weight = sum_lanes(lanes);
         if (partial == nullptr) {
-          finish(a, first + c, h, sum, w.highest[at], weight);
+          finish(a, first + c, h, sum, w.highest[at], total[c]);
         } else {
           T* to = partial + c * step + h * (s.value_width() + kLanes);
           std::copy_n(sum, s.value_width(), to);
           to[s.value_width()] = w.highest[at];
-          to[s.value_width() + 1] = weight;
+          to[s.value_width() + 1] = total[c];
         }
       }
     }
@@ -417,8 +594,8 @@ struct Kernel : Dense<Simd> {
       return;
     }
     Tile tile;
-    if (a.listed == nullptr) {
-      load_block(a, w, p.first, count);
+    if (a.shape.listed < 0) {
+      load_turned(a.query, a.shape.heads, a.shape.dim, p.first, count, sign_of(a), w.query);
       start_block(a, w, count);
       const std::int64_t begin = a.shape.begin[p.user];
       for (std::int64_t l = p.from; l < p.to; l += kTile) {
@@ -430,7 +607,7 @@ struct Kernel : Dense<Simd> {
     }
     std::int64_t index[kTile];
     for (std::int64_t c = p.first; c < p.last; ++c) {
-      load_block(a, w, c, 1);
+      load_turned(a.query, a.shape.heads, a.shape.dim, c, 1, sign_of(a), w.query);
       start_block(a, w, 1);
       const std::int64_t* list = a.listed + c * a.shape.listed;
       std::int64_t next = 0;
@@ -472,7 +649,7 @@ struct Kernel : Dense<Simd> {
           store(sum + i, load(sum + i) * splat(keep) + load(other + i) * splat(take));
         }
       }
-      finish(a, candidate, h, sum, highest, weight);
+      finish(a, candidate, h, sum, highest, T{1} / weight);
     }
   }
 
@@ -482,34 +659,40 @@ struct Kernel : Dense<Simd> {
                              std::int64_t count) noexcept {
     const Shape& s = a.shape;
     const bool softmax = a.score == Score::kSoftmax;
-    load_block(a, w, first, count);
+    load_turned(a.query, s.heads, s.dim, first, count, sign_of(a), w.query);
+    load_turned(g.grad, s.heads, s.value_dim, first, count, T{1}, w.turned_grad);
     for (std::int64_t h = 0; h < s.heads; ++h) {
       for (std::int64_t c = 0; c < count; ++c) {
         const std::int64_t at = h * kBlock + c;
+        widen_row(a.query[first + c] + h * s.dim, w.query_rows + at * s.width(), s.dim);
         T* grad = w.grad + at * s.value_width();
         widen_row(g.grad[first + c] + h * s.value_dim, grad, s.value_dim);
         if (!softmax) continue;
         widen_row(a.out[first + c] + h * s.value_dim, w.rows, s.value_dim);
         w.delta[at] = dot(grad, w.rows, s.value_width());
-        w.lse[at] = a.lse[(first + c) * s.heads + h];
+        w.highest[at] = a.statistics[2 * ((first + c) * s.heads + h)];
+        w.inverse[at] = a.statistics[2 * ((first + c) * s.heads + h) + 1];
       }
     }
   }
 
   // s and dp become p and scale * ds.
-  static void differentiate(const Args<In>& a, T* s, T* ds, std::int64_t n, T lse, T delta) noexcept {
+  static void differentiate(const Args<In>& a, T* s, T* ds, std::int64_t n, T highest, T inverse,
+                            T delta) noexcept {
     const V factor = splat(score_scale(a));
     const V scale = splat(static_cast<T>(a.scale));
     const V one = splat(T{1});
-    const V reference = splat(lse);
+    const V reference = splat(highest);
+    const V total = splat(inverse);
     const V mean = splat(delta);
     for (std::int64_t i = 0; i < padded(n); i += kWidth) {
-      const V y = load(s + i) * factor;
+      const V product = load(s + i);
+      const V y = product * factor;
       V p = y;
       V d = load(ds + i);
       switch (a.score) {
         case Score::kSoftmax:
-          p = power_of_two(y - reference);
+          p = power_of_two(Simd::fma(product, factor, -reference)) * total;
           d = p * (d - mean);
           break;
         case Score::kRelu:
@@ -530,52 +713,70 @@ struct Kernel : Dense<Simd> {
     }
   }
 
+  // Where the gradients of a tile's rows are summed: row l of head h lies at h * head + l * row.
+  struct Target {
+    T* keys;
+    std::int64_t key_head;
+    std::int64_t key_row;
+    T* values;
+    std::int64_t value_head;
+    std::int64_t value_row;
+  };
+
+  static Target aside(const Args<In>& a, const Work<T>& w) noexcept {
+    const std::int64_t width = a.shape.width();
+    const std::int64_t value_width = a.shape.value_width();
+    return {w.dkeys, kTile * width, width, w.dvalues, kTile * value_width, value_width};
+  }
+
   // dquery points to the block's first row and to head 0; rows lie H Dqp apart.
   static void backward_tile(const Args<In>& a, const Gradients<In>& g, const Work<T>& w, const Tile& tile,
-                            std::int64_t count, T* dquery, bool first) noexcept {
+                            std::int64_t count, T* dquery, const Target& to, bool first) noexcept {
     const Shape& s = a.shape;
     const std::int64_t width = s.width();
     const std::int64_t value_width = s.value_width();
     const bool scores_too = g.query != nullptr || g.keys != nullptr;
+    Pace pace = pace_of(a, tile);
+    const std::int64_t lines = std::max(pace.keys.lines(), pace.values.lines()) / (3 * s.heads) + 1;
     for (std::int64_t h = 0; h < s.heads; ++h) {
-      const T* query = w.query + h * kBlock * width;
+      const T* query = w.query_rows + h * kBlock * width;
       const T* grad = w.grad + h * kBlock * value_width;
       const std::int64_t lanes = padded(tile.n);
-      turn(tile.key, tile.n, h * s.dim, s.dim, w.turned);
-      multiply({query, width, 1, count, s.dim, w.turned, kTile, lanes, w.scores, kTile, false, nullptr});
+      turn<kTile>(tile.key, tile.n, h * s.dim, s.dim, w.turned);
+      multiply_block({w.query + h * s.dim * kBlock, count, s.dim, w.turned, kTile, lanes, w.scores, kTile, false,
+                      nullptr, &pace, lines});
       if (scores_too) {
-        turn(tile.value, tile.n, h * s.value_dim, s.value_dim, w.turned_values);
-        multiply({grad, value_width, 1, count, s.value_dim, w.turned_values, kTile, lanes, w.dscores, kTile, false,
-                  nullptr});
+        turn<kTile>(tile.value, tile.n, h * s.value_dim, s.value_dim, w.turned_values);
+        multiply_block({w.turned_grad + h * s.value_dim * kBlock, count, s.value_dim, w.turned_values, kTile, lanes,
+                        w.dscores, kTile, false, nullptr, &pace, lines});
       }
       for (std::int64_t c = 0; c < count; ++c) {
         const std::int64_t at = h * kBlock + c;
         const bool softmax = a.score == Score::kSoftmax;
-        differentiate(a, w.scores + c * kTile, w.dscores + c * kTile, tile.n, softmax ? w.lse[at] : T{0},
-                      softmax ? w.delta[at] : T{0});
+        differentiate(a, w.scores + c * kTile, w.dscores + c * kTile, tile.n, softmax ? w.highest[at] : T{0},
+                      softmax ? w.inverse[at] : T{0}, softmax ? w.delta[at] : T{0});
       }
       if (g.values != nullptr) {
-        multiply({w.scores, 1, kTile, tile.n, count, grad, value_width, value_width, w.dvalues + h * kTile * value_width,
-                  value_width, !first, nullptr});
+        multiply_scores_turned({w.scores, tile.n, count, grad, value_width, value_width, to.values + h * to.value_head,
+                                to.value_row, !first, nullptr});
       }
       if (g.keys != nullptr) {
-        multiply({w.dscores, 1, kTile, tile.n, count, query, width, width, w.dkeys + h * kTile * width, width, !first,
-                  nullptr});
+        multiply_scores_turned({w.dscores, tile.n, count, query, width, width, to.keys + h * to.key_head, to.key_row,
+                                !first, nullptr});
       }
       if (g.query != nullptr) {
         const Operand k = operand(tile.key, tile.n, h * s.dim, s.dim, tile.key_stride, w.rows);
-        multiply({w.dscores, kTile, 1, count, tile.n, k.data, k.row, width, dquery + h * width, s.heads * width, true,
-                  nullptr});
+        multiply_scores({w.dscores, count, tile.n, k.data, k.row, width, dquery + h * width, s.heads * width, true,
+                         nullptr, &pace, lines});
       }
     }
   }
 
-  // Row l of head h lies at from + h * head + l * padded(width).
-  static void write_rows(const T* from, std::int64_t head, In* to, std::int64_t n, std::int64_t heads, std::int64_t width,
-                         std::int64_t row) noexcept {
+  // Row l of head h lies at from + (h * kTile + l) * padded(width).
+  static void write_rows(const T* from, In* to, std::int64_t n, std::int64_t heads, std::int64_t width) noexcept {
     for (std::int64_t l = 0; l < n; ++l) {
       for (std::int64_t h = 0; h < heads; ++h) {
-        narrow_row(from + h * head + l * row, to + (l * heads + h) * width, width, T{1});
+        narrow_row(from + (h * kTile + l) * padded(width), to + (l * heads + h) * width, width, T{1});
       }
     }
   }
@@ -590,25 +791,32 @@ struct Kernel : Dense<Simd> {
     Tile tile;
     for (std::int64_t l = p.from; l < p.to; l += kTile) {
       point(a, begin + l, std::min(kTile, p.to - l), tile);
+      In* keys = g.keys == nullptr ? nullptr : g.keys + (begin + l) * s.heads * s.dim;
+      In* values = g.values == nullptr ? nullptr : g.values + (begin + l) * s.heads * s.value_dim;
+      // Where the gradient's own rows are whole vectors, sums are made in them.
+      Target to = aside(a, w);
+      bool direct_keys = false;
+      bool direct_values = false;
+      if constexpr (std::is_same_v<In, T>) {
+        direct_keys = keys != nullptr && s.dim % kLanes == 0;
+        direct_values = values != nullptr && s.value_dim % kLanes == 0;
+        if (direct_keys) to.keys = keys, to.key_head = s.dim, to.key_row = s.heads * s.dim;
+        if (direct_values) to.values = values, to.value_head = s.value_dim, to.value_row = s.heads * s.value_dim;
+      }
       std::int64_t first = 0;
       for (std::int64_t block = 1; block <= blocks; ++block) {
         const std::int64_t last = candidates * block / blocks;
         if (blocks > 1 || l == p.from) load_gradients(a, g, w, p.first + first, last - first);
-        backward_tile(a, g, w, tile, last - first, dquery + first * row, block == 1);
+        backward_tile(a, g, w, tile, last - first, dquery + first * row, to, block == 1);
         first = last;
       }
       if (blocks == 0) {
-        std::fill_n(w.dkeys, s.heads * kTile * s.width(), T{0});
-        std::fill_n(w.dvalues, s.heads * kTile * s.value_width(), T{0});
+        if (keys != nullptr) std::fill_n(keys, tile.n * s.heads * s.dim, In{});
+        if (values != nullptr) std::fill_n(values, tile.n * s.heads * s.value_dim, In{});
+        continue;
       }
-      const std::int64_t at = (begin + l) * s.heads;
-      if (g.keys != nullptr) {
-        write_rows(w.dkeys, kTile * s.width(), g.keys + at * s.dim, tile.n, s.heads, s.dim, s.width());
-      }
-      if (g.values != nullptr) {
-        write_rows(w.dvalues, kTile * s.value_width(), g.values + at * s.value_dim, tile.n, s.heads, s.value_dim,
-                   s.value_width());
-      }
+      if (keys != nullptr && !direct_keys) write_rows(w.dkeys, keys, tile.n, s.heads, s.dim);
+      if (values != nullptr && !direct_values) write_rows(w.dvalues, values, tile.n, s.heads, s.value_dim);
     }
   }
 
@@ -638,7 +846,7 @@ struct Kernel : Dense<Simd> {
         if (tile.n == 0) break;
         if (!loaded) load_gradients(a, g, w, c, 1);
         loaded = true;
-        backward_tile(a, g, w, tile, 1, dquery + (c - p.first) * s.heads * s.width(), true);
+        backward_tile(a, g, w, tile, 1, dquery + (c - p.first) * s.heads * s.width(), aside(a, w), true);
         if (g.keys != nullptr) scatter(w.dkeys, index, tile.n, s.heads, s.width(), w.chunk_keys);
         if (g.values != nullptr) scatter(w.dvalues, index, tile.n, s.heads, s.value_width(), w.chunk_values);
       }
@@ -655,7 +863,7 @@ struct Kernel : Dense<Simd> {
   static void backward(const Args<In>& a, const Gradients<In>& g, const Work<T>& w, const Piece& p,
                        T* dquery) noexcept {
     if (g.query != nullptr) std::fill_n(dquery, (p.last - p.first) * a.shape.heads * a.shape.width(), T{0});
-    if (a.listed == nullptr) {
+    if (a.shape.listed < 0) {
       backward_shared(a, g, w, p, dquery);
     } else {
       backward_listed(a, g, w, p, dquery);
@@ -674,8 +882,93 @@ struct Kernel : Dense<Simd> {
 
   // --- select ---
 
+  using R = Rank<T>;
+  typedef R Ranks __attribute__((vector_size(sizeof(V))));
+
+  static Ranks load_ranks(const R* p) noexcept {
+    Ranks v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store_ranks(R* p, Ranks v) noexcept { std::memcpy(p, &v, sizeof v); }
+
+  static Ranks rank(V y) noexcept {
+    y = y == y ? y + V{} : splat(std::numeric_limits<T>::infinity());  // -0 becomes 0
+    Ranks bits;
+    std::memcpy(&bits, &y, sizeof bits);
+    return bits ^ ((bits >> (8 * sizeof(R) - 1)) & std::numeric_limits<R>::max());
+  }
+
+  static std::int64_t count_from(const R* ranks, std::int64_t size, R least) noexcept {
+    Ranks sum{};
+    const Ranks bound = least - Ranks{};
+    std::int64_t i = 0;
+    for (; i + kWidth <= size; i += kWidth) sum -= load_ranks(ranks + i) >= bound;
+    std::int64_t count = 0;
+    for (std::int64_t j = 0; j < kWidth; ++j) count += sum[j];
+    for (; i < size; ++i) count += ranks[i] >= least;
+    return count;
+  }
+
+  // Keeps the `kept` best of `size` > kept entries, in their order; of equals the last. `least` is a rank that at
+  // least `kept` of them reach; it becomes the lowest that stays.
+  static void cut(R* ranks, R* spots, std::int64_t size, std::int64_t kept, R& least) noexcept {
+    std::int64_t low = least;
+    std::int64_t high = *std::max_element(ranks, ranks + size);
+    std::int64_t reach = size;  // how many reach `low`
+    while (low < high) {
+      // Above the middle, without overflow.
+      const auto middle = static_cast<std::int64_t>(
+          static_cast<std::uint64_t>(low) + (static_cast<std::uint64_t>(high) - static_cast<std::uint64_t>(low) + 1) / 2);
+      const std::int64_t count = count_from(ranks, size, static_cast<R>(middle));
+      if (count < kept) {
+        high = middle - 1;
+        continue;
+      }
+      low = middle;
+      reach = count;
+      if (count == kept) break;
+    }
+    least = static_cast<R>(low);
+    std::int64_t drop = reach - kept;  // the first of those at `least`
+    std::int64_t to = 0;
+    for (std::int64_t i = 0; i < size; ++i) {
+      const R value = ranks[i];
+      const bool tie = value == least;
+      const bool stays = value > least || (tie && drop <= 0);
+      drop -= tie;
+      ranks[to] = value;
+      spots[to] = spots[i];
+      to += stays;
+    }
+  }
+
   static bool goes_before(const Entry<T>& a, const Entry<T>& b) noexcept {
-    return a.score > b.score || (a.score == b.score && a.position > b.position);
+    return a.rank > b.rank || (a.rank == b.rank && a.position > b.position);
+  }
+
+  // Entries, which lie in the order of their rows, best first. `places` and the lists have room past `size`.
+  static void sort(const R* ranks, const R* spots, std::int64_t size, std::int64_t from, R* places,
+                   Entry<T>* best) noexcept {
+    constexpr std::int64_t kFew = 512;
+    if (size > kFew) {
+      for (std::int64_t i = 0; i < size; ++i) best[i] = {ranks[i], from + spots[i]};
+      std::sort(best, best + size, goes_before);
+      return;
+    }
+    // How many go before each: those with a higher rank, and the later ones with an equal rank.
+    for (std::int64_t i = 0; i < size; i += kWidth) {
+      const Ranks mine = load_ranks(ranks + i);
+      const Ranks row = load_ranks(spots + i);
+      Ranks before{};
+      for (std::int64_t j = 0; j < size; ++j) {
+        const Ranks other = ranks[j] - Ranks{};
+        const Ranks other_row = spots[j] - Ranks{};
+        before -= (other > mine) | ((other == mine) & (other_row > row));
+      }
+      store_ranks(places + i, before);
+    }
+    for (std::int64_t i = 0; i < size; ++i) best[places[i]] = {ranks[i], from + spots[i]};
   }
 
   static void select(const Args<In>& a, const Work<T>& w, const Piece& p, Entry<T>* best) noexcept {
@@ -683,51 +976,69 @@ struct Kernel : Dense<Simd> {
     const std::int64_t count = p.last - p.first;
     const std::int64_t width = s.heads * s.dim;
     const std::int64_t kept = s.kept;
-    const std::int64_t room = Work<T>::entry_room(kept);
+    const std::int64_t room = Work<T>::room(kept);
     const V scale = splat(static_cast<T>(a.scale));
     std::int64_t size[kBlock];
+    R least[kBlock];  // what a row must reach
     for (std::int64_t c = 0; c < count; ++c) {
-      widen_row(a.query[p.first + c], w.query + c * padded(width), width);
-      w.factor[c] = -std::numeric_limits<T>::infinity();  // what an entry must not score below
+      least[c] = std::numeric_limits<R>::min();
       size[c] = 0;
     }
+    load_turned(a.query, 1, width, p.first, count, T{1}, w.query);
     const std::int64_t begin = s.begin[p.user];
     const In* rows[kTile];
+    alignas(64) R ranks[kTile];
     for (std::int64_t from = p.from; from < p.to; from += kTile) {
       const std::int64_t n = std::min(kTile, p.to - from);
       for (std::int64_t l = 0; l < n; ++l) rows[l] = a.keys[begin + from + l];
-      turn(rows, n, 0, width, w.turned);
-      multiply({w.query, padded(width), 1, count, width, w.turned, kTile, padded(n), w.scores, kTile, false, nullptr});
+      Pace pace;
+      pace.keys = ahead(rows[0] + n * a.keys.stride, n, a.keys.stride, width);
+      const std::int64_t lines = pace.keys.lines() / 2 + 1;
+      turn<kTile>(rows, n, 0, width, w.turned);
+      multiply_block({w.query, count, width, w.turned, kTile, padded(n), w.scores, kTile, false, nullptr, &pace, lines});
+      pace.over(lines, count);
       for (std::int64_t c = 0; c < count; ++c) {
-        Entry<T>* entries = w.entries + c * room;
-        T* scores = w.scores + c * kTile;
-        const V least = splat(w.factor[c]);
+        pace.step();
+        const T* scores = w.scores + c * kTile;
+        const Ranks bound = least[c] - Ranks{};
         std::uint64_t good = 0;
         for (std::int64_t i = 0; i < n; i += kWidth) {
-          const V y = load(scores + i) * scale;
-          store(scores + i, y);
-          good |= static_cast<std::uint64_t>(Simd::not_below(y, least)) << i;
+          const Ranks here = rank(load(scores + i) * scale);
+          store_ranks(ranks + i, here);
+          good |= static_cast<std::uint64_t>(Simd::reach(here, bound)) << i;
         }
-        if (n < kTile) good &= (std::uint64_t{1} << n) - 1;
-        for (; good != 0; good &= good - 1) {
-          const std::int64_t l = __builtin_ctzll(good);
-          // NaN ranks first, as in torch.topk; among them the later goes first.
-          const T score = scores[l] == scores[l] ? scores[l] : std::numeric_limits<T>::infinity();
-          entries[size[c]++] = {score, from + l};
+        const std::uint64_t all = n < kTile ? (std::uint64_t{1} << n) - 1 : ~std::uint64_t{0};
+        good &= all;
+        R* to = w.ranks + c * room + size[c];
+        R* spots = w.spots + c * room + size[c];
+        const std::int64_t first = from - p.from;
+        if (good == all) {
+          size[c] += n;
+          for (std::int64_t l = 0; l < n; ++l) {
+            to[l] = ranks[l];
+            spots[l] = static_cast<R>(first + l);
+          }
+        } else {
+          size[c] += __builtin_popcountll(good);
+          for (; good != 0; good &= good - 1) {
+            const std::int64_t l = __builtin_ctzll(good);
+            *to++ = ranks[l];
+            *spots++ = static_cast<R>(first + l);
+          }
         }
         if (size[c] > room - kTile) {
-          std::nth_element(entries, entries + kept - 1, entries + size[c], goes_before);
+          cut(w.ranks + c * room, w.spots + c * room, size[c], kept, least[c]);
           size[c] = kept;
-          w.factor[c] = entries[kept - 1].score;
         }
       }
     }
     for (std::int64_t c = 0; c < count; ++c) {
-      Entry<T>* entries = w.entries + c * room;
+      R* list = w.ranks + c * room;
+      R* spots = w.spots + c * room;
+      if (size[c] > kept) cut(list, spots, size[c], kept, least[c]);
       const std::int64_t found = std::min(kept, size[c]);
-      std::partial_sort(entries, entries + found, entries + size[c], goes_before);
-      std::copy_n(entries, found, best + c * kept);
-      std::fill_n(best + c * kept + found, kept - found, Entry<T>{-std::numeric_limits<T>::infinity(), -1});
+      sort(list, spots, found, p.from, w.places, best + c * kept);
+      std::fill_n(best + c * kept + found, kept - found, Entry<T>{std::numeric_limits<R>::min(), -1});
     }
   }
 

@@ -520,14 +520,14 @@ def test_one_row_expanded_over_the_history():
 
 
 def test_nothing_of_candidates_by_history_is_stored():
-    """Saved for backward: the arguments, the answer, its lse and the chosen rows, for any number of pairs."""
+    """Saved for backward: the arguments, the answer, its statistics and the chosen rows, for any number of pairs."""
     arguments, options = problem([400], [50], 2, 8, 8)
     for top_k in (None, 7):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
             ops.target_attention(arguments[0].requires_grad_(), *arguments[1:], top_k=top_k, **options)
         inputs = sum(x.numel() for x in (*arguments, options["candidate_offsets"]))
-        assert 0 < sum(saved) <= inputs + arguments[0].numel() + 100 + 50 * (top_k or 0)
+        assert 0 < sum(saved) <= inputs + arguments[0].numel() + 200 + 50 * (top_k or 0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from recfast import _C
 from recfast.errors import OutOfRange
 from recfast.ops import _check
 from recfast.ops._histories import Histories, check_candidates, histories, unit_rows
@@ -24,6 +25,7 @@ def _kernels(what: str):
 _FORWARD, _BACKWARD, _SELECT = _kernels("forward"), _kernels("backward"), _kernels("select")
 _SIZES = kernel("target_attention_sizes")
 _CHECK_LISTED = kernel("target_attention_check_listed")
+_LARGE = 32 << 20  # bytes from which on malloc always maps fresh memory
 _LOG2_E = 1.4426950408889634
 
 
@@ -84,7 +86,7 @@ class _Call:
             error.position, error.value, error.rows = at, value, length
             raise error
 
-    def arguments(self, which: int, out: torch.Tensor | None, lse: torch.Tensor | None) -> dict[str, float]:
+    def arguments(self, which: int, out: torch.Tensor | None, statistics: torch.Tensor | None) -> dict[str, float]:
         shape = self._shape()
         wide = _wide(self.dtype)
         scratch, table = _SIZES(which, wide.itemsize, **shape)
@@ -103,7 +105,7 @@ class _Call:
             "values_stride": self.history.values.stride(-2),
             "listed": 0 if self.listed is None else self.listed.data_ptr(),
             "out": 0 if out is None else out.data_ptr(),
-            "lse": 0 if lse is None else lse.data_ptr(),
+            "statistics": 0 if statistics is None else statistics.data_ptr(),
             "scratch": self.scratch.data_ptr(),
             "table": self.table.data_ptr(),
         }
@@ -116,18 +118,24 @@ class _Call:
 
     def attend(self) -> tuple[torch.Tensor, torch.Tensor]:
         out = self.query.new_empty(self.rows, self.heads, self.widths[1])
-        lse = torch.empty((self.rows, self.heads) if self.score == "softmax" else (0, 0), dtype=_wide(self.dtype))
-        _FORWARD[self.dtype](**self.arguments(_FORWARD_PASS, out, lse))
-        return out, lse
+        shape = (self.rows, self.heads, 2) if self.score == "softmax" else (0, 0, 0)
+        statistics = torch.empty(shape, dtype=_wide(self.dtype))
+        _FORWARD[self.dtype](**self.arguments(_FORWARD_PASS, out, statistics))
+        return out, statistics
 
-    def differentiate(self, grad, out, lse, keys, values, wanted: tuple[bool, bool, bool]) -> tuple[torch.Tensor, ...]:
+    def differentiate(
+        self, grad, out, statistics, keys, values, wanted: tuple[bool, bool, bool]
+    ) -> tuple[torch.Tensor, ...]:
         """The gradients of query, keys and values; an empty tensor for each that is not wanted."""
 
         def like_rows(x: torch.Tensor, asked: bool) -> torch.Tensor:
             if not asked:
                 return x.new_empty(0)
             if self.history.step is None:
-                return x.new_empty(x.shape)
+                rows = x.new_empty(x.shape)
+                if rows.nbytes >= _LARGE:  # fresh memory with a five-hundredth of the page faults
+                    _C.advise_huge_pages(rows.data_ptr(), rows.nbytes)
+                return rows
             # Padding lies outside every history, so no kernel writes it.
             return x.new_zeros(x.shape[0], self.history.step, *x.shape[2:])
 
@@ -135,7 +143,7 @@ class _Call:
         dkeys, dvalues = like_rows(keys, wanted[1]), like_rows(values, wanted[2])
         grad, out = grad.contiguous(), out.contiguous()
         _BACKWARD[self.dtype](
-            **self.arguments(_BACKWARD_PASS, out, lse.contiguous()),
+            **self.arguments(_BACKWARD_PASS, out, statistics.contiguous()),
             grad=grad.data_ptr(),
             dquery=dquery.data_ptr() if wanted[0] else 0,
             dkeys=dkeys.data_ptr() if wanted[1] else 0,
@@ -152,16 +160,16 @@ def _cpu(query, keys, values, offsets, candidate_offsets, positions, scale, scor
         "target_attention", query, keys, values, offsets, candidate_offsets, scale=scale, score=score, kept=top_k or 0
     )
     call.list_rows(call.select() if top_k is not None else positions, check=top_k is None)
-    out, lse = call.attend()
+    out, statistics = call.attend()
     # An op may not return what it was given, and a list that was given need not be saved twice.
-    return out, lse, torch.empty(0, 0, dtype=torch.int64) if top_k is None else call.listed
+    return out, statistics, torch.empty(0, 0, dtype=torch.int64) if top_k is None else call.listed
 
 
 def _fake(query, keys, values, offsets, candidate_offsets, positions, scale, score, top_k):
     rows, heads, _ = query.shape
     return (
         query.new_empty(rows, heads, values.shape[-1]),
-        query.new_empty((rows, heads) if score == "softmax" else (0, 0), dtype=_wide(query.dtype)),
+        query.new_empty((rows, heads, 2) if score == "softmax" else (0, 0, 0), dtype=_wide(query.dtype)),
         query.new_empty((0, 0) if top_k is None else (rows, top_k), dtype=torch.int64),
     )
 
@@ -169,7 +177,7 @@ def _fake(query, keys, values, offsets, candidate_offsets, positions, scale, sco
 def _cpu_backward(
     grad,
     out,
-    lse,
+    statistics,
     query,
     keys,
     values,
@@ -184,13 +192,13 @@ def _cpu_backward(
 ):
     call = _Call("target_attention", query, keys, values, offsets, candidate_offsets, scale=scale, score=score)
     call.list_rows(positions, check=True)
-    return call.differentiate(grad, out, lse, keys, values, (to_query, to_keys, to_values))
+    return call.differentiate(grad, out, statistics, keys, values, (to_query, to_keys, to_values))
 
 
 def _fake_backward(
     grad,
     out,
-    lse,
+    statistics,
     query,
     keys,
     values,
@@ -211,12 +219,12 @@ def _fake_backward(
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, positions, ctx.scale, ctx.score, top_k = inputs
-    out, lse, selected = output
-    ctx.save_for_backward(out, lse, *tensors, positions if top_k is None else selected)
-    ctx.mark_non_differentiable(lse, selected)
+    out, statistics, selected = output
+    ctx.save_for_backward(out, statistics, *tensors, positions if top_k is None else selected)
+    ctx.mark_non_differentiable(statistics, selected)
 
 
-def _backward(ctx, grad: torch.Tensor, _grad_lse, _grad_positions):
+def _backward(ctx, grad: torch.Tensor, _grad_statistics, _grad_positions):
     wanted = [bool(x) for x in ctx.needs_input_grad[:3]]
     gradients = _backward_op(grad, *ctx.saved_tensors, ctx.scale, ctx.score, *wanted)
     return *(x if asked else None for x, asked in zip(gradients, wanted, strict=True)), *([None] * 6)
@@ -260,7 +268,7 @@ def _select_published(query, keys, offsets, candidate_offsets, k, scale):
 
 
 def _published(query, keys, values, offsets, candidate_offsets, positions, scale, score, top_k):
-    """`(out, lse, selected)` in plain torch: a padded copy of the history for each candidate."""
+    """`(out, statistics, selected)` in plain torch: a padded copy of the history for each candidate."""
     selected = query.new_empty((0, 0), dtype=torch.int64)
     if top_k is not None:
         positions = selected = _select_published(query, keys, offsets, candidate_offsets, top_k, scale)
@@ -273,19 +281,17 @@ def _published(query, keys, values, offsets, candidate_offsets, positions, scale
     wide = _wide(query.dtype)
     k, v = (_padded(x.to(wide), begin, positions, valid) for x in (keys, values))
     s = torch.einsum("chd,clhd->chl", query.to(wide), k) * scale
-    lse = s.new_empty(0, 0)
+    statistics = s.new_empty(0, 0, 0)
     if score == "softmax":
-        masked = torch.where(valid.unsqueeze(1), s, -torch.inf)
         some = valid.any(1)[:, None, None]
-        p = torch.softmax(torch.where(some, masked, 0.0), -1) * some
-        lse = (
-            torch.logsumexp(torch.where(some, masked, 0.0), -1) * some.squeeze(-1) * _LOG2_E
-            if s.shape[-1]
-            else s.sum(-1)
-        )
+        masked = torch.where(some, torch.where(valid.unsqueeze(1), s, -torch.inf), 0.0)
+        p = torch.softmax(masked, -1) * some
+        highest = masked.amax(-1) if s.shape[-1] else s.sum(-1)
+        total = torch.exp(masked - highest.unsqueeze(-1)).sum(-1)
+        statistics = torch.stack([highest * _LOG2_E, torch.where(some.squeeze(-1), 1 / total, 0.0)], -1)
     else:
         p = {"relu": torch.relu, "silu": torch.nn.functional.silu, "none": lambda x: x}[score](s) * valid.unsqueeze(1)
-    return torch.einsum("chl,clhd->chd", p, v).to(query.dtype), lse, selected
+    return torch.einsum("chl,clhd->chd", p, v).to(query.dtype), statistics, selected
 
 
 def _select_cpu(query, keys, offsets, candidate_offsets, k, scale):
@@ -363,10 +369,10 @@ def _samples() -> Iterator[tuple]:
 def _samples_backward() -> Iterator[tuple]:
     for arguments in _samples():
         *inputs, positions, scale, score, top_k = (x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
-        out, lse, selected = _op(*inputs, positions, scale, score, top_k)
+        out, statistics, selected = _op(*inputs, positions, scale, score, top_k)
         positions = positions if top_k is None else selected
         for wanted in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
-            yield (torch.ones_like(out), out, lse, *inputs, positions, scale, score, *wanted)
+            yield (torch.ones_like(out), out, statistics, *inputs, positions, scale, score, *wanted)
 
 
 def _samples_select() -> Iterator[tuple]:
@@ -389,7 +395,7 @@ _op = define(
     expected=_published,
 )
 _backward_op = define(
-    f"target_attention_backward(Tensor grad, Tensor out, Tensor lse, {_TENSORS}, bool to_query, bool to_keys, "
+    f"target_attention_backward(Tensor grad, Tensor out, Tensor statistics, {_TENSORS}, bool to_query, bool to_keys, "
     "bool to_values) -> (Tensor, Tensor, Tensor)",
     cpu=_cpu_backward,
     fake=_fake_backward,
