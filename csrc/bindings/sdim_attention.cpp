@@ -84,16 +84,59 @@ void attention_backward(const py::kwargs& arguments) {
 }
 
 template <class Stored, class T>
+sdim::Direct<Stored, T> direct_args(const Named& named) {
+  const sdim::Shape shape = sdim_shape(named);
+  return {.shape = shape,
+          .events = sdim_events(named, shape.tables),
+          .values = {named.pointer<const Stored>("values"), 0, shape.width, named.number("values_stride")},
+          .query = {named.pointer<const std::uint8_t>("query"), named.number("rows"), shape.tables,
+                    named.number("query_stride")},
+          .candidates = named.pointer<const std::int64_t>("candidates"),
+          .normalize = named.number("normalize") != 0,
+          .grad = {},
+          .dvalues = {},
+          .scratch = named.pointer<T>("scratch")};
+}
+
+template <class Stored, class T>
+py::tuple direct(const py::kwargs& arguments) {
+  const Named named(arguments);
+  sdim::Direct<Stored, T> args = direct_args<Stored, T>(named);
+  args.out = named.pointer<T>("out");
+  sdim::Faults faults;
+  {
+    py::gil_scoped_release unlocked;
+    faults = sdim::direct(args);
+  }
+  return py::make_tuple(faults.codes, faults.query);
+}
+
+template <class Stored, class T>
+void direct_backward(const py::kwargs& arguments) {
+  const Named named(arguments);
+  sdim::Direct<Stored, T> args = direct_args<Stored, T>(named);
+  args.grad = {named.pointer<const T>("grad"), args.query.rows, args.shape.width, args.shape.width};
+  args.dvalues = {named.pointer<Stored>("dvalues"), 0, args.shape.width, args.shape.width};
+  args.dvalue_begin = named.pointer<const std::int64_t>("dvalue_begin");
+  py::gil_scoped_release unlocked;
+  sdim::direct_backward(args);
+}
+
+template <class Stored, class T>
 void bind_dtype(py::module_& m, const std::string& dtype) {
   m.def(("sdim_table_" + dtype).c_str(), &table<Stored, T>);
   m.def(("sdim_table_backward_" + dtype).c_str(), &table_backward<Stored, T>);
   m.def(("sdim_attention_" + dtype).c_str(), &attention<Stored, T>);
+  m.def(("sdim_direct_" + dtype).c_str(), &direct<Stored, T>);
+  m.def(("sdim_direct_backward_" + dtype).c_str(), &direct_backward<Stored, T>);
   m.def(("sdim_attention_backward_" + dtype).c_str(), &attention_backward<Stored, T>);
 }
 
 }  // namespace
 
 void bind_sdim_attention(py::module_& m) {
+  m.def("sdim_direct_scratch",
+        [](const py::kwargs& arguments) { return sdim::direct_scratch(sdim_shape(Named(arguments))); });
   bind_dtype<float, float>(m, "float32");
   bind_dtype<std::uint16_t, float>(m, "bfloat16");
   bind_dtype<double, double>(m, "float64");

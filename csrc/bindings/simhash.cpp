@@ -13,6 +13,7 @@ void simhash(const py::kwargs& arguments) {
                                           .outer_stride = named.number("outer_stride"),
                                           .inner = named.number("inner"),
                                           .inner_stride = named.number("inner_stride"),
+                                          .lengths = named.pointer<const std::int64_t>("lengths"),
                                           .dim = named.number("dim"),
                                           .projections = named.pointer<const T>("projections"),
                                           .tables = named.number("tables"),

@@ -1,12 +1,14 @@
 #include "sdim_attention/sdim_attention.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/row_format.h"
 #include "common/simd_portable.h"
 #include "common/status.h"
 #include "sdim_attention/sdim_attention_kernel.h"
@@ -18,6 +20,18 @@ template <class Value>
 struct Plain : Portable<Value> {
   using typename Portable<Value>::T;
   using typename Portable<Value>::V;
+  static V widen(const std::uint16_t* p) noexcept {
+    T wide[sizeof(V) / sizeof(T)];
+    for (std::size_t i = 0; i < sizeof(V) / sizeof(T); ++i) wide[i] = bfloat16_to_float(p[i]);
+    V v;
+    std::memcpy(&v, wide, sizeof v);
+    return v;
+  }
+  static std::uint32_t equal16(const std::uint8_t* a, const std::uint8_t* b) noexcept {
+    std::uint32_t bits = 0;
+    for (unsigned i = 0; i < 16; ++i) bits |= static_cast<std::uint32_t>(a[i] == b[i]) << i;
+    return bits;
+  }
   static V load_part(const T* p, std::int64_t n) noexcept {
     T part[sizeof(V) / sizeof(T)]{};
     std::memcpy(part, p, static_cast<std::size_t>(n) * sizeof *p);
@@ -146,6 +160,52 @@ void lookup_backward(const LookupGradient<Stored, T>& args) noexcept {
   });
 }
 
+std::int64_t direct_scratch(const Shape& shape) noexcept {
+  return max_threads() * padded(2 * shape.user_size() + shape.tables * (shape.buckets() + 1));
+}
+
+namespace {
+
+// body(args with its cuts, user, first candidate, last candidate, the thread's scratch) for each user.
+template <class Stored, class T, class Body>
+void each_user(Direct<Stored, T> args, const Body& body) noexcept {
+  const Shape& s = args.shape;
+  args.cuts = passes(s, sizeof(T), 1, 0);
+  const std::int64_t scratch = padded(2 * s.user_size() + s.tables * (s.buckets() + 1));
+  parallel_for_each(s.users, [&](std::int64_t user, int thread) {
+    const std::int64_t first = args.candidates == nullptr ? user : args.candidates[user];
+    const std::int64_t last = args.candidates == nullptr ? user + 1 : args.candidates[user + 1];
+    body(args, user, first, last, args.scratch + thread * scratch);
+  });
+}
+
+}  // namespace
+
+template <class Stored, class T>
+Faults direct(const Direct<Stored, T>& args) noexcept {
+  const auto form = pick<Stored, T>().direct;
+  FirstError codes;
+  FirstError query;
+  each_user(args, [&](const auto& cut, std::int64_t user, std::int64_t first, std::int64_t last, T* scratch) {
+    if (first == last) return;
+    const Faults faults = form(cut, user, first, last, scratch);
+    if (faults.codes >= 0) codes.report(faults.codes);
+    if (faults.query >= 0) query.report(faults.query);
+  });
+  return {.codes = codes.position(), .query = query.position()};
+}
+
+template <class Stored, class T>
+void direct_backward(const Direct<Stored, T>& args) noexcept {
+  each_user(args, pick<Stored, T>().direct_backward);
+}
+
+template Faults direct(const Direct<float, float>&) noexcept;
+template Faults direct(const Direct<std::uint16_t, float>&) noexcept;
+template Faults direct(const Direct<double, double>&) noexcept;
+template void direct_backward(const Direct<float, float>&) noexcept;
+template void direct_backward(const Direct<std::uint16_t, float>&) noexcept;
+template void direct_backward(const Direct<double, double>&) noexcept;
 template std::int64_t build(const TableArgs<float, float>&) noexcept;
 template std::int64_t build(const TableArgs<std::uint16_t, float>&) noexcept;
 template std::int64_t build(const TableArgs<double, double>&) noexcept;

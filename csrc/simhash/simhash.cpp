@@ -101,36 +101,50 @@ void run_with(const Args<X, T>& args, Form form) noexcept {
     block.columns = width;
     block.signs = reinterpret_cast<std::uint8_t*>(mine);  // NOLINT: scratch is bytes here
     T* wide = mine + work_size - (kWidened ? kBlock * padded(args.dim) : 0);
-    const std::int64_t end = std::min(rows, (group + 1) * grain * kBlock);
-    for (std::int64_t first = group * grain * kBlock; first < end; first += kBlock) {
-      block.count = std::min(kBlock, end - first);
-      std::int64_t outer = first / args.inner;
-      std::int64_t inner = first % args.inner;
-      for (std::int64_t r = 0; r < block.count; ++r) {
-        const X* row = args.x + outer * args.outer_stride + inner * args.inner_stride;
-        if constexpr (kWidened) {
-          T* to = wide + r * padded(args.dim);
-          for (std::int64_t d = 0; d < args.dim; ++d) to[d] = bfloat16_to_float(row[d]);
-          block.rows[r] = to;
-        } else {
-          block.rows[r] = row;
-        }
-        if (++inner == args.inner) {
-          inner = 0;
-          ++outer;
-        }
-      }
+    std::int64_t taken[kBlock];
+    const auto flush = [&] {
       form(block);
       for (std::int64_t r = 0; r < block.count; ++r) {
         const std::uint8_t* signs = block.signs + r * sign_bytes(width);
-        const std::int64_t at = (first + r) * args.tables;
+        const std::int64_t at = taken[r] * args.tables;
         if (args.bits <= 8) {
           write_small(signs, args.tables, args.bits, args.small + at);
         } else {
           write_large(signs, args.tables, args.bits, args.large + at);
         }
       }
+      block.count = 0;
+    };
+    const std::int64_t end = std::min(rows, (group + 1) * grain * kBlock);
+    std::int64_t row = group * grain * kBlock;
+    std::int64_t outer = row / args.inner;
+    std::int64_t inner = row % args.inner;
+    while (row < end) {
+      const std::int64_t stop = std::min(args.inner, inner + end - row);
+      const std::int64_t live = args.lengths == nullptr ? stop : std::clamp(args.lengths[outer], inner, stop);
+      for (; inner < live; ++inner, ++row) {
+        const X* from = args.x + outer * args.outer_stride + inner * args.inner_stride;
+        if constexpr (kWidened) {
+          T* to = wide + block.count * padded(args.dim);
+          for (std::int64_t d = 0; d < args.dim; ++d) to[d] = bfloat16_to_float(from[d]);
+          block.rows[block.count] = to;
+        } else {
+          block.rows[block.count] = from;
+        }
+        taken[block.count++] = row;
+        if (block.count == kBlock) flush();
+      }
+      const std::int64_t dead = (stop - inner) * args.tables;
+      if (args.bits <= 8) {
+        std::fill_n(args.small + row * args.tables, dead, std::uint8_t{0});
+      } else {
+        std::fill_n(args.large + row * args.tables, dead, std::int64_t{0});
+      }
+      row += stop - inner;
+      inner = 0;
+      ++outer;
     }
+    if (block.count > 0) flush();
   });
 }
 

@@ -2,14 +2,15 @@
 //
 //   code[i, j] = sum_t 2^t [ x_i . R[:, j, t] > 0 ]      j < M, t < bits; strictly above, so 0 and NaN give 0
 //
-// Shapes       x: `outer` blocks of `inner` rows of D values, strides apart; R [D, M, bits] contiguous; codes [rows, M]
+// Shapes       x: `outer` blocks of `inner` rows of D values, strides apart; R [D, M, bits] contiguous; codes [rows, M];
+//              with lengths [outer], rows lengths[o] <= i < inner of block o are not read and get code 0
 // Dtypes       x float32, bfloat16 (widened, exact) or float64; R float32, or float64 with x; codes uint8 for bits <= 8,
 //              int64 above (bit 63 is the sign)
 // Accumulator  R's type. The sum starts at 0 and takes its terms in the order of D, each by one FMA (std::fma where the
 //              processor has none), in every form: the bits are equal on every instruction set, whatever the batch,
 //              the number of threads and the strides
 // Rounding     a bit can differ from the exact sign only where |x . R| <= D eps sum_d |x_d R_d|
-// Limits       1 <= bits <= 64; sizes below 2^63
+// Limits       1 <= bits <= 64; 0 <= lengths[o] <= inner; sizes below 2^63
 // Source       Charikar, "Similarity estimation techniques from rounding algorithms", STOC 2002; Cao et al. (SDIM),
 //              arXiv 2205.10249; Chen et al. (ETA), arXiv 2108.04468
 #pragma once
@@ -28,6 +29,7 @@ struct Args {
   std::int64_t outer_stride = 0;
   std::int64_t inner = 0;
   std::int64_t inner_stride = 0;
+  const std::int64_t* lengths = nullptr;  // or null: `inner` everywhere
   std::int64_t dim = 0;
   const T* projections = nullptr;
   std::int64_t tables = 0;

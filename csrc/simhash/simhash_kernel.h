@@ -32,8 +32,11 @@ struct Kernel {
       }
       projection += block.columns;
     }
+    // Unrolled before the compiler places `sum`, or it would go through memory.
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       std::uint8_t* signs = block.signs + (row + r) * sign_bytes(block.columns) + column / 8;
+#pragma GCC unroll 8
       for (int j = 0; j < J; ++j) Simd::store_signs(sum[r][j], signs + j * kWidth / 8);
     }
   }

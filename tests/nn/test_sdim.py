@@ -80,6 +80,24 @@ def test_gradients_reach_the_values_alone(dtype):
     assert values.grad.abs().sum() > 0
 
 
+def test_a_kept_table_changes_no_gradient():
+    """Long histories keep their tables for backward, short ones do not."""
+    query, keys, offsets, rows = problem()
+    for tables, bits in ((1, 1), (7, 4)):
+        sdim = nn.SDIM(12, tables=tables, bits=bits)
+        grads = []
+        for at_once in (False, True):
+            leaf = keys.clone().requires_grad_()
+            if at_once:
+                codes = (sdim.codes(query), sdim.codes(keys))
+                out = ops.sdim_history_attention(*codes, leaf, offsets, bits=bits, candidate_offsets=rows)
+            else:
+                out = sdim(query, leaf, offsets, rows)
+            (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+            grads.append(leaf.grad)
+        assert torch.equal(*grads)
+
+
 def test_the_seed_makes_the_hash_and_the_state_keeps_it():
     one, same, other = nn.SDIM(4, seed=1), nn.SDIM(4, seed=1), nn.SDIM(4, seed=2)
     assert torch.equal(one.projections, same.projections)

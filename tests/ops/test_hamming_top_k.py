@@ -1,5 +1,6 @@
 """The five tests of an op; the answer is whole numbers, so everything is exact."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -112,6 +113,26 @@ def test_padded_and_strided_equal_jagged(words, dtype, isa_levels):
         for padded in (store[:, :70, 2 : 2 + words], store[..., 2 : 2 + words], store[..., 2 : 2 + words].contiguous()):
             found = ops.hamming_top_k(query, padded, torch.tensor(lengths), 6, candidate_offsets=rows)
             assert torch.equal(found, wanted)
+
+
+def far_apart(rows: torch.Tensor) -> torch.Tensor:
+    """The same rows 2^31 bytes apart, in memory that is mostly never touched."""
+    step = 2**31 + 8
+    try:
+        store = torch.from_numpy(np.zeros(step * len(rows), dtype=np.uint8))
+    except MemoryError:
+        pytest.skip("this machine does not lend so much address space")
+    spread = store.as_strided(rows.shape, (step, 1))
+    spread.copy_(rows)
+    return spread
+
+
+def test_addresses_beyond_32_bits():
+    query, keys = random_codes(2, 3, torch.uint8), random_codes(4, 3, torch.uint8, seed=1)
+    offsets = torch.tensor([0, 1, 4])
+    assert torch.equal(
+        ops.hamming_top_k(far_apart(query), far_apart(keys), offsets, 3), ops.hamming_top_k(query, keys, offsets, 3)
+    )
 
 
 @pytest.mark.parametrize("words", [1, 2])

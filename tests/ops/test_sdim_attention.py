@@ -1,7 +1,8 @@
-"""The five tests of two ops, and the published form that they stand for: one collision mask per candidate."""
+"""The five tests of the table, of attention over it and of both at once; the published form is the reference."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -218,8 +219,9 @@ def test_bfloat16_rounds_once(isa_levels):
 
 
 def test_opcheck(opcheck):
-    for name in ("sdim_table", "sdim_table_backward", "sdim_attention", "sdim_attention_backward"):
+    for name in ("sdim_table", "sdim_attention", "sdim_history_attention"):
         opcheck(REGISTRY[name])
+        opcheck(REGISTRY[f"{name}_backward"])
 
 
 def test_compiles_in_one_graph():
@@ -337,6 +339,144 @@ def test_strided_rows_are_read_in_place():
         ops.sdim_attention(wide_query[:, 3:], table, candidate_offsets=rows),
         ops.sdim_attention(query_codes, table, candidate_offsets=rows),
     )
+
+
+def far_apart(rows: torch.Tensor) -> torch.Tensor:
+    """The same rows 2^31 bytes apart, in memory that is mostly never touched."""
+    step = 2**31 + 8
+    try:
+        store = torch.from_numpy(np.zeros(step * len(rows), dtype=np.uint8))
+    except MemoryError:
+        pytest.skip("this machine does not lend so much address space")
+    spread = store.as_strided(rows.shape, (step, 1))
+    spread.copy_(rows)
+    return spread
+
+
+def test_addresses_beyond_32_bits():
+    codes, values, offsets, query_codes, _ = problem([1, 3], None, 4, 3, 10)
+    table = ops.sdim_table(codes, values, offsets, bits=3)
+    assert torch.equal(ops.sdim_table(far_apart(codes), values, offsets, bits=3), table)
+    assert torch.equal(ops.sdim_attention(far_apart(query_codes), table), ops.sdim_attention(query_codes, table))
+
+
+def at_once(values, codes, offsets, query_codes, candidate_offsets, bits, normalize):
+    leaf = values.detach().clone().requires_grad_()
+    out = ops.sdim_history_attention(
+        query_codes, codes, leaf, offsets, bits=bits, candidate_offsets=candidate_offsets, normalize=normalize
+    )
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    (grad,) = torch.autograd.grad(out, leaf, weight)
+    return out.detach(), grad
+
+
+@given(
+    users=st.lists(
+        st.tuples(st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, 40)), st.sampled_from([0, 1, 1, 2, 9, 30])),
+        min_size=1,
+        max_size=5,
+    ),
+    shared=st.booleans(),
+    tables=st.sampled_from([1, 3, 15, 16, 17, 33]),
+    bits=st.integers(1, 8),
+    width=widths,
+    normalize=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=60)
+def test_at_once_equals_table_and_attention(
+    users, shared, tables, bits, width, normalize, dtype, isa_levels, poisoned_empty
+):
+    lengths = [length for length, _ in users]
+    candidates = [n for _, n in users] if shared else None
+    codes, values, offsets, query_codes, rows = problem(lengths, candidates, tables, bits, width, dtype=dtype)
+    arguments = (values, codes, offsets, query_codes, rows, bits, normalize)
+    wanted = gradients(*arguments, ops.sdim_table, ops.sdim_attention)
+    for _ in isa_levels():
+        answer = at_once(*arguments)
+        assert answer[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(answer, wanted, strict=True))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_at_once_gradcheck(normalize):
+    codes, values, offsets, query_codes, rows = problem([5, 0, 9, 1, 7], [2, 1, 1, 0, 1], 3, 2, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: ops.sdim_history_attention(
+            query_codes, codes, x, offsets, bits=2, candidate_offsets=rows, normalize=normalize
+        ),
+        [values.requires_grad_()],
+    )
+
+
+def test_at_once_padded_threads_and_large_tables(poisoned_empty):
+    lengths = [300, 0, 2, 40]
+    for candidates, bits, width in (([3, 1, 1, 1], 3, 10), ([2, 1, 1, 2], 8, 130)):
+        codes, values, offsets, query_codes, rows = problem(lengths, candidates, 9, bits, width)
+        wanted = gradients(values, codes, offsets, query_codes, rows, bits, True, ops.sdim_table, ops.sdim_attention)
+        store = torch.full((4, 310, width + 3), math.nan)
+        code_store = torch.full((4, 310, 9), 255, dtype=torch.uint8)
+        for b, length in enumerate(lengths):
+            store[b, :length, 2:-1] = values[offsets[b] : offsets[b + 1]]
+            code_store[b, :length] = codes[offsets[b] : offsets[b + 1]]
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2, 5):  # with more than one, the first user's tables are cut among them
+                torch.set_num_threads(threads)
+                answer = at_once(values, codes, offsets, query_codes, rows, bits, True)
+                assert all(torch.equal(a, b) for a, b in zip(answer, wanted, strict=True))
+                padded = (store[:, :, 2:-1], code_store, torch.tensor(lengths))
+                out, grad = at_once(*padded, query_codes, rows, bits, True)
+                assert torch.equal(out, wanted[0])
+                for b, length in enumerate(lengths):
+                    assert torch.equal(grad[b, :length], wanted[1][offsets[b] : offsets[b + 1]])
+                    assert not grad[b, length:].any()
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("candidates", [[1, 1], [2, 3]])
+def test_at_once_names_wrong_codes(candidates, threads, isa_levels):
+    codes, values, offsets, query_codes, rows = problem([4, 6], candidates, 3, 2, 20)
+    wrong, wrong_query = codes.clone(), query_codes.clone()
+    wrong[3, 1], wrong[8, 0] = 4, 255
+    wrong_query[-1, 2] = 7
+    last = len(query_codes) - 1
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for _ in isa_levels():
+            with pytest.raises(IndexError, match=r"sdim_history_attention: codes\[3, 1\] = 4 is outside \[0, 4\)"):
+                at_once(values, wrong, offsets, query_codes, rows, 2, True)
+            sentence = rf"sdim_history_attention: query_codes\[{last}, 2\] = 7 is outside \[0, 4\)"
+            with pytest.raises(IndexError, match=sentence):
+                at_once(values, codes, offsets, wrong_query, rows, 2, True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"query_codes": torch.zeros(2, 4, dtype=torch.uint8)}, ValueError, r"query_codes must have shape \[Nc, 3\]"),
+        ({"query_codes": torch.zeros(3, 3, dtype=torch.uint8)}, ValueError, r"one row a user \(2\)"),
+        ({"candidate_offsets": torch.tensor([0, 1, 3])}, ValueError, r"candidate_offsets\[-1\] must be 2"),
+        ({"offsets": torch.tensor([0, 2, 6])}, ValueError, r"sdim_history_attention: offsets\[-1\] must be 5"),
+        ({"bits": 9}, ValueError, "bits must be an integer from 1 to 8, got 9"),
+    ],
+)
+def test_at_once_rejects_bad_input(change, error, sentence):
+    named = {
+        "query_codes": torch.zeros(2, 3, dtype=torch.uint8),
+        "codes": torch.zeros(5, 3, dtype=torch.uint8),
+        "values": torch.zeros(5, 4),
+        "offsets": torch.tensor([0, 2, 5]),
+        "bits": 3,
+        **change,
+    }
+    with pytest.raises(error, match=sentence):
+        ops.sdim_history_attention(**named)
 
 
 def test_expected_collisions_are_those_of_the_angle():

@@ -133,6 +133,26 @@ def test_a_code_depends_on_its_row_alone(dtype, isa_levels):
     assert ops.simhash(x[:0], projections).shape == (0, 41, 5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [3, 20])
+def test_padding_is_not_read(dtype, bits, isa_levels, poisoned_empty):
+    lengths = [0, 41, 1, 7, 30]
+    x = random(5, 41, 17, dtype=dtype)
+    projections = projections_for(x, 5, bits)
+    whole = ops.simhash(x, projections)
+    for b, length in enumerate(lengths):
+        x[b, length:] = 1e30  # if read, it would give other codes than 0
+        whole[b, length:] = 0
+    for _ in isa_levels():
+        for index in (torch.int32, torch.int64):
+            assert torch.equal(ops.simhash(x, projections, lengths=torch.tensor(lengths, dtype=index)), whole)
+        short = ops.simhash(x[:, :9], projections, lengths=torch.tensor(lengths).clamp(max=9))
+        assert torch.equal(short, whole[:, :9])
+        turned = x.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(ops.simhash(turned, projections, lengths=torch.tensor(lengths)), whole)
+    assert torch.equal(ops.simhash.reference(x, projections, torch.tensor(lengths)), whole)
+
+
 def test_bfloat16_equals_its_widening(isa_levels):
     x, projections = random(100, 33, dtype=torch.bfloat16), random(33, 6, 5, seed=1)
     for _ in isa_levels():
@@ -165,9 +185,20 @@ def test_threads_change_no_bit():
         ({"projections": torch.zeros(4, 2, 3).double()}, TypeError, "projections must be float32, got float64"),
         ({"projections": torch.zeros(4, 2, 65)}, ValueError, r"1 to 64 bits a code \(its last dimension\), got 65"),
         ({"projections": torch.zeros(4, 2, 0)}, ValueError, "1 to 64 bits a code"),
+        ({"lengths": torch.tensor([3])}, ValueError, r"x must have shape \[B, L, D\], got \[3, 4\]"),
+        (
+            {"x": torch.zeros(2, 3, 4), "lengths": torch.tensor([3])},
+            ValueError,
+            r"lengths must have shape \[2\], got \[1\]",
+        ),
+        (
+            {"x": torch.zeros(2, 3, 4), "lengths": torch.tensor([3, 4])},
+            IndexError,
+            r"lengths\[1\] = 4 is outside \[0, 4\)",
+        ),
     ],
 )
 def test_rejects_bad_input(change, error, sentence):
     named = {"x": torch.zeros(3, 4), "projections": torch.zeros(4, 2, 3), **change}
     with pytest.raises(error, match=sentence):
-        ops.simhash(named["x"], named["projections"])
+        ops.simhash(**named)

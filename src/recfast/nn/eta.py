@@ -76,9 +76,12 @@ class ETA(nn.Module):
         self.register_buffer("projections", torch.randn(dim, words, bits // words, generator=generator))
         self.attention = MultiHeadTargetAttention(dim, heads, attention_dim=attention_dim, fold=fold)
 
-    def codes(self, x: torch.Tensor) -> torch.Tensor:
-        """The hashes of rows [..., D], [..., words]: int64, or uint8 for `bits <= 8`. See `ops.simhash`."""
-        return simhash(x, self.projections)
+    def codes(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """The hashes of rows [..., D], or padded [B, L, D] with `lengths`: [..., words]. See `ops.simhash`.
+
+        int64, or uint8 for `bits <= 8`.
+        """
+        return simhash(x, self.projections, lengths=lengths)
 
     def search(
         self,
@@ -89,7 +92,7 @@ class ETA(nn.Module):
         key_codes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The positions [Nc, k] that each candidate attends to, nearest first; see `ops.hamming_top_k`."""
-        key_codes = self.codes(keys) if key_codes is None else key_codes
+        key_codes = self.codes(keys, offsets if keys.dim() == 3 else None) if key_codes is None else key_codes
         return hamming_top_k(self.codes(query), key_codes, offsets, self.k, candidate_offsets=candidate_offsets)
 
     def forward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from recfast.ops import sdim_append, sdim_attention, sdim_table, simhash
+from recfast.ops import sdim_append, sdim_attention, sdim_history_attention, sdim_table, simhash
 
 
 class SDIM(nn.Module):
@@ -58,9 +58,9 @@ class SDIM(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("projections", torch.randn(dim, tables, bits, generator=generator))
 
-    def codes(self, x: torch.Tensor) -> torch.Tensor:
-        """The hashes of rows [..., D]: uint8 [..., tables]. See `ops.simhash`."""
-        return simhash(x, self.projections)
+    def codes(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """The hashes of rows [..., D], or padded [B, L, D] with `lengths`: uint8 [..., tables]. See `ops.simhash`."""
+        return simhash(x, self.projections, lengths=lengths)
 
     def table(self, keys: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
         """Sum each user's values by bucket; see `ops.sdim_table`.
@@ -76,13 +76,20 @@ class SDIM(nn.Module):
         -------
         Tensor [B, tables, 2**bits, Dv], float32 (float64 for float64 values)
         """
-        return sdim_table(self.codes(keys), keys if values is None else values, offsets, bits=self.bits)
+        return sdim_table(
+            self.codes(keys, offsets if keys.dim() == 3 else None),
+            keys if values is None else values,
+            offsets,
+            bits=self.bits,
+        )
 
     def append(
         self, table: torch.Tensor, keys: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Continue a saved table with new events, given like those of `table`; see `ops.sdim_append`."""
-        return sdim_append(table, self.codes(keys), keys if values is None else values, offsets)
+        return sdim_append(
+            table, self.codes(keys, offsets if keys.dim() == 3 else None), keys if values is None else values, offsets
+        )
 
     def forward(
         self,
@@ -109,15 +116,28 @@ class SDIM(nn.Module):
         -------
         Tensor [Nc, Dv], dtype of `query`; 0 where the history is empty.
         """
-        if table is None:
-            if keys is None or offsets is None:
-                raise ValueError("SDIM: keys and offsets are needed where table is left out")
-            table = self.table(keys, offsets, values)
-        elif keys is not None or offsets is not None or values is not None:
-            raise ValueError("SDIM: give keys, offsets and values, or a table of them, not both")
-        codes = self.codes(query)
-        out = sdim_attention(codes, table, candidate_offsets=candidate_offsets, normalize=self.normalize)
-        return out.to(query.dtype)
+        codes, shared = self.codes(query), {"candidate_offsets": candidate_offsets, "normalize": self.normalize}
+        if table is not None:
+            if keys is not None or offsets is not None or values is not None:
+                raise ValueError("SDIM: give keys, offsets and values, or a table of them, not both")
+            return sdim_attention(codes, table, **shared).to(query.dtype)
+        if keys is None or offsets is None:
+            raise ValueError("SDIM: keys and offsets are needed where table is left out")
+        values = keys if values is None else values
+        if self._keeps_table(values, offsets, candidate_offsets):
+            return self(query, candidate_offsets=candidate_offsets, table=self.table(keys, offsets, values))
+        key_codes = self.codes(keys, offsets if keys.dim() == 3 else None)
+        return sdim_history_attention(codes, key_codes, values, offsets, bits=self.bits, **shared).to(query.dtype)
+
+    def _keeps_table(self, values, offsets, candidate_offsets) -> bool:
+        """Whether backward had better find the tables than sum them again; the answer is the same, bit by bit.
+
+        It had where histories are several times longer than tables and most of a table is asked for.
+        """
+        if candidate_offsets is None or not (torch.is_grad_enabled() and values.requires_grad):
+            return False
+        users = offsets.shape[0] - (values.dim() == 2)
+        return values[..., 0].numel() > 4 * users * self.tables * 2**self.bits
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, tables={self.tables}, bits={self.bits}, seed={self.seed}, normalize={self.normalize}"

@@ -21,7 +21,7 @@ from recfast.ops.formats import QuantizedTable, quantize, round_to
 from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
-from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_table
+from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.simhash import simhash
 from recfast.ops.target_attention import attention_top_k, target_attention
 
@@ -54,6 +54,7 @@ __all__ = [
     "round_to",
     "sdim_append",
     "sdim_attention",
+    "sdim_history_attention",
     "sdim_table",
     "simhash",
     "target_attention",

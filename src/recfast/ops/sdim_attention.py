@@ -21,7 +21,8 @@ def _kernels(name: str) -> dict[torch.dtype, object]:
 
 _TABLE, _TABLE_BACKWARD = _kernels("sdim_table"), _kernels("sdim_table_backward")
 _ATTENTION, _ATTENTION_BACKWARD = _kernels("sdim_attention"), _kernels("sdim_attention_backward")
-_SCRATCH = kernel("sdim_attention_scratch")
+_DIRECT, _DIRECT_BACKWARD = _kernels("sdim_direct"), _kernels("sdim_direct_backward")
+_SCRATCH, _DIRECT_SCRATCH = kernel("sdim_attention_scratch"), kernel("sdim_direct_scratch")
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,8 +46,8 @@ def _events(codes: Lists, value_begin: torch.Tensor, bits: int, width: int) -> d
     }
 
 
-def _cpu_table(codes, values, offsets, start, bits):
-    op = "sdim_table" if start is None else "sdim_append"
+def _cpu_table(codes, values, offsets, start, bits, op=None):
+    op = op or ("sdim_table" if start is None else "sdim_append")
     code_rows, value_rows = lists(op, codes, offsets), lists(op, values, offsets)
     start = None if start is None else start.contiguous()
     table = _fake_table(codes, values, offsets, start, bits)
@@ -58,10 +59,19 @@ def _cpu_table(codes, values, offsets, start, bits):
         table=table.data_ptr(),
     )
     if wrong >= 0:
-        row, j = divmod(wrong, codes.shape[-1])
-        flat = row if code_rows.step is None else divmod(row, code_rows.step)
-        raise _check.outside(op, "codes", f"{code_rows.place(row)}, {j}", int(code_rows.rows[flat][j]), 2**bits)
+        raise _wrong_event(op, code_rows, wrong, bits)
     return table
+
+
+def _wrong_event(op: str, codes: Lists, wrong: int, bits: int) -> Exception:
+    row, j = divmod(wrong, codes.rows.shape[-1])
+    flat = row if codes.step is None else divmod(row, codes.step)
+    return _check.outside(op, "codes", f"{codes.place(row)}, {j}", int(codes.rows[flat][j]), 2**bits)
+
+
+def _wrong_query(op: str, codes: torch.Tensor, wrong: int, bits: int) -> Exception:
+    row, j = divmod(wrong, codes.shape[1])
+    return _check.outside(op, "query_codes", f"{row}, {j}", int(codes[row, j]), 2**bits)
 
 
 def _fake_table(codes, values, offsets, start, bits):
@@ -70,14 +80,18 @@ def _fake_table(codes, values, offsets, start, bits):
     return values.new_empty(shape, dtype=_sum_dtype(values.dtype))
 
 
+def _gradient_rows(values: torch.Tensor, codes: Lists) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the gradient of `values`, and where each user's rows begin in it."""
+    if values.dim() == 2:
+        return values.new_empty(values.shape), codes.prefix
+    # The padding gets no gradient.
+    return values.new_zeros(values.shape), torch.arange(values.shape[0]) * values.shape[1]
+
+
 def _cpu_table_backward(grad, codes, values, offsets, bits):
     code_rows = lists("sdim_table", codes, offsets)
     grad = grad.contiguous()
-    if values.dim() == 2:
-        begin, dvalues = code_rows.prefix, values.new_empty(values.shape)
-    else:  # the padding gets no gradient
-        begin = torch.arange(values.shape[0]) * values.shape[1]
-        dvalues = values.new_zeros(values.shape)
+    dvalues, begin = _gradient_rows(values, code_rows)
     _TABLE_BACKWARD[values.dtype](
         **_events(code_rows, begin, bits, values.shape[-1]), dtable=grad.data_ptr(), dvalues=dvalues.data_ptr()
     )
@@ -277,9 +291,9 @@ def _bits_of(op: str, table: torch.Tensor) -> int:
 # --- attention ---
 
 
-def _lookup(codes, table, candidate_offsets, normalize) -> tuple[dict[str, int], list[torch.Tensor | None]]:
+def _lookup(op, codes, table, candidate_offsets, normalize) -> tuple[dict[str, int], list[torch.Tensor | None]]:
     codes, table = unit_rows(codes), table.contiguous()
-    candidate_offsets = cut_candidates("sdim_attention", candidate_offsets, codes.shape[0])
+    candidate_offsets = cut_candidates(op, candidate_offsets, codes.shape[0])
     sizes = {
         "users": table.shape[0],
         "tables": table.shape[1],
@@ -297,15 +311,14 @@ def _lookup(codes, table, candidate_offsets, normalize) -> tuple[dict[str, int],
     }, [codes, table, candidate_offsets]
 
 
-def _cpu(query_codes, table, candidate_offsets, normalize):
-    arguments, alive = _lookup(query_codes, table, candidate_offsets, normalize)
+def _cpu(query_codes, table, candidate_offsets, normalize, op="sdim_attention"):
+    arguments, alive = _lookup(op, query_codes, table, candidate_offsets, normalize)
     sizes = {name: arguments[name] for name in ("users", "tables", "bits", "width")}
     out = table.new_empty(query_codes.shape[0], table.shape[3])
     scratch = table.new_empty(_SCRATCH(**sizes), dtype=_sum_dtype(table.dtype))
     wrong = _ATTENTION[table.dtype](**arguments, out=out.data_ptr(), scratch=scratch.data_ptr())
     if wrong >= 0:
-        row, j = divmod(wrong, table.shape[1])
-        raise _check.outside("sdim_attention", "query_codes", f"{row}, {j}", int(alive[0][row, j]), table.shape[2])
+        raise _wrong_query(op, alive[0], wrong, sizes["bits"])
     return out
 
 
@@ -314,7 +327,7 @@ def _fake(query_codes, table, candidate_offsets, normalize):
 
 
 def _cpu_backward(grad, query_codes, table, candidate_offsets, normalize):
-    arguments, _alive = _lookup(query_codes, table, candidate_offsets, normalize)
+    arguments, _alive = _lookup("sdim_attention", query_codes, table, candidate_offsets, normalize)
     grad = grad.to(_sum_dtype(table.dtype)).contiguous()
     dtable = table.new_empty(table.shape, dtype=grad.dtype)
     _ATTENTION_BACKWARD[table.dtype](**arguments, grad=grad.data_ptr(), dtable=dtable.data_ptr())
@@ -456,3 +469,184 @@ def sdim_attention(
 
 
 sdim_attention.reference = reference
+
+
+# --- both at once ---
+
+_HISTORY = "sdim_history_attention"
+
+
+def _skewed(history: Lists, threads: int) -> bool:
+    """Whether one user has so many events that its tables had better be cut among the threads."""
+    return threads > 1 and history.longest * threads * 4 > int(history.prefix[-1])
+
+
+def _direct(query_codes, codes: Lists, values: Lists, candidate_offsets, bits, normalize):
+    query_codes = unit_rows(query_codes)
+    candidate_offsets = cut_candidates(_HISTORY, candidate_offsets, query_codes.shape[0])
+    events = _events(codes, values.begin, bits, values.rows.shape[-1])
+    sizes = {name: events[name] for name in ("users", "tables", "bits", "width")}
+    scratch = values.rows.new_empty(_DIRECT_SCRATCH(**sizes), dtype=_sum_dtype(values.rows.dtype))
+    return {
+        **events,
+        "values": values.rows.data_ptr(),
+        "values_stride": values.rows.stride(-2),
+        "rows": query_codes.shape[0],
+        "query": query_codes.data_ptr(),
+        "query_stride": query_codes.stride(0),
+        "candidates": 0 if candidate_offsets is None else candidate_offsets.data_ptr(),
+        "normalize": int(normalize),
+        "scratch": scratch.data_ptr(),
+    }, [query_codes, candidate_offsets, scratch]
+
+
+def _cpu_history(query_codes, codes, values, offsets, candidate_offsets, bits, normalize):
+    code_rows, value_rows = lists(_HISTORY, codes, offsets), lists(_HISTORY, values, offsets)
+    if _skewed(code_rows, torch.get_num_threads()):
+        table = _cpu_table(codes, values, offsets, None, bits, _HISTORY)
+        return _cpu(query_codes, table, candidate_offsets, normalize, _HISTORY)
+    arguments, alive = _direct(query_codes, code_rows, value_rows, candidate_offsets, bits, normalize)
+    out = _fake_history(query_codes, codes, values, offsets, candidate_offsets, bits, normalize)
+    wrong, wrong_query = _DIRECT[values.dtype](**arguments, out=out.data_ptr())
+    if wrong >= 0:
+        raise _wrong_event(_HISTORY, code_rows, wrong, bits)
+    if wrong_query >= 0:
+        raise _wrong_query(_HISTORY, alive[0], wrong_query, bits)
+    return out
+
+
+def _fake_history(query_codes, codes, values, offsets, candidate_offsets, bits, normalize):
+    return values.new_empty((query_codes.shape[0], values.shape[-1]), dtype=_sum_dtype(values.dtype))
+
+
+def _cpu_history_backward(grad, query_codes, codes, values, offsets, candidate_offsets, bits, normalize):
+    code_rows, value_rows = lists(_HISTORY, codes, offsets), lists(_HISTORY, values, offsets)
+    if _skewed(code_rows, torch.get_num_threads()):
+        table = _cpu_table(codes, values, offsets, None, bits)
+        dtable = _cpu_backward(grad, query_codes, table, candidate_offsets, normalize)
+        return _cpu_table_backward(dtable, codes, values, offsets, bits)
+    arguments, _alive = _direct(query_codes, code_rows, value_rows, candidate_offsets, bits, normalize)
+    grad = grad.contiguous()
+    dvalues, begin = _gradient_rows(values, code_rows)
+    _DIRECT_BACKWARD[values.dtype](
+        **arguments, grad=grad.data_ptr(), dvalues=dvalues.data_ptr(), dvalue_begin=begin.data_ptr()
+    )
+    return dvalues
+
+
+def _fake_history_backward(grad, query_codes, codes, values, offsets, candidate_offsets, bits, normalize):
+    return values.new_empty(values.shape)
+
+
+def _setup_history(ctx, inputs, output) -> None:
+    *tensors, ctx.bits, ctx.normalize = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_history(ctx, grad):
+    dvalues = _history_backward_op(grad, *ctx.saved_tensors, ctx.bits, ctx.normalize)
+    return None, None, dvalues, None, None, None, None
+
+
+def _expected_history(query_codes, codes, values, offsets, candidate_offsets, bits, normalize):
+    return history_reference(
+        query_codes, codes, values, offsets, bits=bits, candidate_offsets=candidate_offsets, normalize=normalize
+    )
+
+
+def _samples_history() -> Iterator[tuple]:
+    generator = torch.Generator().manual_seed(1)
+    for codes, values, offsets, start, bits in _samples_table():
+        shared = start is None
+        rows = torch.tensor([0, 2, 2, 6]) if shared else None
+        yield _codes((6 if shared else 3, codes.shape[-1]), bits, generator), codes, values, offsets, rows, bits, shared
+
+
+def _samples_history_backward() -> Iterator[tuple]:
+    for query_codes, codes, values, *rest in _samples_history():
+        values = values.detach()
+        yield torch.ones_like(_history_op(query_codes, codes, values, *rest)), query_codes, codes, values, *rest
+
+
+_history_op = define(
+    "sdim_history_attention(Tensor query_codes, Tensor codes, Tensor values, Tensor offsets, "
+    "Tensor? candidate_offsets, int bits, bool normalize) -> Tensor",
+    cpu=_cpu_history,
+    fake=_fake_history,
+    backward=_backward_history,
+    setup_context=_setup_history,
+    samples=_samples_history,
+    expected=_expected_history,
+)
+_history_backward_op = define(
+    "sdim_history_attention_backward(Tensor grad, Tensor query_codes, Tensor codes, Tensor values, Tensor offsets, "
+    "Tensor? candidate_offsets, int bits, bool normalize) -> Tensor",
+    cpu=_cpu_history_backward,
+    fake=_fake_history_backward,
+    samples=_samples_history_backward,
+)
+
+
+def history_reference(
+    query_codes: torch.Tensor,
+    codes: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    bits: int,
+    candidate_offsets: torch.Tensor | None = None,
+    normalize: bool = True,
+) -> torch.Tensor:
+    """The same in plain torch."""
+    table = table_reference(codes, values, offsets, bits=bits)
+    return reference(query_codes, table, candidate_offsets=candidate_offsets, normalize=normalize)
+
+
+def sdim_history_attention(
+    query_codes: torch.Tensor,
+    codes: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    bits: int,
+    candidate_offsets: torch.Tensor | None = None,
+    normalize: bool = True,
+) -> torch.Tensor:
+    """`sdim_attention` over `sdim_table` without a table to keep, for training: equal to the two bit by bit.
+
+    The table of a user exists only while its candidates are answered, and again in backward, so that nothing of size
+    users x hashes x buckets x width is ever stored. For a user with one candidate only the M buckets it asks for are
+    summed at all.
+
+    Parameters
+    ----------
+    query_codes
+        See `sdim_attention`.
+    codes, values, offsets, bits
+        See `sdim_table`.
+    candidate_offsets, normalize
+        See `sdim_attention`.
+
+    Returns
+    -------
+    out : Tensor [Nc, Dv], float32 (float64 for float64 values); 0 where the history is empty.
+
+    Raises
+    ------
+    IndexError
+        A code outside [0, 2**bits), of a candidate or of an event. (Events of users without a candidate are not read.)
+    TypeError, ValueError
+        Wrong dtypes, shapes or offsets.
+
+    Notes
+    -----
+    Rounding as in the two ops. Differentiable (once) in `values`. Backends: CPU (scalar, AVX2, AVX-512).
+    """
+    users, offsets = _prepare_table(_HISTORY, codes, values, offsets, bits)
+    shape = ["Nc", codes.shape[-1]]
+    _check.tensor(_HISTORY, "query_codes", query_codes, dtypes=(torch.uint8,), shape=shape, device=values.device)
+    rows = check_shared(_HISTORY, "query_codes", query_codes.shape[0], candidate_offsets, users, values.device)
+    return _history_op(query_codes, codes, values, offsets, rows, bits, bool(normalize))
+
+
+sdim_history_attention.reference = history_reference

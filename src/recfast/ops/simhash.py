@@ -41,12 +41,17 @@ def _two_levels(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int
     return x, (outer, outer_stride, inner, inner_stride)
 
 
-def _cpu(x, projections):
+def _cpu(x, projections, lengths):
     dim, tables, bits = projections.shape
     codes = x.new_empty((*x.shape[:-1], tables), dtype=code_dtype(bits))
     if codes.numel() == 0:
         return codes
-    x, (outer, outer_stride, inner, inner_stride) = _two_levels(x)
+    if lengths is None:
+        x, (outer, outer_stride, inner, inner_stride) = _two_levels(x)
+    else:
+        x, lengths = unit_rows(x), lengths.contiguous()
+        _check.indices("simhash", "lengths", lengths, x.shape[1] + 1)
+        outer, outer_stride, inner, inner_stride = x.shape[0], x.stride(0), x.shape[1], x.stride(1)
     projections = projections.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     scratch = projections.new_empty(_SCRATCH(dim, tables * bits, x.dtype == torch.bfloat16))
     _KERNELS[x.dtype](
@@ -55,6 +60,7 @@ def _cpu(x, projections):
         outer_stride=outer_stride,
         inner=inner,
         inner_stride=inner_stride,
+        lengths=0 if lengths is None else lengths.data_ptr(),
         dim=dim,
         projections=projections.data_ptr(),
         tables=tables,
@@ -65,7 +71,7 @@ def _cpu(x, projections):
     return codes
 
 
-def _fake(x, projections):
+def _fake(x, projections, lengths):
     return x.new_empty((*x.shape[:-1], projections.shape[1]), dtype=code_dtype(projections.shape[2]))
 
 
@@ -75,26 +81,34 @@ def _samples() -> Iterator[tuple]:
         for dtype in _DTYPES:
             x = torch.randn(shape, generator=generator).to(dtype)
             projections = torch.randn(shape[-1], tables, bits, generator=generator)
-            yield x, projections.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    yield torch.randn(4, 6, generator=generator, requires_grad=True), torch.randn(6, 3, 5, generator=generator)
+            yield x, projections.to(torch.float64 if dtype == torch.float64 else torch.float32), None
+    x = torch.randn(4, 5, 6, generator=generator, requires_grad=True)
+    yield x, torch.randn(6, 3, 5, generator=generator), torch.tensor([5, 0, 3, 1])
 
 
-def reference(x: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
+def reference(x: torch.Tensor, projections: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
     """The same in plain torch; sums in float64."""
     dim, tables, bits = projections.shape
     positive = (x.detach().double() @ projections.detach().double().reshape(dim, -1)) > 0
     weight = 2 ** torch.arange(min(bits, 63), device=x.device)
     if bits == 64:
         weight = torch.cat([weight, weight.new_tensor([-(2**63)])])
-    return (positive.unflatten(-1, (tables, bits)) * weight).sum(-1).to(code_dtype(bits))
+    codes = (positive.unflatten(-1, (tables, bits)) * weight).sum(-1).to(code_dtype(bits))
+    if lengths is not None:
+        codes = codes * (torch.arange(x.shape[1]) < lengths.unsqueeze(1)).unsqueeze(-1)
+    return codes
 
 
 _op = define(
-    "simhash(Tensor x, Tensor projections) -> Tensor", cpu=_cpu, fake=_fake, samples=_samples, expected=reference
+    "simhash(Tensor x, Tensor projections, Tensor? lengths) -> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+    samples=_samples,
+    expected=reference,
 )
 
 
-def simhash(x: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
+def simhash(x: torch.Tensor, projections: torch.Tensor, *, lengths: torch.Tensor | None = None) -> torch.Tensor:
     r"""Hash rows by the signs of their projections, :math:`c_j(x) = \sum_t 2^t\,[x \cdot R_{:,j,t} > 0]`.
 
     Two rows agree in one bit with probability :math:`1 - \arccos(\cos(x, y)) / \pi` when the projections are drawn from
@@ -106,6 +120,8 @@ def simhash(x: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
         Rows; a strided view is read in place.
     projections : Tensor [D, M, bits]
         `M` hashes of 1 to 64 bits each. float32, or bfloat16 with a bfloat16 `x`, or float64 with a float64 `x`.
+    lengths : Tensor [B], int32 or int64, optional
+        For padded rows `x` [B, L, D]: those from `lengths[b]` on are not read and get code 0.
 
     Returns
     -------
@@ -115,6 +131,8 @@ def simhash(x: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
 
     Raises
     ------
+    IndexError
+        A length outside [0, L].
     TypeError, ValueError
         Wrong dtypes or shapes.
 
@@ -138,7 +156,11 @@ def simhash(x: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
     bits = projections.shape[2]
     if not 1 <= bits <= 64:
         raise ValueError(f"simhash: projections must have 1 to 64 bits a code (its last dimension), got {bits}")
-    return _op(x, projections)
+    if lengths is not None:
+        _check.tensor("simhash", "x", x, shape=["B", "L", "D"])
+        index = {"dtypes": _check.INDEX_DTYPES, "device": x.device}
+        lengths = _check.tensor("simhash", "lengths", lengths, shape=[x.shape[0]], **index).to(torch.int64)
+    return _op(x, projections, lengths)
 
 
 simhash.reference = reference
