@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -320,32 +321,36 @@ def counts(study: Study, seeds: int) -> str:
         for length, found in cells.items():
             seen.setdefault(length, set()).add(len(found))
     said = {length: f"{min(n)} to {max(n)}" if len(n) > 1 else f"{min(n)}" for length, n in sorted(seen.items())}
-    return "; ".join(f"L = {length:,}: {n}" for length, n in said.items())
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return "; ".join(f"{n} at L = {length:,}" for length, n in said.items())
 
 
 def markdown(study: Study, seeds: int) -> str:
     options = study.options
     load = [run["load"] for run in study.runs if "load" in run]
+    paragraphs = (
+        f"Generated data: {options['rows']:,} rows, {options['list_length']} candidates a request; "
+        f"{options['n_users']:,} users with {options['history_length']:,} events each before the log begins; "
+        f"{options['n_items']} items of 48 topics. A click depends on the count of the item's topic over all of these "
+        "events. L is how many of the latest ones a model is given. One pass over the first 80 % of the requests, "
+        f"{REQUESTS} a step; AUC and log loss on the other 20 %. D = {study.dim}, Adam at {DENSE_LR:g}, tables at "
+        f"{TABLE_LR:g} (row-wise Adagrad), MLP (64, 32).",
+        f"Seeds (of weights and order; the data are the same) behind each cell: {counts(study, seeds)}. Mean ± "
+        "standard deviation where there are several. In bold the best of a length.",
+        "Times are the least of all steps, or requests with full histories, of the trainings, on one thread: a step is "
+        f"forward, backward and update of {REQUESTS} requests; a request is scored by itself. The machine's load while "
+        f"this ran was {min(load, default=0):.1f} to {max(load, default=0):.1f}, and a quiet one has 1: above 2, times "
+        "tell little more than which is the larger.",
+        f"MovieLens 100K: whole histories, {ML_NEGATIVES} drawn negative a like, test AUC at the better of {ML_EPOCHS} "
+        "epochs by the validation AUC; seed 0 alone.",
+    )
+    told = "\n\n".join(textwrap.fill(paragraph, 118) for paragraph in paragraphs)
     return f"""# Rankers against the length of the history
 
     python benchmarks/history_length.py --seeds {seeds} --ml-100k PATH/ml-100k --out results
 
-Generated data: {options["rows"]:,} rows, {options["list_length"]} candidates a request; {options["n_users"]:,} users
-with {options["history_length"]:,} events each before the log begins; {options["n_items"]} items of 48 topics. A click
-depends on the count of the item's topic over all of these events. L is how many of the latest ones a model is given.
-One pass over the first 80 % of the requests, {REQUESTS} a step; AUC and log loss on the other 20 %. D = {study.dim},
-Adam at {DENSE_LR:g}, tables at {TABLE_LR:g} (row-wise Adagrad), MLP (64, 32).
-
-Seeds (of weights and order; the data are the same) behind each cell: {counts(study, seeds)}. Mean ± standard deviation
-where there are several. In bold the best of a length.
-
-Times are the least of all steps, or requests with full histories, of the trainings, on one thread: a step is forward,
-backward and update of {REQUESTS} requests; a request is scored by itself. The machine's load while this ran was
-{min(load, default=0):.1f} to {max(load, default=0):.1f}, and a quiet one has 1: above 2, times tell little more than
-which is the larger.
-
-MovieLens 100K: whole histories, {ML_NEGATIVES} drawn negative a like, test AUC at the better of {ML_EPOCHS} epochs by
-the validation AUC; seed 0 alone.
+{told}
 
 {table(study, seeds)}
 """
@@ -388,6 +393,8 @@ def plot(study: Study, seeds: int, path: Path) -> None:
         panel.grid(alpha=0.3)
     for panel in panels[1:]:
         panel.set_yscale("log")
+        for kind in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            kind(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=6, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.1, 1, 1))

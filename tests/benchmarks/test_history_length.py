@@ -1,5 +1,6 @@
 """The study of history length on a small generated log: what it trains, remembers, measures and writes."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -73,7 +74,11 @@ def test_the_report_says_what_was_measured(history_length, finished):
     row = next(line for line in text.splitlines() if line.startswith("| DIN"))
     assert f"{din['auc']:.4f}" in row
     assert f"{din['logloss']:.4f}" in row
-    assert "L = 10: 1; L = 200: 1" in text, "how many seeds there are, not how many were asked for"
+    assert "behind each cell: 1. Mean" in text, "how many seeds there are, not how many were asked for"
+    first = dict(finished.find(model="DIN", length=10)[0], seed=1)
+    more = dataclasses.replace(finished, runs=[*finished.runs, first])
+    more.runs.append(first)
+    assert history_length.counts(more, 3) == "1 to 2 at L = 10; 1 at L = 200"
     best = max(finished.find(length=200), key=lambda run: run["auc"])
     assert f"**{best['auc']:.4f}**" in text
     assert (finished.out / history_length.PLOT).read_bytes().startswith(b"\x89PNG")

@@ -195,8 +195,6 @@ def _check_category(schema: Schema, category: str | None) -> int:
         raise InputError(f"SIM: search = 'hard' needs category, a column of the items ({known}), got {category!r}")
     for column in schema.sequences:
         if column.of not in (schema.item, category):
-            raise InputError(
-                f"SIM: the sequence {column.name!r} lists {column.of!r}, expected {schema.item!r} or {category!r}, "
-                "which have a category"
-            )
+            expected = f"expected {schema.item!r} or {category!r}, which have a category"
+            raise InputError(f"SIM: the sequence {column.name!r} lists {column.of!r}, {expected}")
     return schema.rows(schema.item)
