@@ -94,6 +94,20 @@ def test_threads_follow_torch():
             torch.set_num_threads(before)
 
 
+def test_an_openmp_of_our_own_is_told_the_number_of_threads(monkeypatch):
+    """Also where arguments go by name, as most kernels take them."""
+    import torch
+
+    from recfast.ops import _library
+
+    told = []
+    monkeypatch.setattr(_library, "shares_openmp", lambda: False)
+    monkeypatch.setattr(_C, "set_threads", told.append)
+    monkeypatch.setattr(_C, "example_axpy_float32", lambda *given, **named: (given, named))
+    assert _library.kernel("example_axpy_float32")(1, rows=2) == ((1,), {"rows": 2})
+    assert told == [torch.get_num_threads()]
+
+
 def _paths() -> dict[str, str]:
     import os
 

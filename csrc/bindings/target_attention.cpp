@@ -55,7 +55,8 @@ void target_backward(const py::kwargs& arguments) {
       .grad = {named.pointer<const In>("grad"), args.query.rows, width, width},
       .query = named.pointer<In>("dquery"),
       .keys = named.pointer<In>("dkeys"),
-      .values = named.pointer<In>("dvalues")};
+      .values = named.pointer<In>("dvalues"),
+      .begin = named.pointer<const std::int64_t>("gradient_begin")};
   py::gil_scoped_release unlocked;
   recfast::target_attention::backward(args, gradients);
 }

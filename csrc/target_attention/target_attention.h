@@ -91,8 +91,9 @@ template <class In>
 struct Gradients {
   Rows<const In> grad;  // [Nc, H Dv]
   In* query;            // contiguous, like the next two; null where it is not wanted
-  In* keys;             // rows outside every [begin, end) are left alone
+  In* keys;             // rows outside every history are left alone
   In* values;
+  const std::int64_t* begin;  // [B] the first row of each user in both: padding may be narrower here than in `keys`
 };
 
 // kSearch: select, and forward over what it found.

@@ -587,8 +587,9 @@ struct Kernel : Dense<Simd> {
     Tile tile;
     for (std::int64_t l = p.from; l < p.to; l += kTile) {
       point(a, begin + l, std::min(kTile, p.to - l), tile);
-      In* keys = g.keys == nullptr ? nullptr : g.keys + (begin + l) * s.heads * s.dim;
-      In* values = g.values == nullptr ? nullptr : g.values + (begin + l) * s.heads * s.value_dim;
+      const std::int64_t at = (g.begin[p.user] + l) * s.heads;
+      In* keys = g.keys == nullptr ? nullptr : g.keys + at * s.dim;
+      In* values = g.values == nullptr ? nullptr : g.values + at * s.value_dim;
       // Where the gradient's own rows are whole vectors, sums are made in them.
       Target to = aside(a, w);
       bool direct_keys = false;
@@ -647,7 +648,7 @@ struct Kernel : Dense<Simd> {
         if (g.values != nullptr) scatter(w.dvalues, index, tile.n, s.heads, s.value_width(), w.chunk_values);
       }
     }
-    const std::int64_t at = (s.begin[p.user] + p.from) * s.heads;
+    const std::int64_t at = (g.begin[p.user] + p.from) * s.heads;
     for (std::int64_t i = 0; i < rows * s.heads; ++i) {
       if (g.keys != nullptr) narrow_row(w.chunk_keys + i * s.width(), g.keys + (at + i) * s.dim, s.dim, T{1});
       if (g.values != nullptr) {

@@ -1,5 +1,6 @@
 """What is particular to each ranker over long histories: its formula, what its search finds, what its options do."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -258,6 +259,15 @@ def test_compiled(name):
         if theirs.requires_grad:
             torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
     torch.testing.assert_close(other.tables.dequantize("item"), plain.tables.dequantize("item"))
+
+
+def test_a_model_in_training_can_be_copied():
+    """Between forward and backward, too: the soft search's logits of the batch are not the model's."""
+    ranker, batch = build("SIM").train(), make_batch([12, 3], [3, 1])
+    loss = ranker.loss(ranker(batch), batch)
+    copied = copy.deepcopy(ranker).eval()
+    loss.backward()
+    assert torch.equal(copied(batch), build("SIM")(batch))
 
 
 def test_fit_on_users_with_a_past(tmp_path):

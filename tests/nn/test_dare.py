@@ -68,3 +68,12 @@ def test_padded_equals_jagged():
 def test_rejects_bad_options(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         DARE(**{"attention_dim": 6, "representation_dim": 5, **options})
+
+
+def test_a_cast_back_and_forth_loses_nothing():
+    """The module has no weights, so none are rounded."""
+    *tensors, offsets, rows = batch()
+    unit = DARE(6, 5, parts=(4, 2))
+    wanted = unit(*tensors, offsets, rows)
+    assert torch.equal(unit.bfloat16().float()(*tensors, offsets, rows), wanted)
+    assert not unit.state_dict()

@@ -168,3 +168,8 @@ def test_rejects_bad_arguments():
         MultiHeadTargetAttention(12, 2, projections=False)(query, keys, offsets, rows, keys)
     with pytest.raises(ValueError, match="values must be given, since value_dim was"):
         MultiHeadTargetAttention(12, 2, value_dim=12, projections=False)(query, keys, offsets, rows)
+    users = offsets.numel() - 1
+    for fold in (False, True):
+        layer = MultiHeadTargetAttention(12, 2, fold=fold).double()
+        with pytest.raises(ValueError, match=rf"query must have one row a user \({users}\) .*, got {len(query)}"):
+            layer(query, keys, offsets)

@@ -12,6 +12,20 @@ def test_opcheck(name, opcheck):
     opcheck(REGISTRY[name])
 
 
+@pytest.mark.parametrize("name", sorted(name for name in REGISTRY if f"{name}_backward" in REGISTRY))
+def test_a_second_derivative_is_refused(name):
+    def leaves(arguments):
+        return [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    arguments = next(x for x in REGISTRY[name].samples() if leaves(x))
+    answer = REGISTRY[name].overload(*arguments)
+    answers = answer if isinstance(answer, (tuple, list)) else [answer]
+    total = sum(x.square().sum() for x in answers if x.requires_grad)
+    first = torch.autograd.grad(total, leaves(arguments), create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name}: differentiable once only"):
+        sum(x.sum() for x in first).backward()
+
+
 def test_public_ops_have_a_reference():
     for name in recfast.ops.__all__:
         function = getattr(recfast.ops, name)

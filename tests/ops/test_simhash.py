@@ -196,6 +196,11 @@ def test_threads_change_no_bit():
             IndexError,
             r"lengths\[1\] = 4 is outside \[0, 4\)",
         ),
+        (
+            {"x": torch.zeros(2, 0, 4), "lengths": torch.tensor([0, 1])},
+            IndexError,
+            r"lengths\[1\] = 1 is outside \[0, 1\)",
+        ),
     ],
 )
 def test_rejects_bad_input(change, error, sentence):

@@ -524,6 +524,54 @@ def test_strided_rows_are_read_in_place(dim):
     assert torch.equal(ops.target_attention(*heads_first, offsets, **options), wanted[0])
 
 
+def most_taken(call):
+    """The most bytes that one step of `call` takes on one thread, and what it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            answer = call()
+    finally:
+        torch.set_num_threads(before)
+    return max(event.cpu_memory_usage for event in profile.events()), answer
+
+
+def test_a_gradient_takes_no_more_room_than_its_input():
+    """The first rows of a long padded store: what lies between the users' rows is not in the gradient."""
+    store = torch.randn(3, 1000, 1, 16)
+    keys, query, lengths = store[:, :2].requires_grad_(), torch.randn(3, 1, 16), torch.tensor([2, 0, 1])
+    out = ops.target_attention(query, keys, keys, lengths)
+    taken, (gradient,) = most_taken(lambda: torch.autograd.grad(out.sum(), keys))
+    assert gradient.shape == keys.shape
+    assert taken < store.nbytes / 2, f"{taken} bytes"
+
+
+def test_more_rows_asked_for_than_there_are():
+    """Working memory follows the histories, not k."""
+    (query, keys, values, offsets), _ = problem([4, 0, 7], None, 2, 3, 5)
+    taken, positions = most_taken(lambda: ops.attention_top_k(query, keys, offsets, 5000))
+    assert taken < 4 * positions.nbytes, f"{taken} bytes"
+    assert torch.equal(positions[:, :7], ops.attention_top_k(query, keys, offsets, 7))
+    assert (positions[:, 7:] == -1).all()
+    whole = ops.target_attention(query, keys, values, offsets, top_k=5000)
+    assert torch.equal(whole, ops.target_attention(query, keys, values, offsets, top_k=7))
+
+
+def test_statistics_of_any_layout():
+    """What forward saved may come back with other strides, as from a checkpoint that packs tensors."""
+    (query, keys, values, offsets), _ = problem([40, 3], None, 3, 8, 8)
+    inputs = [x.requires_grad_() for x in (query, keys, values)]
+
+    def unpack(x):
+        return x.permute(*range(x.dim())[::-1]).contiguous().permute(*range(x.dim())[::-1]) if x.dim() == 3 else x
+
+    wanted = torch.autograd.grad(ops.target_attention(*inputs, offsets).sum(), inputs)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        out = ops.target_attention(*inputs, offsets)
+    for mine, theirs in zip(torch.autograd.grad(out.sum(), inputs), wanted, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_one_row_expanded_over_the_history():
     """Padded keys whose rows all are one row in memory."""
     row, query = torch.randn(3, 2, 8), torch.randn(3, 2, 8)

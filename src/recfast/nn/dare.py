@@ -68,8 +68,6 @@ class DARE(nn.Module):
         self.attention_dim, self.representation_dim, self.top_k = attention_dim, representation_dim, top_k
         self.parts, self.cross = parts, cross
         self.out_dim = (1 + cross) * representation_dim
-        scales = torch.cat([torch.full((width,), width**-0.5, dtype=torch.float64) for width in parts])
-        self.register_buffer("_scales", scales, persistent=False)
 
     def forward(
         self,
@@ -97,7 +95,9 @@ class DARE(nn.Module):
         Tensor [Nc, 2 representation_dim], or [Nc, representation_dim] without `cross`; 0 where the history is empty.
         """
         single = len(self.parts) == 1
-        query = query_attention if single else query_attention * self._scales.to(query_attention.dtype)
+        query = query_attention
+        if not single:
+            query = torch.cat([part * part.shape[1] ** -0.5 for part in query.split(self.parts, 1)], 1)
         r = target_attention(
             query.unsqueeze(1),
             keys_attention.unsqueeze(-2),

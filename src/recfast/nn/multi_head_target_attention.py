@@ -214,6 +214,11 @@ class MultiHeadTargetAttention(nn.Module):
             positions = positions.repeat_interleave(heads, 0)
         if candidate_offsets is None:
             users = offsets.numel() - (keys.dim() == 3)
+            if query.shape[0] != users:
+                raise ValueError(
+                    f"MultiHeadTargetAttention: query must have one row a user ({users}) when candidate_offsets is "
+                    f"left out, got {query.shape[0]}"
+                )
             candidate_offsets = torch.arange(users + 1, device=offsets.device)
         attended = target_attention(
             folded.flatten(0, 1).unsqueeze(1),

@@ -79,10 +79,40 @@ def define(
         LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"recfast::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"recfast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        once = _once(name, backward)
+        torch.library.register_autograd(f"recfast::{name}", once, setup_context=setup_context, lib=LIBRARY)
     op = Op(name, samples, expected)
     REGISTRY[name] = op
     return op.overload
+
+
+class _Once(torch.autograd.Function):
+    """A gradient whose own gradient is an error."""
+
+    @staticmethod
+    def forward(ctx, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.name}: differentiable once only, but a gradient of its gradient was asked for")
+
+
+def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward`, with an error in the second derivative, which torch would leave out after a warning."""
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *gradients: Any) -> Any:
+        if not torch.is_grad_enabled():  # unless create_graph was asked for
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        several = found if isinstance(found, tuple) else (found,)
+        refusing = (_Once.apply(name, x.requires_grad_()) if isinstance(x, torch.Tensor) else x for x in several)
+        return tuple(refusing)
+
+    return once
 
 
 @functools.cache
@@ -130,8 +160,8 @@ def kernel(name: str) -> Callable[..., Any]:
         return function
 
     @functools.wraps(function)
-    def with_threads(*arguments: Any) -> Any:
+    def with_threads(*arguments: Any, **named: Any) -> Any:
         _C.set_threads(torch.get_num_threads())
-        return function(*arguments)
+        return function(*arguments, **named)
 
     return with_threads

@@ -44,13 +44,14 @@ def _two_levels(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int
 def _cpu(x, projections, lengths):
     dim, tables, bits = projections.shape
     codes = x.new_empty((*x.shape[:-1], tables), dtype=code_dtype(bits))
+    if lengths is not None:
+        _check.indices("simhash", "lengths", lengths, x.shape[1] + 1)
     if codes.numel() == 0:
         return codes
     if lengths is None:
         x, (outer, outer_stride, inner, inner_stride) = _two_levels(x)
     else:
         x, lengths = unit_rows(x), lengths.contiguous()
-        _check.indices("simhash", "lengths", lengths, x.shape[1] + 1)
         outer, outer_stride, inner, inner_stride = x.shape[0], x.stride(0), x.shape[1], x.stride(1)
     projections = projections.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     scratch = projections.new_empty(_SCRATCH(dim, tables * bits, x.dtype == torch.bfloat16))
@@ -88,8 +89,8 @@ def _samples() -> Iterator[tuple]:
 
 def reference(x: torch.Tensor, projections: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
     """The same in plain torch; sums in float64."""
-    dim, tables, bits = projections.shape
-    positive = (x.detach().double() @ projections.detach().double().reshape(dim, -1)) > 0
+    tables, bits = projections.shape[1:]
+    positive = (x.detach().double() @ projections.detach().double().flatten(1)) > 0
     weight = 2 ** torch.arange(min(bits, 63), device=x.device)
     if bits == 64:
         weight = torch.cat([weight, weight.new_tensor([-(2**63)])])

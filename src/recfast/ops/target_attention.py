@@ -48,7 +48,9 @@ class _Call:
         flat_values = None if values is None else values.flatten(-2)
         self.history: Histories = histories(op, keys.flatten(-2), flat_values, offsets.contiguous())
         self.widths = (query.shape[2], 0 if values is None else values.shape[-1])
-        self.score, self.scale, self.kept = score, scale, kept
+        self.score, self.scale = score, scale
+        # A list holds no more rows than there are; the rest of what was asked for is -1.
+        self.asked, self.kept = kept, min(kept, max(self.history.longest, 1))
         self.listed: torch.Tensor | None = None
 
     def _shape(self) -> dict[str, int]:
@@ -112,7 +114,11 @@ class _Call:
         positions = torch.empty(self.rows, self.kept, dtype=torch.int64)
         arguments = self.arguments(_SELECT_PASS, None, None)
         _SELECT[self.dtype](**arguments, positions=positions.data_ptr())
-        return positions
+        return self._as_asked(positions)
+
+    def _as_asked(self, positions: torch.Tensor) -> torch.Tensor:
+        missing = self.asked - self.kept
+        return torch.nn.functional.pad(positions, (0, missing), value=-1) if missing else positions
 
     def attend(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The answer, its statistics and, for `kept` rows, which they are."""
@@ -124,7 +130,7 @@ class _Call:
             _SEARCH[self.dtype](**self.arguments(_SEARCH_PASS, out, statistics), positions=positions.data_ptr())
         else:
             _FORWARD[self.dtype](**self.arguments(_FORWARD_PASS, out, statistics))
-        return out, statistics, positions
+        return out, statistics, self._as_asked(positions) if self.kept else positions
 
     def differentiate(
         self, grad, out, statistics, keys, values, wanted: tuple[bool, bool, bool]
@@ -132,29 +138,24 @@ class _Call:
         """The gradients of query, keys and values; an empty tensor for each that is not wanted."""
 
         def like_rows(x: torch.Tensor, asked: bool) -> torch.Tensor:
-            if not asked:
-                return x.new_empty(0)
-            if self.history.step is None:
-                rows = x.new_empty(x.shape)
-                if rows.nbytes >= _LARGE:  # fresh memory with a five-hundredth of the page faults
-                    _C.advise_huge_pages(rows.data_ptr(), rows.nbytes)
-                return rows
+            rows = x.new_empty(x.shape if asked else 0)
+            if rows.nbytes >= _LARGE:  # fresh memory with a five-hundredth of the page faults
+                _C.advise_huge_pages(rows.data_ptr(), rows.nbytes)
             # Padding lies outside every history, so no kernel writes it.
-            return x.new_zeros(x.shape[0], self.history.step, *x.shape[2:])
+            return rows if self.history.step is None else rows.zero_()
 
         dquery = grad.new_empty((self.rows, self.heads, self.widths[0]) if wanted[0] else 0)
         dkeys, dvalues = like_rows(keys, wanted[1]), like_rows(values, wanted[2])
-        grad, out = grad.contiguous(), out.contiguous()
+        begin = self.history.begin if self.history.step is None else torch.arange(keys.shape[0]) * keys.shape[1]
+        grad, out, statistics = grad.contiguous(), out.contiguous(), statistics.contiguous()
         _BACKWARD[self.dtype](
-            **self.arguments(_BACKWARD_PASS, out, statistics.contiguous()),
+            **self.arguments(_BACKWARD_PASS, out, statistics),
             grad=grad.data_ptr(),
             dquery=dquery.data_ptr() if wanted[0] else 0,
             dkeys=dkeys.data_ptr() if wanted[1] else 0,
             dvalues=dvalues.data_ptr() if wanted[2] else 0,
+            gradient_begin=begin.data_ptr(),
         )
-        if self.history.step is not None:
-            dkeys = dkeys[:, : keys.shape[1]].contiguous() if wanted[1] else dkeys
-            dvalues = dvalues[:, : keys.shape[1]].contiguous() if wanted[2] else dvalues
         return dquery, dkeys, dvalues
 
 

@@ -182,6 +182,10 @@ class SIM(SequenceRanker):
         searches = sum(_inputs.binary_cross_entropy(logit, batch) for logit in self._searches)
         return _inputs.binary_cross_entropy(output, batch) + self.auxiliary * searches
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is of the model: the last batch's logits, and the graph behind them, stay here.
+        return {**self.__dict__, "_searches": []}
+
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state, prefix, *rest)
         self._prepared = self.search == "hard" and bool((self.categories >= 0).all())
