@@ -173,3 +173,22 @@ def test_rejects_bad_arguments():
         layer = MultiHeadTargetAttention(12, 2, fold=fold).double()
         with pytest.raises(ValueError, match=rf"query must have one row a user \({users}\) .*, got {len(query)}"):
             layer(query, keys, offsets)
+
+
+def test_compiles_in_one_graph_for_any_size():
+    """The scale is then a number that the compiler does not know."""
+    torch.manual_seed(0)
+    layer = MultiHeadTargetAttention(12, 2, top_k=2, fold=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    query, keys, offsets, rows = batch(dtype=torch.float32)
+    for arguments in ((query, keys, offsets, rows), (query[:3], keys[:9], torch.tensor([0, 5, 9]), rows[:3])):
+        wanted = layer(*arguments)
+        answer = compiled(*arguments)
+        torch.testing.assert_close(answer, wanted)
+        for mine, theirs in zip(
+            torch.autograd.grad(answer.sum(), layer.parameters()),
+            torch.autograd.grad(wanted.sum(), layer.parameters()),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs)

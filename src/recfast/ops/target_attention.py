@@ -327,7 +327,7 @@ def _check_rows(op: str, query, keys, offsets, candidate_offsets, scale):
             f"{op}: query must have one row a user ({users}) when candidate_offsets is left out, got {query.shape[0]}"
         )
     scale = dim**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # torch.compile cannot follow isfinite of a dynamic number
         raise ValueError(f"{op}: scale must be finite, got {scale}")
     return offsets.to(torch.int64), candidate_offsets, scale
 
