@@ -22,7 +22,9 @@
 //              threads nor on other candidates or users. AVX2 and AVX-512 give the same bits (FMA); the scalar
 //              form rounds products and sums apart. Error of a score: (Dq + 3) eps |scale| sum |q k|; of a weight
 //              of the softmax, relative: 2 max_l |error of s| + (L / 16 + 24 + 4 max |s|) eps.
-// Limits       sizes below 2^63; begin, end, candidates and listed must have been checked (check_offsets, check_listed)
+// Limits       sizes below 2^63; begin, end, candidates and listed must have been checked (check_offsets,
+//              check_listed); |s| below 2^29 for a softmax of floats: beyond, the rounding of the highest score is a
+//              power of two that overflows, and the answer may be NaN
 #pragma once
 
 #include <algorithm>

@@ -498,7 +498,8 @@ def target_attention(
     depend on its user's other candidates, on the rest of the batch or on the number of threads, and for float32 AVX2
     and AVX-512 give equal bits; the scalar form rounds products and sums apart (no FMA) and differs in the last bits.
     Error of a score: (Dq + 3) eps |scale| sum |q k|. Histories that are longer than 1024 rows are summed in parts of
-    1024. bfloat16 inputs are widened, and the answer is rounded once.
+    1024. bfloat16 inputs are widened, and the answer is rounded once. A softmax of scores beyond 2^29 in size may be
+    NaN (not for float64).
     Differentiable (once) in `query`, `keys` and `values`. Backends: CPU (scalar, AVX2, AVX-512; float64 scalar only).
 
     References
