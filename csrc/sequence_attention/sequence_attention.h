@@ -23,25 +23,15 @@
 #include <cstdint>
 
 #include "common/arena.h"
-#include "common/span.h"
+#include "common/heads.h"
 
 namespace recfast::sequence_attention {
 
 struct Shape {
-  std::int64_t users = 0;
   std::int64_t heads = 0;
   std::int64_t dim = 0;
   std::int64_t value_dim = 0;
   std::int64_t longest = 0;  // at least every length
-};
-
-// Rows of heads in memory: user b, row i, head h starts at data + b * batch + i * row + h * head.
-template <class S>
-struct Heads {
-  S* data = nullptr;
-  std::int64_t batch = 0;  // 0 when jagged: rows then count from the start of all
-  std::int64_t row = 0;
-  std::int64_t head = 0;
 };
 
 // Drops the weight of (user, head, query, key) where the draw of Philox{seed} for c0 = user, c1 = head, c2 = query,
@@ -54,6 +44,7 @@ struct Dropout {
 
 template <class S, class T>
 struct Args {
+  Sequences users;
   Shape shape;
   bool causal;
   T scale;
@@ -61,22 +52,11 @@ struct Args {
   Heads<const S> q;
   Heads<const S> k;
   Heads<const S> v;
-  const std::int64_t* offsets;  // [users + 1]; null when padded
-  const std::int64_t* lengths;  // [users]; null when jagged
-  Heads<S> out;                 // read by backward
-  Heads<T> highest;             // [rows, H] max_j s
-  Heads<T> inverse;             // [rows, H] 1 / sum_j exp(s - max s)
-  std::int64_t* sums;           // scratch [users + 1]
-  T* scratch;                   // scratch_size(...) values
-
-  [[nodiscard]] std::int64_t length(std::int64_t user) const noexcept {
-    return offsets == nullptr ? lengths[user] : offsets[user + 1] - offsets[user];
-  }
-  // Row 0 of a head of a user.
-  template <class P>
-  [[nodiscard]] P* at(const Heads<P>& x, std::int64_t user, std::int64_t head) const noexcept {
-    return x.data + user * x.batch + (offsets == nullptr ? 0 : offsets[user]) * x.row + head * x.head;
-  }
+  Heads<S> out;        // read by backward
+  Heads<T> highest;    // [rows, H] max_j s
+  Heads<T> inverse;    // [rows, H] 1 / sum_j exp(s - max s)
+  std::int64_t* sums;  // scratch [users + 1]
+  T* scratch;          // scratch_size(...) values
 };
 
 // A null `data` skips that gradient and its work.
