@@ -94,6 +94,21 @@ def test_threads_follow_torch():
             torch.set_num_threads(before)
 
 
+def test_an_own_openmp_is_told_the_number_of_threads(monkeypatch):
+    """Where torch brings another runtime; arguments go through by place and by name."""
+    import torch
+
+    from recfast.ops import _library
+
+    told = []
+    monkeypatch.setattr(_library, "shares_openmp", lambda: False)
+    monkeypatch.setattr(_library._C, "set_threads", told.append)
+    sizes = {"heads": 1, "dim": 8, "value_dim": 8, "longest": 20}
+    scratch = _library.kernel("sequence_attention_scratch")
+    assert scratch(True, **sizes) == _C.sequence_attention_scratch(True, **sizes)
+    assert told == [torch.get_num_threads()]
+
+
 def _paths() -> dict[str, str]:
     import os
 

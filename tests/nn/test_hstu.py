@@ -64,6 +64,23 @@ def test_padded_rows_give_the_same():
     torch.testing.assert_close(padded[inside], jagged, rtol=1e-5, atol=1e-5)
 
 
+def test_padding_may_hold_anything():
+    block, (x, offsets, times) = made(torch.float32), batch(dtype=torch.float32)
+    lengths = offsets.diff()
+    inside = torch.arange(13) < lengths.unsqueeze(1)
+    answers = []
+    for fill, time in ((0.0, 5), (float("nan"), -(2**60))):
+        rows, whole_times = torch.full((4, 13, 12), fill), torch.full((4, 13), time)
+        rows[inside], whole_times[inside] = x, times
+        out = block(rows.requires_grad_(), lengths.int(), timestamps=whole_times)
+        assert torch.all(out[~inside] == 0)
+        answers.append([out, *torch.autograd.grad(out.square().sum(), [rows, *block.parameters()])])
+        assert torch.all(answers[-1][1][~inside] == 0)
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+    with pytest.raises(ValueError, match=r"HSTUBlock: lengths must have shape \[4\], got \[5\]"):
+        block(rows, offsets, timestamps=whole_times)
+
+
 def test_a_later_event_changes_no_earlier_output():
     """The values of later rows may be anything; of their times, row i knows that of row i + 1 and no more."""
     block = made(torch.float32)

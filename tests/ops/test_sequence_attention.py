@@ -505,6 +505,11 @@ def test_nan_stays_where_it_belongs(dtype, isa_levels):
         ({"dropout": 0.5}, ValueError, "dropout needs a seed, got None"),
         ({"dropout": 0.5, "seed": -1}, ValueError, r"seed must lie in \[0, 2\*\*63\), got -1"),
         ({"dropout": 0.5, "seed": torch.tensor(1.0)}, TypeError, "seed must be int64, got float32"),
+        (
+            {"dropout": 0.5, "seed": torch.tensor(1, device="meta")},
+            ValueError,
+            "seed must be on cpu, where it is read, got meta",
+        ),
     ],
 )
 def test_rejects_bad_input(change, error, sentence):

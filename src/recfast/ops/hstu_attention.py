@@ -234,6 +234,8 @@ def _published(
 
         q, k, v = padded(q), padded(k), padded(v)
         timestamps = None if timestamps is None else padded(timestamps)
+    else:  # padding may hold anything, and 0 times anything is not 0
+        q, k, v = (torch.where(inside[:, :, None, None], x, 0) for x in (q, k, v))
     z = alpha * torch.einsum("bihd,bjhd->bhij", q, k)
     if position_bias is not None:
         index = (place.unsqueeze(0) - place.unsqueeze(1) + max_length - 1).clamp(0, 2 * max_length - 2)
@@ -247,8 +249,6 @@ def _published(
         window=None if window < 0 else window,
     )  # fmt: skip
     weights = torch.where(seen.unsqueeze(1), torch.nn.functional.silu(z) / max_length, 0)
-    # Padding may hold anything, and 0 times anything is not 0.
-    v = torch.where(inside[:, :, None, None], v, 0)
     out = torch.einsum("bhij,bjhd->bihd", weights, v).to(dtype)
     return out[inside] if jagged else out
 
