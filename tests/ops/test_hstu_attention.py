@@ -584,8 +584,8 @@ def test_memory_is_linear_in_length():
     def scratch(rows):
         lengths = torch.tensor([rows])
         sizes = {
-            "sequences": 1, "offsets": 0, "lengths": lengths.data_ptr(), "heads": 4, "dim": 32, "value_dim": 32, "max_length": rows, "buckets": 128, "borders": 129,
-            "position_heads": 1,
+            "sequences": 1, "offsets": 0, "lengths": lengths.data_ptr(), "heads": 4, "dim": 32, "value_dim": 32,
+            "max_length": rows, "buckets": 128, "borders": 129, "position_heads": 1,
         }  # fmt: skip
         return _C.hstu_attention_forward_scratch(**sizes), _C.hstu_attention_backward_scratch(False, **sizes)
 

@@ -92,8 +92,8 @@ def place(name: str, x: torch.Tensor | None) -> dict[str, int]:
 def sequences(op: str, rows: torch.Tensor, offsets: torch.Tensor) -> tuple[dict[str, int], int]:
     """Check `offsets` (or `lengths`) of `rows` [T, H, D] (or [B, L, H, D]).
 
-    Returns what `sequences_of` of csrc/bindings wants, and the longest length. `offsets` (int64, contiguous) must live as
-    long as the kernel runs.
+    Returns what `sequences_of` of csrc/bindings wants, and the longest length. `offsets` (int64, contiguous) must live
+    as long as the kernel runs.
     """
     if rows.dim() == 3:
         longest = check_jagged(op, "offsets", offsets, rows.shape[0])

@@ -160,8 +160,8 @@ def _backward(ctx, grad: torch.Tensor):
     wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     gradients = _backward_op(grad, wanted, *ctx.saved_tensors, *ctx.options)
     answer: list[torch.Tensor | None] = [None] * 14
-    for place, want, gradient in zip(_DIFFERENTIABLE, wanted, gradients, strict=True):
-        answer[place] = gradient if want else None
+    for i, want, gradient in zip(_DIFFERENTIABLE, wanted, gradients, strict=True):
+        answer[i] = gradient if want else None
     return tuple(answer)
 
 

@@ -33,8 +33,8 @@ def _arguments(q, k, v, offsets, causal, scale, dropout, seed, out, statistics, 
     where, longest = sequences("sequence_attention", q, offsets)
     sizes = {"heads": q.shape[-2], "dim": q.shape[-1], "value_dim": v.shape[-1], "longest": longest}
     if statistics is None:
-        out = empty_rows(v)
-        statistics = (q.new_empty if q.dim() == 3 else q.new_zeros)((2, *q.shape[:-1]), dtype=_statistics_dtype(q.dtype))
+        new = q.new_empty if q.dim() == 3 else q.new_zeros
+        out, statistics = empty_rows(v), new((2, *q.shape[:-1]), dtype=_statistics_dtype(q.dtype))
     scratch = statistics.new_empty(_SCRATCH(backward, **sizes))
     sums = offsets.new_empty(where["sequences"] + 1)
     # Strides as if each statistic were a row of one value.
