@@ -26,7 +26,8 @@ struct Sequences {
   }
   // Row `row` of a head of a sequence.
   template <class S>
-  [[nodiscard]] S* at(const Heads<S>& x, std::int64_t sequence, std::int64_t head, std::int64_t row = 0) const noexcept {
+  [[nodiscard]] S* at(const Heads<S>& x, std::int64_t sequence, std::int64_t head,
+                      std::int64_t row = 0) const noexcept {
     return x.data + sequence * x.batch + (row + (offsets == nullptr ? 0 : offsets[sequence])) * x.row + head * x.head;
   }
 };

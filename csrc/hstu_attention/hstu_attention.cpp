@@ -51,8 +51,6 @@ constexpr IsaTable<decltype(backward_bf16_avx2)> kBackwardBf16{
 #endif
 };
 
-std::int64_t time_size(const Shape& s) noexcept { return padded(s.buckets + 1); }
-
 // The position tables, zeros behind them; in forward each turned round.
 template <class T>
 void copy_position(const Shape& s, const T* from, bool turned, T* to) noexcept {
@@ -85,7 +83,7 @@ void run_forward(const Args<T, Value>& args, Form form) noexcept {
   if (count == 0) return;
 
   Arena<T> arena(args.scratch);
-  T* position = arena.take(s.position_heads * position_stride(s));
+  T* position = arena.take(position_size(s));
   copy_position(s, args.position, true, position);
   const Buckets buckets(args.thresholds, s.borders);
   const Prepared<T> prepared{position, s.buckets >= 0 ? &buckets : nullptr};
@@ -157,14 +155,11 @@ void run_backward(const Args<T, Value>& args, const Gradients<T, Value>& gradien
   if (count == 0) return;
 
   Arena<T> arena(args.scratch);
-  T* position = arena.take(s.position_heads * position_stride(s));
-  copy_position(s, args.position, false, position);
+  const BackwardShared<T> shared(arena, s, copied_rows[args.sequences.count]);
+  copy_position(s, args.position, false, shared.position);
   const Buckets buckets(args.thresholds, s.borders);
-  const Prepared<T> prepared{position, s.buckets >= 0 ? &buckets : nullptr};
+  const Prepared<T> prepared{shared.position, s.buckets >= 0 ? &buckets : nullptr};
   const std::int64_t width = s.heads * s.dim;
-  T* copies = arena.take(copied_rows[args.sequences.count] * width);
-  const std::int64_t partial_size = s.position_heads * position_stride(s) + time_size(s);
-  T* partials = arena.take(kMaxParts * partial_size);
   Arena<T> counted(nullptr);
   static_cast<void>(BackwardWork<T>(counted, s));
   T* work = arena.take(0);  // the rest of the scratch
@@ -186,7 +181,7 @@ void run_backward(const Args<T, Value>& args, const Gradients<T, Value>& gradien
       if (chunk == 0) dq = gradients.q.data != nullptr ? args.sequences.at(gradients.q, task.sequence, 0) : nullptr;
       --chunk;
     }
-    if (chunk >= 0) dq = copies + (copied_rows[task.sequence] + chunk * length) * width;
+    if (chunk >= 0) dq = shared.copies + (copied_rows[task.sequence] + chunk * length) * width;
     form(args, gradients, prepared, mine, task, dq, sum);
   };
 
@@ -217,12 +212,12 @@ void run_backward(const Args<T, Value>& args, const Gradients<T, Value>& gradien
     parallel_for_each(parts, [&](std::int64_t index, int thread) {
       Arena<T> own(work + thread * counted.used());
       const BackwardWork<T> mine(own, s);
-      T* sum = partials + index * partial_size;
-      std::fill_n(sum, partial_size, T{0});
+      T* sum = shared.partials + index * partial_size(s);
+      std::fill_n(sum, partial_size(s), T{0});
       std::fill_n(mine.time, (s.buckets + 1) * kLanes, T{0});
       const auto at = static_cast<std::size_t>(index);
       for (std::int64_t task = border[at]; task < border[at + 1]; ++task) run_task(task, sum, mine);
-      T* time = sum + s.position_heads * position_stride(s);
+      T* time = sum + position_size(s);
       for (std::int64_t bucket = 0; bucket <= s.buckets; ++bucket) {
         for (std::int64_t lane = 0; lane < kLanes; ++lane) time[bucket] += mine.time[bucket * kLanes + lane];
       }
@@ -232,7 +227,7 @@ void run_backward(const Args<T, Value>& args, const Gradients<T, Value>& gradien
       for (std::int64_t i = 0; i < size; ++i) {
         double sum = 0;
         for (std::int64_t index = 0; index < parts; ++index) {
-          sum += static_cast<double>(partials[index * partial_size + from + i]);
+          sum += static_cast<double>(shared.partials[index * partial_size(s) + from + i]);
         }
         to[i] = static_cast<T>(sum);
       }
@@ -241,10 +236,10 @@ void run_backward(const Args<T, Value>& args, const Gradients<T, Value>& gradien
       add_parts(h * position_stride(s), s.positions(), gradients.position + h * s.positions());
     }
     if (gradients.time != nullptr) {
-      add_parts(s.position_heads * position_stride(s), s.buckets + 1, gradients.time);
+      add_parts(position_size(s), s.buckets + 1, gradients.time);
     }
   }
-  if (gradients.q.data != nullptr) add_copies(args, gradients, copied_rows, copies);
+  if (gradients.q.data != nullptr) add_copies(args, gradients, copied_rows, shared.copies);
 }
 
 }  // namespace
@@ -262,20 +257,23 @@ void backward_scalar(const Args<T, Value>& args, const Gradients<T, Value>& grad
 }
 
 std::int64_t forward_scratch(const Shape& shape) noexcept {
+  Arena<float> shared(nullptr);
+  static_cast<void>(shared.take(position_size(shape)));
   Arena<float> work(nullptr);
   static_cast<void>(ForwardWork<float>(work, shape));
-  return padded(shape.position_heads * position_stride(shape)) + max_threads() * work.used();
+  return shared.used() + max_threads() * work.used();
 }
 
 std::int64_t backward_scratch(const Shape& shape, const Sequences& sequences, bool copied) noexcept {
   std::int64_t rows = 0;
-  for (std::int64_t b = 0; b < sequences.count; ++b) rows += copies_of(sequences.length(b), copied) * sequences.length(b);
-  const std::int64_t position = shape.position_heads * position_stride(shape);
-  const std::int64_t shared = padded(position) + padded(rows * shape.heads * shape.dim) +
-                              padded(kMaxParts * (position + time_size(shape)));
+  for (std::int64_t b = 0; b < sequences.count; ++b) {
+    rows += copies_of(sequences.length(b), copied) * sequences.length(b);
+  }
+  Arena<float> shared(nullptr);
+  static_cast<void>(BackwardShared<float>(shared, shape, rows));
   Arena<float> work(nullptr);
   static_cast<void>(BackwardWork<float>(work, shape));
-  return shared + max_threads() * work.used();
+  return shared.used() + max_threads() * work.used();
 }
 
 void forward(const Args<float>& args) noexcept { run_forward(args, kForward.pick()); }

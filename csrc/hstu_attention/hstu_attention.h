@@ -13,9 +13,9 @@
 //              side; sequences are jagged or padded; position [2 N - 1], one or one a head; time [buckets + 1]
 // Dtypes       float32, float64, or bfloat16 rows with everything else float32
 // Accumulator  float32 (float64 for float64); every sum runs in one fixed order: tiles of kTile rows by kTile rows,
-//              then the order of rows within. AVX2 and AVX-512 give the same bits (FMA); the scalar form rounds products
-//              and sums apart. Nothing depends on the number of threads or on the rest of the batch, save the gradients of
-//              the biases, which sum over the batch, cut by its lengths alone, the parts added in float64.
+//              then the order of rows within. AVX2 and AVX-512 give the same bits (FMA); the scalar form rounds
+//              products and sums apart. Nothing depends on the number of threads or on the rest of the batch, save the
+//              gradients of the biases, which sum over the batch, cut by its lengths alone, the parts added in float64.
 // Memory       linear in rows: no tile outlives its turn, backward makes it again
 // Limits       sizes below 2^63; with a position bias, sequences of at most N rows; all must have been checked
 // Sources      Zhai et al., "Actions Speak Louder than Words", ICML 2024 (arXiv 2402.17152), and its published program
@@ -222,7 +222,29 @@ struct Buckets {
 
 // Copies of the position tables in the order in which the vectors read them: forward has queries side by side, so its
 // copy is turned round.
-[[nodiscard]] inline std::int64_t position_stride(const Shape& s) noexcept { return padded(s.positions() + kBeyond); }
+[[nodiscard]] inline std::int64_t position_stride(const Shape& s) noexcept {
+  return s.position_heads == 0 ? 0 : padded(s.positions() + kBeyond);
+}
+[[nodiscard]] inline std::int64_t position_size(const Shape& s) noexcept {
+  return s.position_heads * position_stride(s);
+}
+// Bias gradients of a part: the position tables, then the time table.
+[[nodiscard]] inline std::int64_t partial_size(const Shape& s) noexcept {
+  return position_size(s) + padded(s.buckets + 1);
+}
+
+// What all threads share in backward.
+template <class T>
+struct BackwardShared {
+  T* position;
+  T* copies;    // of dq, [copied rows, H, Dq]
+  T* partials;  // [kMaxParts, partial_size]
+
+  BackwardShared(Arena<T>& arena, const Shape& s, std::int64_t copied_rows) noexcept
+      : position(arena.take(position_size(s))),
+        copies(arena.take(copied_rows * s.heads * s.dim)),
+        partials(arena.take(kMaxParts * partial_size(s))) {}
+};
 
 // One thread's working memory in forward. Queries lie side by side in vectors.
 template <class T>

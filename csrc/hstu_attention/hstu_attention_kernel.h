@@ -250,8 +250,8 @@ struct Kernel : Tiles<Simd> {
       last = std::max({last, row + 1, seen[i].last});
     }
     for (std::int64_t h = 0; h < group; ++h) {
-      turn_rows(args.sequences.at(args.q, task.sequence, task.head + h, task.row), args.q.row, task.rows, s.dim, columns,
-                work.q + h * s.dim * kTile);
+      turn_rows(args.sequences.at(args.q, task.sequence, task.head + h, task.row), args.q.row, task.rows, s.dim,
+                columns, work.q + h * s.dim * kTile);
     }
     for (std::int64_t h = 0; h < group; ++h) {
       std::fill_n(work.out + h * kTile * value_columns, task.rows * value_columns, T{0});
@@ -282,8 +282,8 @@ struct Kernel : Tiles<Simd> {
         const T* k = nullptr;
         std::int64_t k_stride = padded(s.dim);
         if constexpr (kCopied) {
-          read_rows(args.sequences.at(args.k, task.sequence, head, key), args.k.row, rows, s.dim, T{1}, work.k, k_stride,
-                    rows);
+          read_rows(args.sequences.at(args.k, task.sequence, head, key), args.k.row, rows, s.dim, T{1}, work.k,
+                    k_stride, rows);
           k = work.k;
         } else {
           k = args.sequences.at(args.k, task.sequence, head, key);

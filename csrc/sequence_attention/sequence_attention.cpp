@@ -123,8 +123,8 @@ void run_forward(const Args<S, T>& args, Form form) noexcept {
 }
 
 // A head is one unit, and each block of scores is computed once for all three gradients. Where one head is more than a
-// thread's share, it is cut: dq by blocks of queries, then dk and dv by parts of the keys. That computes the scores twice
-// and changes no sum.
+// thread's share, it is cut: dq by blocks of queries, then dk and dv by parts of the keys. That computes the scores
+// twice and changes no sum.
 template <class S, class T, class Form>
 void run_backward(const Args<S, T>& args, const Gradients<S>& gradients, Form form) noexcept {
   const auto head_weight = [&](std::int64_t user) {

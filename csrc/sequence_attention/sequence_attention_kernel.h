@@ -1,5 +1,5 @@
-// The kernel itself, for any vector type (see common/tiles.h). A form includes both inside its target region; the standard
-// headers and sequence_attention.h must have been included before, outside it.
+// The kernel itself, for any vector type (see common/tiles.h). A form includes both inside its target region; the
+// standard headers and sequence_attention.h must have been included before, outside it.
 #pragma once
 
 namespace recfast::sequence_attention {

@@ -182,8 +182,23 @@ def test_state_and_compile():
     other.load_state_dict(block.state_dict())
     x, offsets, times = batch(dtype=torch.float32)
     assert torch.equal(block(x, offsets, timestamps=times), other(x, offsets, timestamps=times))
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, offsets, timestamps=times), block(x, offsets, timestamps=times))
+    answers = []
+    for form in (torch.compile(block, fullgraph=True, backend="aot_eager"), block):
+        out = form(x, offsets, timestamps=times)
+        answers.append([out, *torch.autograd.grad(out.square().sum(), block.parameters())])
+    torch.testing.assert_close(*answers)
+
+
+def test_autocast():
+    block, (x, offsets, times) = made(torch.float32), batch(dtype=torch.float32)
+    exact = block(x, offsets, timestamps=times)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = block(x, offsets, timestamps=times)
+    assert out.dtype == torch.float32
+    assert not torch.equal(out, exact)
+    assert (out - exact).norm() <= 0.02 * exact.norm()
+    out.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in block.parameters())
 
 
 @pytest.mark.parametrize(
