@@ -43,6 +43,7 @@ class Named {
   const py::kwargs& arguments_;
 };
 
+void bind_category_top_k(py::module_& m);
 void bind_code_rows(py::module_& m);
 void bind_code_search(py::module_& m);
 void bind_din_attention(py::module_& m);
@@ -50,9 +51,13 @@ void bind_dpp_greedy(py::module_& m);
 void bind_embedding_bag(py::module_& m);
 void bind_embedding_update(py::module_& m);
 void bind_example_axpy(py::module_& m);
+void bind_hamming_top_k(py::module_& m);
 void bind_hstu_attention(py::module_& m);
 void bind_id_map(py::module_& m);
 void bind_initial_rows(py::module_& m);
+void bind_sdim_attention(py::module_& m);
 void bind_sequence_attention(py::module_& m);
+void bind_simhash(py::module_& m);
+void bind_target_attention(py::module_& m);
 
 }  // namespace recfast::bindings

@@ -64,15 +64,20 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "recfast kernels for the CPU; no torch symbol is needed to load them";
   using namespace recfast::bindings;
   bind_runtime(m);
+  bind_category_top_k(m);
   bind_code_rows(m);
   bind_code_search(m);
-  bind_dpp_greedy(m);
-  bind_example_axpy(m);
   bind_din_attention(m);
+  bind_dpp_greedy(m);
   bind_embedding_bag(m);
   bind_embedding_update(m);
+  bind_example_axpy(m);
+  bind_hamming_top_k(m);
   bind_hstu_attention(m);
   bind_id_map(m);
   bind_initial_rows(m);
+  bind_sdim_attention(m);
   bind_sequence_attention(m);
+  bind_simhash(m);
+  bind_target_attention(m);
 }

@@ -3,11 +3,21 @@
 //   T, V (a GCC vector of T), kMaxColumns (vectors side by side in a tile), rows(J) (rows of a tile J vectors wide),
 //   fma(a, b, c).
 // Forms whose fma rounds once give the same bits; the portable one rounds product and sum apart.
-// The standard headers (algorithm, cmath, cstdint, cstring, type_traits) and common/arena.h must have been included
+// The standard headers (algorithm, cmath, cstdint, cstring, type_traits, utility) and common/arena.h must have been included
 // before, outside that region.
 #pragma once
 
+#define RECFAST_INLINED __attribute__((always_inline))
+
 namespace recfast {
+
+// f<0>(), f<1>(), ..., f<N - 1>()
+template <int N, class F>
+RECFAST_INLINED inline void unrolled(const F& f) noexcept {
+  [&]<int... i>(std::integer_sequence<int, i...>) RECFAST_INLINED {
+    (f.template operator()<i>(), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
 
 template <class Simd>
 struct Vectors {
@@ -24,6 +34,8 @@ struct Vectors {
   static V splat(T x) noexcept { return x - V{}; }
 
   // c[r, :] = start[r, :] + sum_k a[r, k] b[k, :], terms added in the order of k. Columns come in whole vectors.
+  static constexpr T kZeros[Simd::kMaxColumns * kWidth]{};  // what a row of a tile starts from
+
   struct Product {
     const T* a;
     std::int64_t a_row;
@@ -37,55 +49,84 @@ struct Vectors {
     T* c;                   // row stride `columns`
   };
 
-  template <int R, int J>
-  static void tile(const Product& p, std::int64_t row, std::int64_t column) noexcept {
-    V sum[R][J];
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < J; ++j) {
-        sum[r][j] = p.start == nullptr ? V{} : load(p.start + (row + r) * p.start_row + column + j * kWidth);
-      }
+  // What puts a tile into a matrix.
+  struct Store {
+    T* to;
+    std::int64_t width;
+
+    template <int R, int J>
+    RECFAST_INLINED void operator()(const V (&sum)[R][J], std::int64_t row, std::int64_t column) const noexcept {
+      T* at = to + row * width + column;
+      unrolled<R>([&]<int r>() RECFAST_INLINED {
+        unrolled<J>([&]<int j>() RECFAST_INLINED { store(at + j * kWidth, sum[r][j]); });
+        at += width;
+      });
     }
+  };
+
+  // A tile of c, R rows of J vectors from (row, column) on, in registers; `finish(sum, row, column)` puts it away.
+  // Every index into `sum` is a constant from the start, also in `finish` (see unrolled): or the compiler leaves the
+  // tile in memory between the steps.
+  template <int R, int J, class Finish>
+  static void tile(const Product& p, std::int64_t row, std::int64_t column, const Finish& finish) noexcept {
+    V sum[R][J];
+    const bool from_zero = p.start == nullptr;
+    const T* start = from_zero ? kZeros : p.start + row * p.start_row + column;
+    const std::int64_t start_row = from_zero ? 0 : p.start_row;
+    unrolled<R>([&]<int r>() RECFAST_INLINED {
+      unrolled<J>([&]<int j>() RECFAST_INLINED { sum[r][j] = load(start + j * kWidth); });
+      start += start_row;
+    });
     const T* a = p.a + row * p.a_row;
     const T* b = p.b + column;
     for (std::int64_t k = 0; k < p.depth; ++k) {
       V w[J];
-      for (int j = 0; j < J; ++j) w[j] = load(b + j * kWidth);
-      for (int r = 0; r < R; ++r) {
+      unrolled<J>([&]<int j>() RECFAST_INLINED { w[j] = load(b + j * kWidth); });
+      unrolled<R>([&]<int r>() RECFAST_INLINED {
         const V x = splat(a[r * p.a_row]);
-        for (int j = 0; j < J; ++j) sum[r][j] = Simd::fma(x, w[j], sum[r][j]);
-      }
+        unrolled<J>([&]<int j>() RECFAST_INLINED { sum[r][j] = Simd::fma(x, w[j], sum[r][j]); });
+      });
       a += p.a_step;
       b += p.columns;
     }
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < J; ++j) store(p.c + (row + r) * p.columns + column + j * kWidth, sum[r][j]);
-    }
+    finish(sum, row, column);
   }
 
-  template <int J>
-  static void strip(const Product& p, std::int64_t column) noexcept {
+  template <int J, class Finish>
+  static void strip(const Product& p, std::int64_t column, const Finish& finish) noexcept {
     constexpr int kRows = Simd::rows(J);
     std::int64_t row = 0;
-    for (; row + kRows <= p.rows; row += kRows) tile<kRows, J>(p, row, column);
-    for (; row + 2 <= p.rows; row += 2) tile<2, J>(p, row, column);
-    if (row < p.rows) tile<1, J>(p, row, column);
-  }
-
-  template <int J>
-  static void strip_of(const Product& p, std::int64_t column, std::int64_t vectors) noexcept {
-    if constexpr (J > 1) {
-      if (vectors < J) return strip_of<J - 1>(p, column, vectors);
+    for (; row + kRows <= p.rows; row += kRows) tile<kRows, J>(p, row, column, finish);
+    if constexpr (kRows > 4) {
+      if (row + 4 <= p.rows) {
+        tile<4, J>(p, row, column, finish);
+        row += 4;
+      }
     }
-    strip<J>(p, column);
+    for (; row + 2 <= p.rows; row += 2) tile<2, J>(p, row, column, finish);
+    if (row < p.rows) tile<1, J>(p, row, column, finish);
   }
 
-  static void multiply(const Product& p) noexcept {
+  template <int J, class Finish>
+  static void strip_of(const Product& p, std::int64_t column, std::int64_t vectors, const Finish& finish) noexcept {
+    if constexpr (J > 1) {
+      if (vectors < J) return strip_of<J - 1>(p, column, vectors, finish);
+    }
+    strip<J>(p, column, finish);
+  }
+
+  static void multiply(const Product& p) noexcept { multiply(p, Store{p.c, p.columns}); }
+
+  // With `finish` in the place of the store to c: what comes next is done while the sums are in registers. Strips of
+  // columns come from left to right.
+  template <class Finish>
+  static void multiply(const Product& p, const Finish& finish) noexcept {
     const std::int64_t vectors = p.columns / kWidth;
     const std::int64_t strips = (vectors + Simd::kMaxColumns - 1) / Simd::kMaxColumns;
     for (std::int64_t i = 0; i < strips; ++i) {
       const std::int64_t first = vectors * i / strips;
       const std::int64_t last = vectors * (i + 1) / strips;
-      strip_of<Simd::kMaxColumns>(p, first * kWidth, last - first);
+      strip_of<Simd::kMaxColumns>(p, first * kWidth, last - first, finish);
     }
   }
 

@@ -7,7 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
@@ -18,15 +20,15 @@
 
 namespace recfast::din_attention {
 
-void forward_avx2(const Args<float>& args, const Packed<float>& packed, const Work<float>& work, std::int64_t user,
-                    std::int64_t candidate) noexcept {
-  Kernel<Avx2>::forward(args, packed, work, user, candidate);
+template <class E>
+Form<E> form_avx2() noexcept {
+  using K = Kernel<Avx2, E>;
+  return {.pairs = false, .forward = K::forward, .moments = K::moments, .backward = K::backward,
+          .pack_pairs = K::pack_pairs};
 }
 
-void backward_avx2(const Args<float>& args, const Gradients<float>& gradients, const Packed<float>& packed,
-                     const Work<float>& work, const Partial<float>& partial, std::int64_t user) noexcept {
-  Kernel<Avx2>::backward(args, gradients, packed, work, partial, user);
-}
+template Form<float> form_avx2<float>() noexcept;
+template Form<BFloat16> form_avx2<BFloat16>() noexcept;
 
 }  // namespace recfast::din_attention
 

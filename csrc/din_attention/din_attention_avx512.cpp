@@ -7,7 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma")
@@ -18,15 +20,15 @@
 
 namespace recfast::din_attention {
 
-void forward_avx512(const Args<float>& args, const Packed<float>& packed, const Work<float>& work, std::int64_t user,
-                    std::int64_t candidate) noexcept {
-  Kernel<Avx512>::forward(args, packed, work, user, candidate);
+template <class E>
+Form<E> form_avx512() noexcept {
+  using K = Kernel<Avx512, E>;
+  return {.pairs = false, .forward = K::forward, .moments = K::moments, .backward = K::backward,
+          .pack_pairs = K::pack_pairs};
 }
 
-void backward_avx512(const Args<float>& args, const Gradients<float>& gradients, const Packed<float>& packed,
-                     const Work<float>& work, const Partial<float>& partial, std::int64_t user) noexcept {
-  Kernel<Avx512>::backward(args, gradients, packed, work, partial, user);
-}
+template Form<float> form_avx512<float>() noexcept;
+template Form<BFloat16> form_avx512<BFloat16>() noexcept;
 
 }  // namespace recfast::din_attention
 

@@ -203,3 +203,83 @@ def test_take(ds) -> None:
         ds.train.take([1003])
     with pytest.raises(InputError, match="a mask of shape"):
         ds.train.take(np.ones(3, dtype=bool))
+
+
+@pytest.fixture(scope="module")
+def requests(tmp_path_factory) -> data.Dataset:
+    """Users who are shown several items at a moment, and liked some of them."""
+    rng = np.random.default_rng(4)
+    sizes = rng.integers(1, 6, 60)
+    frame = pl.DataFrame(
+        {
+            "user": np.repeat(rng.integers(0, 9, 60), sizes),
+            "item": rng.integers(0, 50, sizes.sum()),
+            "label": rng.integers(0, 2, sizes.sum()),
+            "ts": np.repeat(np.arange(60), sizes),
+        }
+    )
+    schema = Schema(
+        [Categorical("user", role="user"), Categorical("item", role="item"), Sequence("history", max_length=7)],
+        time="ts",
+    )
+    return data.prepare(schema, frame, cache=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_shared_histories_are_those_of_the_rows(requests, shuffle) -> None:
+    split = requests.train
+    begins = split.requests()
+    assert begins[0] == 0
+    assert begins[-1] == len(split)
+    assert (np.diff(begins) > 1).any()
+    loader = Loader(split, 7, shuffle=shuffle, seed=1, shared=True)
+    assert len(loader) == -(-(len(begins) - 1) // 7)
+    found = []
+    for batch in loader:
+        offsets, history = batch.candidate_offsets, batch.sequences["history"]
+        assert offsets[0] == 0
+        assert offsets[-1] == len(batch)
+        assert len(history.offsets) == len(offsets) <= 8
+        for b in range(len(offsets) - 1):
+            rows = slice(int(offsets[b]), int(offsets[b + 1]))
+            for ids, label in zip(batch.ids[rows].tolist(), batch.label[rows].tolist(), strict=True):
+                found.append((ids, label, history.row(b).tolist()))
+    plain = next(iter(Loader(split, len(split))))
+    rows = [
+        (plain.ids[r].tolist(), plain.label[r].item(), plain.sequences["history"].row(r).tolist())
+        for r in range(len(split))
+    ]
+    assert sorted(found) == sorted(rows)
+    assert (found == rows) != shuffle
+
+
+def test_shared_batches_resume(requests) -> None:
+    first = Loader(requests.train, 5, shuffle=True, seed=2, shared=True)
+    batches = iter(first)
+    next(batches)
+    state = first.state_dict()
+    second = Loader(requests.train, 5, shuffle=True, seed=2, shared=True)
+    second.load_state_dict(state)
+    for one, other in zip(batches, second, strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.candidate_offsets, other.candidate_offsets)
+    with pytest.raises(InputError, match="Loader: the state has rows"):
+        Loader(requests.train, 5, shuffle=True, seed=2).load_state_dict(state)
+
+
+def test_histories_cut_shorter(requests) -> None:
+    short = requests.limited(2)
+    assert (short.schema.sequences[0].max_length, requests.schema.sequences[0].max_length) == (2, 7)
+    assert short.schema.rows("item") == requests.schema.rows("item")
+    long, cut = (next(iter(Loader(d.train, 200))).sequences["history"] for d in (requests, short))
+    for b in range(len(long.offsets) - 1):
+        assert cut.row(b).tolist() == long.row(b).tolist()[-2:]
+    with pytest.raises(InputError, match=r"Dataset.limited: max_length = 0 is outside \[1, any length\]"):
+        requests.limited(0)
+
+
+def test_raw_lists_are_not_shared(tmp_path) -> None:
+    frame = pl.DataFrame({"user": [1, 1], "item": [1, 2], "label": [0, 1], "history": [[1], [1, 2]]})
+    schema = Schema([Categorical("user", role="user"), Categorical("item", role="item"), Sequence("history")])
+    with pytest.raises(InputError, match="the rows of train share no histories"):
+        Loader(data.prepare(schema, frame, cache=tmp_path).train, 2, shared=True)

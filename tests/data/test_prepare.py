@@ -696,3 +696,43 @@ def test_memory_is_bounded(tmp_path, form) -> None:
     print(f"{form}: {found} rows, {before} MB before, {peak} MB at the peak")
     assert found == rows
     assert peak < limit
+
+
+def test_events_before_the_log_are_history_and_no_rows(tmp_path) -> None:
+    log = pl.DataFrame({"user": ["a", "a", "b"], "item": [7, 9, 7], "genre": ["x", "y", "x"], "label": [1, 0, 1]})
+    log = log.with_columns(time=pl.Series([10, 11, 12]))
+    before = pl.DataFrame({"user": ["b", "a", "a", "c"], "item": [9, 7, 5, 7], "time": [3, 2, 1, 1]})
+    items = pl.DataFrame({"item": [5, 7, 9], "genre": ["y", "x", "y"]})
+    schema = Schema(
+        [
+            Categorical("user", role="user"),
+            Categorical("item", role="item"),
+            Categorical("genre", side="item"),
+            Sequence("history"),
+            Sequence("genres", of="genre"),
+        ],
+        time="time",
+    )
+    frame = log.drop("genre")
+    ds = data.prepare(schema, frame, before=before, items=items, cache=tmp_path)
+    without = data.prepare(schema, frame, items=items, cache=tmp_path)
+    assert ds.path != without.path
+    assert ds.meta["rows"] == without.meta["rows"] == {"train": 3}
+    assert not (ds.path / "before").exists()
+    assert [ds.vocabulary[c].values.to_list() for c in ("user", "item")] == [["a", "b"], [7, 9]], "of the train split"
+    batch = ds.train.gather(np.arange(3))
+    read = ds.vocabulary["item"].decode
+    assert [read(batch.sequences["history"].row(r)) for r in range(3)] == [[None, 7], [None, 7, 7], [9]]
+    genres = ds.vocabulary["genre"].decode
+    assert [genres(batch.sequences["genres"].row(r)) for r in range(3)] == [["y", "x"], ["y", "x", "x"], ["y"]]
+    assert read(ds.history("train").row(1)) == [None, 7, 7]
+    assert read(ds.seen("train").row(2)) == [9, 7]
+    with pytest.raises(InputError, match="the before frame has no column 'time'"):
+        data.prepare(schema, frame, before=before.drop("time"), items=items, cache=tmp_path)
+    with pytest.raises(InputError, match="'item' changes its type: whole numbers in the train split, text"):
+        data.prepare(
+            schema, frame, before=before.with_columns(pl.col("item").cast(pl.String)), items=items, cache=tmp_path
+        )
+    timeless = Schema([Categorical("user", role="user"), Categorical("item", role="item")])
+    with pytest.raises(InputError, match="before is given, but the schema has no time column"):
+        data.prepare(timeless, frame, before=before, cache=tmp_path)

@@ -624,3 +624,67 @@ def test_rejects_bad_input(options, message):
 def test_part_out_of_range():
     with pytest.raises(IndexError, match=r"part 1 is outside \[0, 1\)"):
         Generator(Config(rows=1_000)).part(1)
+
+
+# ---- pasts
+
+
+PAST = {"rows": 4000, "n_users": 20, "n_items": 200, "seed": 6, "history_length": 400, "list_length": 20}
+
+
+def test_pasts_have_eras_of_their_own_topics():
+    generator = Generator(**PAST)
+    past = pl.concat(list(generator.past()))
+    again = pl.concat(list(Generator(**PAST).past()))
+    assert past.equals(again)
+    assert not past.equals(pl.concat(list(Generator(**{**PAST, "seed": 7}).past())))
+    assert past.group_by("user").len()["len"].to_list() == [400] * 20
+    assert past["time"].max() < generator.frame()["time"].min()
+    topic = past.join(generator.items, on="item")
+    assert topic.height == past.height, "only items that are there"
+    assert (topic["born"] <= topic["time"].max()).all()
+    # The second half of the eras by age: events 201 to 400 before the log, of three topics but for the noise.
+    early = topic.filter(pl.col("time") < topic["time"].min() + 200 * 3600)
+    late = topic.filter(pl.col("time") >= topic["time"].min() + 360 * 3600)
+    for user in past["user"].unique().to_list():
+        top = early.filter(pl.col("user") == user)["topic"].value_counts(sort=True)
+        share = top["count"][:3].sum() / 200
+        assert share > 0.9 - SIGMAS * np.sqrt(0.9 * 0.1 / 200)
+        other = late.filter((pl.col("user") == user) & pl.col("topic").is_in(top["topic"][:3].implode()))
+        assert other.height < 20, "the interests of the early era are over"
+
+
+def test_clicks_depend_on_the_whole_past():
+    generator = Generator(**PAST)
+    frame = generator.frame()
+    truth = generator.truth_of(frame)
+    past = pl.concat(list(generator.past())).join(generator.items.select("item", "topic"), on="item")
+    counts = past.group_by("user", "topic").len()
+    n = frame.select("user", "topic").join(counts, on=["user", "topic"], how="left")["len"].fill_null(0).to_numpy()
+    total = counts.with_columns(h=(pl.col("len") + 1).log()).group_by("user").agg(pl.col("h").sum() / 48)
+    mean = frame.select("user").join(total, on="user", how="left")["h"].to_numpy()
+    np.testing.assert_allclose(truth["history"].to_numpy(), 0.8 * (np.log1p(n) - mean), rtol=1e-5, atol=1e-5)
+    click, p = frame["click"].to_numpy(), truth["p_click"].to_numpy()
+    assert z_score(click, p) < SIGMAS
+    assert truth["history"].std() > 0.5
+
+
+def test_without_a_past_nothing_changes(tmp_path):
+    plain = Generator(rows=2000)
+    assert list(plain.past()) == []
+    assert not {"history_length", "history", "history_noise"} & plain.config.to_dict().keys()
+    assert "topic" not in plain.items.columns
+    assert (plain.truth_of(plain.frame())["history"] == 0).all()
+    with pytest.raises(InputError, match="history_length = -1 is not in"):
+        Config(history_length=-1)
+
+
+def test_load_with_pasts(tmp_path):
+    ds = data.load("synthetic", cache=tmp_path, max_length=300, **PAST)
+    assert ds.schema.sequences[0].max_length == 300
+    assert ds.schema.rows("topic") <= 49
+    batch = next(iter(data.Loader(ds.train, 8, shared=True)))
+    assert batch.sequences["history"].lengths().tolist() == [300] * (len(batch.candidate_offsets) - 1)
+    assert len(batch) > 100
+    assert len(ds.train) == 3200
+    assert int(ds.history("train").lengths()[1:].min()) >= 400

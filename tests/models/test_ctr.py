@@ -1,6 +1,7 @@
-"""DIN, DeepFM and DCNv2 on batches made by hand: what they read, share, learn and remember."""
+"""The rankers on batches made by hand: what they read, share, learn and remember."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,12 +9,34 @@ import torch
 from recfast import models
 from recfast.data import Batch, Categorical, Jagged, Numeric, Schema, Sequence, Vector
 from recfast.errors import InputError
+from recfast.models.ctr.dare import DARE
 from recfast.models.ctr.dcn_v2 import DCNv2
 from recfast.models.ctr.deepfm import DeepFM
 from recfast.models.ctr.din import DIN
+from recfast.models.ctr.eta import ETA
+from recfast.models.ctr.qin import QIN
+from recfast.models.ctr.sdim import SDIM
+from recfast.models.ctr.sim import SIM
+from recfast.models.ctr.twin import TWIN
 
 ROWS = {"user": 9, "item": 21, "genre": 4}
-MODELS = [DIN, DeepFM, DCNv2]
+
+
+def SIM_hard(schema, **options):
+    ranker = SIM(schema, **{"search": "hard", "category": "genre", **options})
+    genre = torch.arange(ROWS["item"]) % ROWS["genre"]
+    ids = torch.stack([torch.arange(ROWS["item"]), genre], dim=1).numpy()
+    ranker.prepare(SimpleNamespace(side=lambda role: {"ids": ids, "columns": ["item", "genre"]}))
+    return ranker
+
+
+def QIN_(schema, hidden=None, activation=None, tables=None, **options):
+    """Without the options of an MLP, which it does not have; products of three small numbers learn slowly."""
+    return QIN(schema, tables=tables and {"init_std": 0.1, **tables}, **options)
+
+
+HISTORIES = [DIN, SDIM, ETA, SIM, TWIN, DARE, QIN_]
+MODELS = [*HISTORIES, DeepFM, DCNv2]
 
 
 def make_schema(full=True):
@@ -73,7 +96,7 @@ def test_one_logit_a_row(model, full, precision):
     assert ranker.task == "ranking"
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, SIM_hard])
 def test_candidates_share_a_history(model):
     schema = make_schema()
     torch.manual_seed(0)
@@ -82,12 +105,14 @@ def test_candidates_share_a_history(model):
     torch.testing.assert_close(ranker(batch), ranker(expand(batch)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, SIM_hard])
 def test_every_input_matters(model):
     """Changing one column of one row changes that row's logit and, histories aside, no other's."""
     schema = make_schema()
     torch.manual_seed(0)
-    ranker = model(schema, dim=8, hidden=(12, 6)).eval()
+    # In hashes of three bits a candidate may meet none of its user's events.
+    own = {"bits": 1} if model is SDIM else {}
+    ranker = model(schema, dim=8, hidden=(12, 6), **own).eval()
     batch = make_batch(schema, [3, 2, 5])
     before = ranker(batch).detach()
 
@@ -110,7 +135,7 @@ def test_every_input_matters(model):
     changes(vectors={"text": batch.vectors["text"] + bump})
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, SIM_hard])
 def test_gradient_reaches_every_parameter(model):
     schema = make_schema()
     torch.manual_seed(0)
@@ -162,7 +187,7 @@ def test_it_learns_from_the_history(model, precision):
     assert sum(losses[-10:]) / 10 < 0.2
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, SIM_hard])
 def test_config_rebuilds_the_model(model):
     import json
 
@@ -189,6 +214,21 @@ def test_din_has_the_options_of_its_unit():
     ranker = DIN(schema, dim=4, attention_hidden=(5,), attention_activation="silu", attention_mode="softmax")
     assert (ranker.attention[0].hidden, ranker.attention[0].mode) == ((5,), "softmax")
     assert ranker.config()["attention_hidden"] == [5]
+
+
+def test_din_learns_the_dice_of_its_unit():
+    schema = make_schema(full=False)
+    torch.manual_seed(0)
+    ranker = DIN(schema, dim=4, attention_hidden=(5, 3), attention_activation="dice")
+    batch = make_batch(schema, [3, 2])
+    ranker.loss(ranker(batch), batch).backward()
+    unit = ranker.attention[0]
+    assert unit.alpha.grad.abs().sum() > 0
+    assert unit.running_mean.abs().sum() > 0
+    assert ranker.config()["attention_activation"] == "dice"
+    before = unit.running_mean.clone()
+    ranker.eval()(batch)
+    assert torch.equal(unit.running_mean, before)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -242,8 +282,9 @@ def test_dcn_v2_has_the_options_of_its_cross():
 
 def test_bad_input():
     without = Schema([Categorical("user", role="user"), Categorical("item", role="item")]).fit({"user": 3, "item": 3})
-    with pytest.raises(InputError, match="DIN: the schema has no Sequence column"):
-        DIN(without)
+    for model in (DIN, SDIM, ETA, SIM, TWIN, DARE, QIN):
+        with pytest.raises(InputError, match=f"{model.__name__}: the schema has no Sequence column"):
+            model(without)
     DeepFM(without)
     schema = make_schema(full=False)
     batch = dataclasses.replace(make_batch(schema, [2]), label=None)
@@ -252,7 +293,7 @@ def test_bad_input():
         ranker.loss(ranker(batch), batch)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, SIM_hard])
 def test_convert(model):
     """A trained float model in 8 bits answers nearly the same, and a state of the other precision is refused."""
     schema = make_schema()

@@ -1,7 +1,11 @@
 """nn.TargetAttention and the interaction blocks."""
 
+import copy
+import warnings
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recfast import ops
 from recfast.nn import MLP, Dice, TargetAttention, fm_interaction
@@ -59,13 +63,150 @@ def test_an_empty_history_gives_zero():
         ({"hidden": ()}, "one or two hidden widths must be positive"),
         ({"hidden": (4, 4, 4)}, "one or two hidden widths must be positive"),
         ({"hidden": (0,)}, "hidden widths must be positive"),
-        ({"activation": "gelu"}, "activation must be one of prelu, relu, sigmoid, silu, got 'gelu'"),
+        ({"activation": "gelu"}, "activation must be one of prelu, relu, sigmoid, silu, dice, got 'gelu'"),
+        ({"hidden": (4, 257)}, "hidden widths must be at most 256, got 257"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"dice_momentum": 2.0}, r"dice_momentum must lie in \[0, 1\], got 2.0"),
         ({"mode": "mean"}, "mode must be one of sum, sigmoid, softmax, got 'mean'"),
     ],
 )
 def test_rejects_bad_options(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         TargetAttention(4, **options)
+
+
+def arguments(seed=0, lengths=(5, 0, 8), candidates=(2, 1, 3), dim=6):
+    generator = torch.Generator().manual_seed(seed)
+    offsets, rows = (torch.tensor([0, *sizes]).cumsum(0) for sizes in (lengths, candidates))
+    query, keys = (torch.randn(n, dim, generator=generator) for n in (sum(candidates), sum(lengths)))
+    return query, keys, offsets, rows
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("hidden", [(12, 7), (9,)])
+def test_dice_follows_the_batches_and_evaluates_by_them(hidden, affine):
+    torch.manual_seed(0)
+    unit = TargetAttention(6, hidden, activation="dice", dice_affine=affine, dice_momentum=0.25, dice_eps=1e-5)
+    norm = torch.nn.BatchNorm1d(sum(hidden), momentum=0.25, affine=False)
+    learned = {name for name, _ in unit.named_parameters()}
+    assert learned >= {"alpha"} | ({"gain", "shift"} if affine else set())
+    for seed in range(4):
+        batch = arguments(seed)
+        out = unit(*batch)
+        weights = ops.DINWeights(unit.w1, unit.b1, unit.w2, unit.b2, unit.w3, unit.b3)
+        dice = ops.DiceWeights(
+            unit.alpha, torch.zeros(sum(hidden)), torch.ones(sum(hidden)), unit.gain, unit.shift, 1e-5
+        )
+        wanted, statistics = ops.din_attention.reference(
+            *batch[:3], weights, candidate_offsets=batch[3], activation="dice", dice=dice, training=True
+        )
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+        # What batch norm would have learned from rows with these statistics: 5 * 2 + 8 * 3 pairs.
+        mean, variance = statistics
+        norm.running_mean.lerp_(mean, 0.25)
+        norm.running_var.lerp_(variance * 34 / 33, 0.25)
+    torch.testing.assert_close(unit.running_mean, norm.running_mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(unit.running_variance, norm.running_var, rtol=1e-4, atol=1e-5)
+    unit.eval()
+    before = {name: value.clone() for name, value in unit.state_dict().items()}
+    dice = dice._replace(mean=unit.running_mean, variance=unit.running_variance)
+    wanted = ops.din_attention.reference(*batch[:3], weights, candidate_offsets=batch[3], activation="dice", dice=dice)
+    torch.testing.assert_close(unit(*batch), wanted, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in unit.state_dict().items())
+
+
+def test_a_batch_of_one_pair_leaves_the_running_statistics():
+    unit = TargetAttention(6, (4,), activation="dice")
+    torch.nn.init.ones_(unit.running_mean)
+    query, keys, _, _ = arguments()
+    unit(query[:1], keys[:1], torch.tensor([0, 1])).sum().backward()
+    assert torch.equal(unit.running_mean, torch.ones(4))
+    assert torch.equal(unit.running_variance, torch.ones(4))
+    assert unit.alpha.grad.isfinite().all()
+
+
+def layered(unit, batch):
+    """The unit as libraries write it: torch's own layers over the concatenation, user by user."""
+    query, keys, offsets, rows = batch
+    users = torch.arange(len(rows) - 1).repeat_interleave(rows.diff())
+    k = torch.cat([keys[offsets[user] : offsets[user + 1]] for user in users])
+    lengths = offsets.diff()[users]
+    q = query.repeat_interleave(lengths, 0)
+    hidden = torch.cat([q, k, q - k, q * k], 1)
+    layers = [(unit.w1, unit.b1), (unit.w2, unit.b2)][: len(unit.hidden)]
+    for layer, (w, b) in enumerate(layers):
+        hidden = hidden @ w + b
+        if unit.batch_norm:
+            hidden = unit.norms[layer](hidden)
+        hidden = torch.nn.functional.prelu(hidden, unit.slope[layer : layer + 1])
+        hidden = torch.nn.functional.dropout(hidden, unit.dropout, unit.training)
+    score = hidden @ unit.w3 + unit.b3
+    owner = torch.arange(len(query)).repeat_interleave(lengths)
+    return torch.zeros(len(query), keys.shape[1]).index_add(0, owner, score * k)
+
+
+class Recorder(TorchDispatchMode):
+    """The ops that are called."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"batch_norm": True}, {"dropout": 0.25, "batch_norm": True}])
+@pytest.mark.parametrize("hidden", [(12, 7), (9,)])
+def test_dropout_and_batch_norm_run_unfused_and_say_so(hidden, options):
+    torch.manual_seed(0)
+    unit = TargetAttention(6, hidden, **options)
+    twin = copy.deepcopy(unit)
+    batch = arguments()
+    torch.manual_seed(1)
+    sentence = r"unfused form in training, which holds about \d+ bytes for each pair .* 34 pairs"
+    with pytest.warns(UserWarning, match=sentence):
+        out = unit(*batch)
+    torch.manual_seed(1)
+    wanted = layered(twin, batch)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    names = [name for name, _ in unit.named_parameters()]
+    ours = torch.autograd.grad(out.square().sum(), list(unit.parameters()))
+    theirs = torch.autograd.grad(wanted.square().sum(), list(twin.parameters()))
+    for name, have, want in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4 * float(want.abs().max() + 1), msg=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for run in (unit, lambda *same: layered(twin, same)):  # said once; the same dropout for both
+            torch.manual_seed(2)
+            run(*batch)
+        # Outside training dropout does nothing and batch norm is folded into the weights: fused, without a word.
+        unit.eval()
+        twin.eval()
+        calls = []
+        with Recorder(calls):
+            out = unit(*batch)
+        assert torch.ops.recfast.din_attention.default in calls
+        torch.testing.assert_close(out, layered(twin, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_unfused_arguments_are_checked_too():
+    unit = TargetAttention(6, (4,), dropout=0.5)
+    query, keys, offsets, rows = arguments()
+    with pytest.raises(ValueError, match=r"offsets\[-1\] must be 12, the number of rows it cuts, got 13"):
+        unit(query, keys[:-1], offsets, rows)
+
+
+def test_bfloat16_rows_meet_float32_weights():
+    torch.manual_seed(0)
+    unit = TargetAttention(6, (12, 7))
+    query, keys, offsets, rows = arguments()
+    out = unit(query.bfloat16(), keys.bfloat16(), offsets, rows)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - unit(query, keys, offsets, rows)).norm() <= 0.05 * out.float().norm()
+    out.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in unit.parameters())
 
 
 def test_fm_interaction_is_the_sum_over_pairs():
@@ -95,3 +236,19 @@ def test_mlp_has_the_layers_it_was_asked_for():
         MLP(5, (7,), activation="tanh")
     with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1"):
         MLP(5, (7,), dropout=1)
+
+
+@pytest.mark.parametrize("activation", ["prelu", "dice"])
+def test_it_compiles_in_one_graph(activation):
+    torch.manual_seed(0)
+    unit = TargetAttention(6, (12, 7), activation=activation)
+    twin = copy.deepcopy(unit)
+    batch = arguments()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    out, wanted = compiled(*batch), unit(*batch)
+    assert torch.equal(out, wanted)
+    ours, theirs = (
+        torch.autograd.grad(x.square().sum(), list(m.parameters())) for x, m in ((out, twin), (wanted, unit))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(twin.buffers(), unit.buffers(), strict=True))

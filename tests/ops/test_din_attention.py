@@ -1,16 +1,23 @@
 """The five tests of an op, and what a history owes to nobody but itself."""
 
+import mmap
+import subprocess
+import sys
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recfast import ops
-from recfast.ops import DINWeights
+from recfast import _C, ops
+from recfast.nn import Dice
+from recfast.ops import DiceWeights, DINWeights
 from recfast.ops._library import REGISTRY
 
 EPS = torch.finfo(torch.float32).eps
-ACTIVATIONS = ["prelu", "relu", "sigmoid", "silu"]
+BFLOAT16_UNIT = 2.0**-8  # rounding to the nearest bfloat16 changes a number by at most this much of it
+ACTIVATIONS = ["prelu", "relu", "sigmoid", "silu", "dice"]
 MODES = ["sum", "sigmoid", "softmax"]
 
 
@@ -18,8 +25,9 @@ def offsets_of(lengths, dtype=torch.int64):
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
-def problem(lengths, candidates, dim, value_dim=None, hidden=(6, 3), seed=0, dtype=torch.float32):
-    """Arguments of the op; `candidates` None means one a user."""
+def problem(lengths, candidates, dim, value_dim=None, hidden=(6, 3), seed=0, dtype=torch.float32, dice=False):
+    """Arguments of the op; `candidates` None means one a user. Weights beside bfloat16 rows are float32."""
+    rows_dtype, dtype = dtype, torch.float32 if dtype == torch.bfloat16 else dtype
     generator = torch.Generator().manual_seed(seed)
 
     def random(*size):
@@ -38,8 +46,13 @@ def problem(lengths, candidates, dim, value_dim=None, hidden=(6, 3), seed=0, dty
     )
     options = {"candidate_offsets": None if candidates is None else offsets_of(candidates)}
     if value_dim is not None:
-        options["values"] = random(sum(lengths), value_dim)
-    return (random(rows, dim), random(sum(lengths), dim), offsets_of(lengths), weights), options
+        options["values"] = random(sum(lengths), value_dim).to(rows_dtype)
+    query, keys = (random(n, dim).to(rows_dtype) for n in (rows, sum(lengths)))
+    if dice:
+        channels = sum(hidden)
+        alpha, mean, spread, gain, shift = (random(channels) for _ in range(5))
+        options |= {"activation": "dice", "dice": DiceWeights(alpha / 4, mean / 2, spread.square() + 0.5, gain, shift)}
+    return (query, keys, offsets_of(lengths), weights), options
 
 
 def widened(arguments, options):
@@ -48,14 +61,26 @@ def widened(arguments, options):
 
     query, keys, offsets, weights = arguments
     wide_weights = DINWeights(*map(wide, weights))
-    return (wide(query), wide(keys), offsets, wide_weights), {name: wide(x) for name, x in options.items()}
+    options = {name: wide(x) for name, x in options.items()}
+    if options.get("dice") is not None:
+        options["dice"] = DiceWeights(*map(wide, options["dice"]))
+    return (wide(query), wide(keys), offsets, wide_weights), options
 
 
-def error_bound(arguments, options, mode):
+def error_bound(arguments, options, mode, unit=0.0):
     """What rounding can do to `out`, followed through the layers: n * eps * sum of |terms|, in float64.
 
-    Every activation here has a slope of at most 1.1, and its own evaluation is good to 8 eps.
+    Every activation here has a slope of at most 1.1, and its own evaluation is good to 8 eps; Dice's slope is bounded
+    from its parameters. `unit`: by how much the folded weights, w2, the first activations and the answer are rounded.
     """
+    dice = options.get("dice")
+    steep = 1.1
+    if dice is not None:
+        # |dy/dz| <= |a| + |1 - a| (1 + |z| scale / 4), and |z| scale p (1 - p) <= |t| p (1 - p) + |offset| / 4.
+        scale = dice.gain.abs() * (dice.variance + dice.eps).rsqrt()
+        offset = dice.shift.abs() + dice.mean.abs() * scale
+        steep = float((dice.alpha.abs() + (1 - dice.alpha).abs() * (1.25 + offset / 4)).max())
+        own = float((4 * (1 - dice.alpha).abs() * (2 + offset)).max())
     (query, keys, offsets, w), options = widened(arguments, options)
     users = torch.arange(offsets.numel() - 1)
     if options["candidate_offsets"] is not None:
@@ -69,13 +94,19 @@ def error_bound(arguments, options, mode):
         v = values[offsets[user] : offsets[user + 1]].abs()
         q = query[c]
         terms = k.abs() @ (wk + wd + q.abs().unsqueeze(1) * wp) + q.abs() @ (wq + wd) + w.b1.abs()
-        size, error = terms, (2 * dim + 6) * EPS * terms
+        size, error = terms, ((2 * dim + 6) * EPS + unit) * terms
+
+        def active(size, error):
+            if dice is not None:  # what p loses counts times |z|
+                return steep * size, steep * error + (8 + own) * EPS * (size + 1) * (1 + size)
+            return 1.1 * size + 1, 1.1 * error + 8 * EPS * (size + 1)
+
         if w.w2 is not None:
-            size, error = 1.1 * size + 1, 1.1 * error + 8 * EPS * (size + 1)
+            size, error = active(size, error)
             terms = size @ w.w2.abs() + w.b2.abs()
-            error = error @ w.w2.abs() + (w.w1.shape[1] + 2) * EPS * terms
+            error = error @ w.w2.abs() + ((w.w1.shape[1] + 2) * EPS + 2 * unit + unit**2) * terms
             size = terms
-        size, error = 1.1 * size + 1, 1.1 * error + 8 * EPS * (size + 1)
+        size, error = active(size, error)
         terms = (size @ w.w3.abs() + w.b3.abs()).squeeze(1)
         error = (error @ w.w3.abs()).squeeze(1) + (w.w3.shape[0] + 3) * EPS * terms
         if mode == "sum":
@@ -85,9 +116,11 @@ def error_bound(arguments, options, mode):
         else:
             # |dp| <= p (|ds| + max |ds|), and exp(s - lse) loses |s - lse| eps.
             weight = torch.ones_like(error)
-            error = 2 * error.amax() + (len(k) + 16 + 4 * terms.amax()) * EPS if len(k) else error
+            error = torch.expm1(2 * error.amax()) + (len(k) + 16 + 4 * terms.amax()) * EPS if len(k) else error
             error = error * torch.ones_like(weight)
-        bounds.append((error.unsqueeze(1) * v).sum(0) + (len(k) + 2) * EPS * (weight.unsqueeze(1) * v).sum(0))
+        summed = (weight.unsqueeze(1) * v).sum(0)
+        bound = (error.unsqueeze(1) * v).sum(0) + (len(k) + 2) * EPS * summed
+        bounds.append(bound + unit * (summed + bound))
     return torch.stack(bounds) if bounds else values.new_zeros(0, values.shape[1])
 
 
@@ -110,7 +143,8 @@ sizes = st.one_of(st.sampled_from([1, 15, 16, 17, 33]), st.integers(1, 40))
 @settings(max_examples=60)
 def test_matches_reference(users, shared, dim, value_dim, hidden, activation, mode, index, isa_levels, poisoned_empty):
     lengths = [length for length, _ in users]
-    arguments, options = problem(lengths, [n for _, n in users] if shared else None, dim, value_dim, hidden)
+    candidates = [n for _, n in users] if shared else None
+    arguments, options = problem(lengths, candidates, dim, value_dim, hidden, dice=activation == "dice")
     options |= {"activation": activation, "mode": mode}
     wide_arguments, wide_options = widened(arguments, options)
     wanted = ops.din_attention.reference(*wide_arguments, **wide_options)
@@ -124,6 +158,51 @@ def test_matches_reference(users, shared, dim, value_dim, hidden, activation, mo
         answers.append(answer)
     # The two forms with FMA agree bit by bit; the scalar one lies within the bound like they.
     assert all(torch.equal(answer, answers[1]) for answer in answers[2:])
+
+
+@given(
+    users=st.lists(
+        st.tuples(st.one_of(st.sampled_from([0, 1, 2, 3, 39, 40, 41]), st.integers(0, 90)), st.integers(0, 3)),
+        max_size=5,
+    ),
+    dim=sizes,
+    value_dim=st.one_of(st.none(), sizes),
+    hidden=st.one_of(st.tuples(sizes), st.tuples(sizes, sizes), st.sampled_from([(80, 40), (256, 97)])),
+    activation=st.sampled_from(ACTIVATIONS),
+    mode=st.sampled_from(MODES),
+)
+@settings(max_examples=40)
+def test_bfloat16_matches_reference(users, dim, value_dim, hidden, activation, mode, isa_levels, poisoned_empty):
+    lengths = [length for length, _ in users]
+    arguments, options = problem(
+        lengths, [n for _, n in users], dim, value_dim, hidden, dtype=torch.bfloat16, dice=activation == "dice"
+    )
+    options |= {"activation": activation, "mode": mode}
+    wide_arguments, wide_options = widened(arguments, options)
+    wanted = ops.din_attention.reference(*wide_arguments, **wide_options)
+    bound = error_bound(arguments, options, mode, BFLOAT16_UNIT)
+    for _ in isa_levels():
+        answer = ops.din_attention(*arguments, **options)
+        assert answer.dtype == torch.bfloat16
+        assert answer.shape == wanted.shape
+        assert torch.all((answer.double() - wanted).abs() <= bound)
+
+
+def test_bfloat16_known_values():
+    """Numbers that bfloat16 holds exactly all the way, so that every form must give the same."""
+    weights = DINWeights(
+        torch.tensor([[1.0], [2.0], [3.0], [4.0]]),
+        torch.tensor([0.5]),
+        torch.tensor([[2.0, -1.0]]),
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([[1.0], [4.0]]),
+        torch.tensor([1.0]),
+    )
+    query, keys = torch.tensor([[2.0]]).bfloat16(), torch.tensor([[1.0], [-2.0], [0.5]]).bfloat16()
+    # z1 = q + 2 k + 3 (q - k) + 4 q k + .5: k=1 15.5, k=-2 -5.5, k=.5 12. Relu, then [31, -14.5], [0, 1], [24, -11];
+    # relu, then s = 32, 5, 25; out = 32 - 10 + 12.5 = 34.5, which bfloat16 holds.
+    answer = ops.din_attention(query, keys, torch.tensor([0, 3]), weights, activation="relu")
+    assert answer.item() == 34.5
 
 
 def test_known_values():
@@ -154,9 +233,12 @@ def test_known_values():
 def test_gradcheck(mode, activation, two):
     hidden = (5, 3) if two else (5,)
     own_values = mode != "sigmoid"
-    arguments, options = problem([3, 0, 22, 1], [2, 1, 2, 0], 3, 2 if own_values else None, hidden, 1, torch.float64)
+    arguments, options = problem(
+        [3, 0, 22, 1], [2, 1, 2, 0], 3, 2 if own_values else None, hidden, 1, torch.float64, dice=activation == "dice"
+    )
     query, keys, offsets, weights = arguments
     values = options.pop("values", None)
+    options["activation"] = activation
     given_weights = [w for w in weights if w is not None]
     present = [w is not None for w in weights]
     if activation != "prelu":
@@ -166,7 +248,7 @@ def test_gradcheck(mode, activation, two):
         rest = list(rest)
         own = rest.pop(0) if values is not None else None
         filled = DINWeights(*(rest.pop(0) if there else None for there in present))
-        return ops.din_attention(query, keys, offsets, filled, values=own, activation=activation, mode=mode, **options)
+        return ops.din_attention(query, keys, offsets, filled, values=own, mode=mode, **options)
 
     inputs = [query, keys, *([] if values is None else [values]), *given_weights]
     assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in inputs], fast_mode=True)
@@ -184,6 +266,116 @@ def test_gradcheck_every_entry():
     assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in (query, keys, *weights)])
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("two", [False, True], ids=["one-layer", "two-layers"])
+def test_dice_gradcheck(mode, training, two):
+    """In everything that learns; in training through the statistics too."""
+    arguments, options = problem(
+        [3, 0, 43, 1], [2, 1, 2, 0], 3, 2, (5, 3) if two else (5,), 1, torch.float64, dice=True
+    )
+    query, keys, offsets, weights = arguments
+    values, dice = options.pop("values"), options.pop("dice")
+    present = [w is not None for w in weights[:6]]
+
+    def call(query, keys, values, alpha, gain, shift, *rest):
+        rest = list(rest)
+        filled = DINWeights(*(rest.pop(0) if there else None for there in present))
+        own = dice._replace(alpha=alpha, gain=gain, shift=shift)
+        options.update(mode=mode, training=training, values=values, dice=own)
+        answer = ops.din_attention(query, keys, offsets, filled, **options)
+        return answer[0] if training else answer
+
+    inputs = [query, keys, values, dice.alpha, dice.gain, dice.shift, *(w for w in weights[:6] if w is not None)]
+    assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in inputs], fast_mode=True)
+
+
+@pytest.mark.parametrize("candidates", [None, [2, 1, 3]])
+def test_dice_in_training_is_the_published_layer(candidates):
+    """Full-length rows: `nn.Dice` over the concatenation, as libraries run it, gives the same, and its gradients."""
+    torch.manual_seed(0)
+    rows, length, dim, hidden = 3 if candidates is None else sum(candidates), 7, 4, (6, 5)
+    (query, keys, offsets, weights), options = problem([length] * 3, candidates, dim, None, hidden, dtype=torch.float64)
+    layers = [Dice(width, eps=1e-9).double() for width in hidden]
+    for layer in layers:
+        torch.nn.init.normal_(layer.alpha)
+    leaves = [query, keys, *weights[:6], *(layer.alpha for layer in layers)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    users = torch.arange(3).repeat_interleave(torch.tensor([1, 1, 1] if candidates is None else candidates))
+    k = keys.view(3, length, dim)[users]
+    q = query.unsqueeze(1).expand(rows, length, dim)
+    hidden1 = layers[0]((torch.cat([q, k, q - k, q * k], -1) @ weights.w1 + weights.b1).flatten(0, 1))
+    hidden2 = layers[1](hidden1 @ weights.w2 + weights.b2)
+    wanted = ((hidden2 @ weights.w3 + weights.b3).view(rows, length, 1) * k).sum(1)
+    channels = sum(hidden)
+    dice = DiceWeights(
+        torch.cat([layer.alpha for layer in layers]), torch.zeros(channels).double(), torch.ones(channels).double()
+    )
+    answer, statistics = ops.din_attention(
+        query, keys, offsets, weights, activation="dice", dice=dice, training=True, **options
+    )
+    torch.testing.assert_close(answer, wanted, rtol=1e-10, atol=1e-10)
+    # From 0 and 1, momentum .01 leaves a hundredth of the batch in nn.Dice's running statistics; variance unbiased.
+    pairs = rows * length
+    for layer, own in zip(layers, statistics.split(list(hidden), dim=1), strict=True):
+        torch.testing.assert_close(layer.norm.running_mean, own[0] / 100)
+        torch.testing.assert_close(layer.norm.running_var, 0.99 + own[1] / 100 * pairs / (pairs - 1))
+    coefficients = torch.randn_like(wanted)
+    for have, want in zip(
+        torch.autograd.grad(answer, leaves, coefficients),
+        torch.autograd.grad(wanted, leaves, coefficients),
+        strict=True,
+    ):
+        torch.testing.assert_close(have, want, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [(80, 40), (33,), (256, 130)])
+def test_dice_statistics_are_those_of_the_valid_pairs(hidden, dtype, isa_levels, poisoned_empty):
+    arguments, options = problem([70, 0, 1, 33, 21], [3, 2, 0, 1, 5], 17, None, hidden, dtype=dtype, dice=True)
+    options["training"] = True
+    wide_arguments, wide_options = widened(arguments, options)
+    wanted, statistics = ops.din_attention.reference(*wide_arguments, **wide_options)
+    unit = EPS if dtype == torch.float32 else BFLOAT16_UNIT
+    for _ in isa_levels():
+        answer, own = ops.din_attention(*arguments, **options)
+        # In norm: how far a mean may be off depends on all that went before it.
+        assert (answer.double() - wanted).norm() <= 40 * unit * wanted.norm()
+        assert (own[0] - statistics[0]).norm() <= 40 * unit * statistics[1].sqrt().norm()
+        assert (own[1] - statistics[1]).norm() <= 40 * unit * statistics[1].norm()
+
+
+def test_dice_statistics_far_from_zero():
+    """A mean a thousand times the spread: the sum of squares less the squared mean would have lost the variance."""
+    (query, keys, offsets, weights), options = problem([900], [3], 4, None, (5,), dice=True)
+    weights = weights._replace(b1=weights.b1 + 4000)
+    options["training"] = True
+    _, own = ops.din_attention(query, keys, offsets, weights, **options)
+    wide_arguments, wide_options = widened((query, keys, offsets, weights), options)
+    _, statistics = ops.din_attention.reference(*wide_arguments, **wide_options)
+    assert float(statistics[1].max()) < 40
+    # What rounding z to float32 does: each z by 4000 eps, a step of the variance each.
+    assert torch.all((own[1] - statistics[1]).abs() <= 8 * 4000 * EPS * statistics[1].sqrt() + 1e-6)
+
+
+def test_dice_with_fewer_than_two_pairs_uses_the_given_statistics():
+    for lengths in ([1, 0], [0, 0]):
+        arguments, options = problem(lengths, None, 3, None, (4, 2), dice=True)
+        answer, statistics = ops.din_attention(*arguments, training=True, **options)
+        assert torch.equal(answer, ops.din_attention(*arguments, **options))
+        assert torch.equal(statistics, torch.stack([options["dice"].mean, options["dice"].variance]))
+
+
+def test_dice_depends_on_batch_mates_in_training_only():
+    (query, keys, offsets, weights), options = problem([9, 8], None, 3, None, (4, 2), dice=True)
+    alone = (query[:1], keys[:9], offsets[:2], weights)
+    both = ops.din_attention(query, keys, offsets, weights, **options)
+    assert torch.equal(both[:1], ops.din_attention(*alone, **options))
+    both, _ = ops.din_attention(query, keys, offsets, weights, training=True, **options)
+    assert not torch.equal(both[:1], ops.din_attention(*alone, training=True, **options)[0])
+
+
 def gradients(arguments, options, form=ops.din_attention):
     query, keys, offsets, weights = arguments
     leaves = [x.detach().clone().requires_grad_() for x in (query, keys, *(w for w in weights if w is not None))]
@@ -193,7 +385,13 @@ def gradients(arguments, options, form=ops.din_attention):
     if values is not None:
         leaves.append(values.detach().clone().requires_grad_())
         options = {**options, "values": leaves[-1]}
+    dice = options.get("dice")
+    if dice is not None:
+        leaves += [x.detach().clone().requires_grad_() for x in (dice.alpha, dice.gain, dice.shift)]
+        options = {**options, "dice": dice._replace(alpha=leaves[-3], gain=leaves[-2], shift=leaves[-1])}
     out = form(leaves[0], leaves[1], offsets, weights, **options)
+    if options.get("training") and dice is not None:
+        out = out[0]
     coefficients = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
     return [out.detach(), *torch.autograd.grad(out, leaves, coefficients, materialize_grads=True)]
 
@@ -211,6 +409,73 @@ def test_float32_gradients(mode, shape, isa_levels, poisoned_empty):
         for have, torch_has, want in zip(gradients(arguments, options), plain, exact, strict=True):
             ours, theirs = (have - want).norm(), (torch_has - want).norm()
             assert ours <= 8 * theirs + 8 * EPS * want.norm()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_float32_gradients_of_dice(training, isa_levels, poisoned_empty):
+    arguments, options = problem([70, 0, 1, 33, 21], [3, 2, 0, 1, 5], 33, 17, (80, 40), dice=True)
+    options["training"] = training
+    exact = gradients(*widened(arguments, options), form=ops.din_attention.reference)
+    plain = gradients(arguments, options, form=ops.din_attention.reference)
+    for _ in isa_levels():
+        for have, torch_has, want in zip(gradients(arguments, options), plain, exact, strict=True):
+            ours, theirs = (have - want).norm(), (torch_has - want).norm()
+            assert ours <= 8 * theirs + 8 * EPS * want.norm()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(33, 17, (80, 40)), (64, None, (80, 40)), (5, 3, (130, 7)), (16, None, (97,))])
+def test_bfloat16_gradients(mode, shape, isa_levels, poisoned_empty):
+    """As near to float64 as float64 itself is with w1 and w2 rounded to bfloat16, within a factor for what else is."""
+    dim, value_dim, hidden = shape
+    arguments, options = problem([70, 0, 1, 33, 21], [3, 2, 0, 1, 5], dim, value_dim, hidden, dtype=torch.bfloat16)
+    options |= {"mode": mode, "activation": "silu"}
+    query, keys, offsets, weights = arguments
+    coarse = weights._replace(
+        w1=weights.w1.bfloat16().float(), w2=None if weights.w2 is None else weights.w2.bfloat16().float()
+    )
+    exact = gradients(*widened(arguments, options), form=ops.din_attention.reference)
+    moved = gradients(*widened((query, keys, offsets, coarse), options), form=ops.din_attention.reference)
+    for _ in isa_levels():
+        for have, other, want in zip(gradients(arguments, options), moved, exact, strict=True):
+            ours, theirs = (have.double() - want).norm(), (other - want).norm()
+            assert ours <= 8 * theirs + 4 * BFLOAT16_UNIT * want.norm()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("activation", ["prelu", "dice"])
+@pytest.mark.parametrize("own_values", [False, True])
+def test_gradients_only_where_needed(mode, activation, own_values, poisoned_empty):
+    """Any one leaf alone gets the bits that it gets together with all others, and the others get nothing."""
+    arguments, options = problem(
+        [45, 3, 0], [3, 0, 2], 5, 7 if own_values else None, (9, 6), dice=activation == "dice", dtype=torch.float32
+    )
+    query, keys, offsets, weights = arguments
+    dice, training = options.pop("dice", None), activation == "dice"
+    values = options.pop("values", None)
+    names = ["query", "keys", *DINWeights._fields]
+    tensors = dict(zip(names, (query, keys, *weights), strict=True))
+    if own_values:
+        tensors["values"] = values
+    if dice is not None:
+        del tensors["slope"]
+        tensors |= {"alpha": dice.alpha, "gain": dice.gain, "shift": dice.shift}
+
+    def run(wanted):
+        leaves = {name: x.detach().clone().requires_grad_(name in wanted) for name, x in tensors.items()}
+        own = DINWeights(*(leaves.get(name) for name in DINWeights._fields))
+        given = None if dice is None else dice._replace(**{name: leaves[name] for name in ("alpha", "gain", "shift")})
+        call = {**options, "mode": mode, "activation": activation, "dice": given, "training": training}
+        out = ops.din_attention(leaves["query"], leaves["keys"], offsets, own, values=leaves.get("values"), **call)
+        out = out[0] if training else out
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        return {name: x.grad for name, x in leaves.items()}
+
+    together = run(list(tensors))
+    for name in tensors:
+        alone = run([name])
+        assert torch.equal(alone.pop(name), together[name]), name
+        assert all(gradient is None for gradient in alone.values())
 
 
 def test_opcheck(opcheck):
@@ -240,9 +505,145 @@ def test_threads_change_no_bit(mode):
     assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 
 
+@pytest.mark.parametrize("own_values", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dim", [16, 21])
+def test_one_user_with_many_candidates_spreads_over_threads(dim, dtype, own_values, poisoned_empty):
+    """Backward cuts such a user, in a way that changes no bit with the threads and only rounding with the cut."""
+    arguments, options = problem(
+        [3, 60, 2], [2, 900, 1], dim, 10 if own_values else None, (15, 6), dtype=dtype, dice=True
+    )
+    options["training"] = True
+    before = torch.get_num_threads()
+    answers = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            answers.append(gradients(arguments, options))
+    finally:
+        torch.set_num_threads(before)
+    for other in answers[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(answers[0], other, strict=True))
+    if dtype == torch.float64:
+        exact = gradients(arguments, options, form=ops.din_attention.reference)
+        for have, want in zip(answers[0], exact, strict=True):
+            assert (have - want).norm() <= 1e-10 * (1 + want.norm())
+
+
+def cut(lengths, candidates, partial, block):
+    end = torch.tensor(lengths).cumsum(0)
+    begin = end - torch.tensor(lengths)
+    rows = offsets_of(candidates)
+    return _C.din_attention_cut(len(lengths), begin.data_ptr(), end.data_ptr(), rows.data_ptr(), partial, block)
+
+
+def test_cut_of_more_pairs_than_32_bits_count():
+    pairs, borders = cut([2**21, 5, 2**20], [2**20, 7, 2**21], 20_000, 16)
+    assert pairs == 2**42 + 35
+    assert len(borders) == 65
+    assert borders[0] == 0
+    assert borders[-1] == 2**20 + 7 + 2**21
+    first, last = 2**20, 2**20 + 7
+    costs = [((2**21 + 4) * min(b, first) + (2**20 + 4) * max(b - last, 0)) / 2**42 for b in borders]
+    assert all(abs(b - a - 1 / 64) < 1e-4 for a, b in pairwise(costs))
+    assert all(b % 16 == 0 for b in borders if b <= first)
+    assert all((b - last) % 16 == 0 for b in borders if last <= b)
+
+
+@given(
+    users=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 40)), max_size=20),
+    partial=st.integers(1, 40_000),
+    block=st.integers(1, 30),
+)
+@settings(max_examples=60)
+def test_cut_covers_all_candidates(users, partial, block):
+    lengths, candidates = [n for n, _ in users], [c for _, c in users]
+    pairs, borders = cut(lengths, candidates, partial, block) if users else (0, [0, 0])
+    assert pairs == sum(n * c for n, c in users)
+    assert borders == sorted(borders)
+    assert (borders[0], borders[-1]) == (0, sum(candidates))
+    # Memory: at most eight parts, or 16 bytes a pair in what the parts hold.
+    assert len(borders) - 1 <= max(8, pairs * 16 / (partial * 4), 1)
+    starts = offsets_of(candidates).tolist()
+    for border in borders:
+        user = max(i for i, start in enumerate(starts) if start <= border)
+        # Within a user every piece has at least a block.
+        inside = border - starts[user]
+        assert inside == 0 or (inside >= block and starts[user + 1] - border >= block)
+
+
+def test_positions_beyond_32_bits():
+    """Rows of one bfloat16, 2^31 of them before the ones that are read; memory that nobody touches is not there."""
+    total = 2**31 + 100
+    try:
+        unreserved = getattr(mmap, "MAP_NORESERVE", 0)
+        memory = mmap.mmap(-1, 2 * total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved)
+    except (OSError, AttributeError) as error:
+        pytest.skip(f"4 GiB of address space cannot be had: {error}")
+    keys = torch.frombuffer(memory, dtype=torch.bfloat16)[:total].view(total, 1)
+    (query, tail, _, weights), _ = problem([100], [3], 1, None, (5, 3), dtype=torch.bfloat16)
+    keys[-100:] = tail
+    offsets, rows = torch.tensor([0, total - 100, total]), torch.tensor([0, 0, 3])
+    weights = DINWeights(*(w.requires_grad_() for w in weights))
+
+    def run(keys, offsets, rows):
+        out = ops.din_attention(query, keys, offsets, weights, candidate_offsets=rows)
+        return [out, *torch.autograd.grad(out.float().square().sum(), list(weights))]
+
+    wanted = run(tail, torch.tensor([0, 100]), torch.tensor([0, 3]))
+    assert all(torch.equal(a, b) for a, b in zip(run(keys, offsets, rows), wanted, strict=True))
+
+
+MEMORY = """
+import resource, sys
+import torch
+from recfast import ops
+
+torch.set_num_threads(2)
+torch.manual_seed(0)
+users, length, candidates, dim = (int(x) for x in sys.argv[1:5])
+dtype = getattr(torch, sys.argv[5])
+shapes = [(4 * dim, 80), (80,), (80, 40), (40,), (40, 1), (1,)]
+weights = ops.DINWeights(*(torch.randn(s).requires_grad_() for s in shapes), torch.tensor([0.25, 0.1]).requires_grad_())
+
+def step(users, length, candidates):
+    query = torch.randn(users * candidates, dim).to(dtype).requires_grad_()
+    keys = torch.randn(users * length, dim).to(dtype).requires_grad_()
+    offsets, rows = torch.arange(users + 1) * length, torch.arange(users + 1) * candidates
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = ops.din_attention(query, keys, offsets, weights, candidate_offsets=rows, mode="softmax")
+    out.sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+step(2, 50, 40)
+step(1, 50, 40)
+print(step(users, length, candidates) * 1024 / (users * length * candidates))
+"""
+
+
+@pytest.mark.parametrize("shape", [(4, 1000, 100), (1, 1000, 500), (40, 500, 20)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_extra_memory_is_a_few_bytes_a_pair(shape, dtype):
+    """Peak of a process over its inputs, the gradients it returns among it; the concatenation takes 2000 bytes."""
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", MEMORY, *map(str, shape), "64", dtype]
+    bytes_a_pair = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert bytes_a_pair <= 32
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+def test_histories_too_short_to_fold(length, isa_levels):
+    """On both sides of the border: within rounding of the published form, and the same for one and many candidates."""
+    arguments, options = problem([length] * 3, [1, 4, 2], 24, None, (80, 40))
+    wanted = ops.din_attention.reference(*widened(arguments, options)[0], **options)
+    bound = error_bound(arguments, options, "sum")
+    for _ in isa_levels():
+        assert torch.all((ops.din_attention(*arguments, **options) - wanted).abs() <= bound)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_answer_knows_no_batch_mates(mode, isa_levels):
-    (query, keys, offsets, weights), options = problem([23, 40, 7], [2, 3, 1], 17, None, (33, 9))
+    (query, keys, offsets, weights), options = problem([23, 90, 2], [2, 3, 1], 17, None, (33, 9))
     for _ in isa_levels():
         together = ops.din_attention(query, keys, offsets, weights, mode=mode, **options)
         users = torch.arange(3).repeat_interleave(options["candidate_offsets"].diff())
@@ -332,7 +733,11 @@ def test_nothing_of_candidates_by_history_is_stored():
     ("change", "error", "sentence"),
     [
         ({"query": [1.0]}, TypeError, "din_attention: query must be a tensor, got list"),
-        ({"query": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "query must be float32 or float64, got int64"),
+        (
+            {"query": torch.ones(2, 3, dtype=torch.int64)},
+            TypeError,
+            "query must be float32 or float64 or bfloat16, got int64",
+        ),
         (
             {"query": torch.ones(3, 3)},
             ValueError,
@@ -354,7 +759,7 @@ def test_nothing_of_candidates_by_history_is_stored():
             r"lengths\[1\] = 5 is outside \[0, 5\)",
         ),
         ({"keys": torch.ones(2, 4, 3), "offsets": torch.tensor([4, -1])}, IndexError, r"lengths\[1\] = -1 is outside"),
-        ({"activation": "gelu"}, ValueError, "activation must be one of prelu, relu, sigmoid, silu, got 'gelu'"),
+        ({"activation": "gelu"}, ValueError, "activation must be one of prelu, relu, sigmoid, silu, dice, got 'gelu'"),
         ({"mode": "mean"}, ValueError, "mode must be one of sum, sigmoid, softmax, got 'mean'"),
         ({"w1": torch.ones(9, 6)}, ValueError, r"w1 must have shape \[12, H1\], got \[9, 6\]"),
         ({"b1": torch.ones(5)}, ValueError, r"b1 must have shape \[6\], got \[5\]"),
@@ -362,6 +767,25 @@ def test_nothing_of_candidates_by_history_is_stored():
         ({"b2": None}, TypeError, "b2 must be a tensor, got NoneType"),
         ({"w3": torch.ones(3)}, ValueError, r"w3 must have shape \[3, 1\], got \[3\]"),
         ({"slope": torch.ones(3)}, ValueError, r"slope must have shape \[2\], got \[3\]"),
+        ({"w1": torch.ones(12, 257)}, ValueError, r"b1 must have shape \[257\], got \[6\]"),
+        (
+            {"w1": torch.ones(12, 257), "b1": torch.ones(257), "w2": None, "b2": None},
+            ValueError,
+            "din_attention: hidden widths must be at most 256, got 257",
+        ),
+        ({"query": torch.ones(2, 3).bfloat16()}, TypeError, "keys must be bfloat16, got float32"),
+        ({"activation": "dice"}, ValueError, "activation 'dice' needs dice, a DiceWeights, got None"),
+        ({"dice": DiceWeights(*[torch.ones(9)] * 3)}, ValueError, "dice must be None where activation is not 'dice'"),
+        (
+            {"activation": "dice", "dice": DiceWeights(*[torch.ones(8)] * 3)},
+            ValueError,
+            r"dice.alpha must have shape \[9\], got \[8\]",
+        ),
+        (
+            {"activation": "dice", "dice": DiceWeights(*[torch.ones(9)] * 3, eps=-1.0)},
+            ValueError,
+            "dice.eps must be a finite number of at least 0, got -1.0",
+        ),
     ],
 )
 def test_rejects_bad_input(change, error, sentence):

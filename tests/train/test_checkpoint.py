@@ -164,6 +164,11 @@ def test_foreign_and_other_versions(folder, tiny_data, tiny_models):
         models.load(folder)
 
 
+def test_a_setting_younger_than_the_checkpoint_was_at_its_default(folder, tiny_data):
+    rewrite(folder / "optimizer.safetensors", lambda header: header["state"]["train"].pop("shared_histories"))
+    assert resume(folder, tiny_data).epochs == 3
+
+
 def test_another_model_configuration_or_training(folder, tiny_data, tiny_models):
     class Other(recfast_tiny.TinyRanker):
         pass
@@ -176,6 +181,8 @@ def test_another_model_configuration_or_training(folder, tiny_data, tiny_models)
         resume(folder, tiny_data, batch_size=32)
     with pytest.raises(InputError, match="was trained with seed = 0, expected 5"):
         resume(folder, tiny_data, seed=5)
+    with pytest.raises(InputError, match="was trained with shared_histories = False, expected True"):
+        resume(folder, tiny_data, shared_histories=True)
     tiny_data.train = tiny_data.train.take(range(300))
     with pytest.raises(InputError, match="was trained on 420 rows, expected 300"):
         resume(folder, tiny_data)

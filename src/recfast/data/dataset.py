@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
@@ -422,8 +423,39 @@ class Split:
                 "the prepared folder is damaged: remove it and prepare the data again"
             )
 
-    def gather(self, index: np.ndarray) -> Batch:
+    def requests(self) -> np.ndarray:
+        """Return where the requests of the split begin, int64 [N + 1], from 0 to R.
+
+        A request is a run of rows, one after another, of one user with one history: the candidates of one moment.
+
+        Raises
+        ------
+        InputError
+            The sequences are columns of the raw data, which every row has for itself.
+        """
+        stored = self._stored
+        if stored.history_end is None or stored.sequences:
+            raise InputError(f"Split: the rows of {self.name} share no histories, only derived sequences can be shared")
+        begins = self._begins(self.column(self.schema.user), self._select(stored.history_end))
+        return np.append(begins, len(self))
+
+    @staticmethod
+    def _begins(user: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Where another user or another history begins than in the row before."""
+        new = np.ones(len(user), dtype=bool)
+        new[1:] = (user[1:] != user[:-1]) | (end[1:] != end[:-1])
+        return np.flatnonzero(new)
+
+    def gather(self, index: np.ndarray, *, shared: bool = False) -> Batch:
         """Return the rows `index` (int64 [R]) as a batch; no loop over rows.
+
+        Parameters
+        ----------
+        index
+            Positions.
+        shared
+            Rows one after another of one user with one history are given it once, and the batch has
+            `candidate_offsets`; see `requests`.
 
         Raises
         ------
@@ -442,17 +474,20 @@ class Split:
             numeric = np.zeros((rows, 0), dtype=np.float32)
         else:
             numeric = np.take(stored.numeric, index, axis=0)
-        sequences = {}
+        sequences, owner, candidate_offsets = {}, index, None
+        if shared:
+            begins = self._begins(ids[:, self.schema.position(self.schema.user)], stored.history_end[index])
+            owner, candidate_offsets = index[begins], torch.from_numpy(np.append(begins, rows))
         for column in self.schema.sequences:
             if column.name in stored.sequences:
                 values, offsets = stored.sequences[column.name]
                 gathered = gather_jagged(values, offsets[index], offsets[index + 1], column.max_length)
             else:
-                user = ids[:, self.schema.position(self.schema.user)]
+                user = stored.ids[owner, self.schema.position(self.schema.user)]
                 gathered = gather_jagged(
                     stored.log_values[column.of],
                     stored.log_offsets[user],
-                    stored.history_end[index],
+                    stored.history_end[owner],
                     column.max_length,
                 )
             self._inside(column.name, column.of, gathered[0])
@@ -467,6 +502,7 @@ class Split:
             vectors=vectors,
             label=None if stored.label is None else torch.from_numpy(stored.label[index]),
             group=None if stored.group is None else torch.from_numpy(stored.group[index]),
+            candidate_offsets=candidate_offsets,
             columns=self.columns,
         )
 
@@ -576,6 +612,30 @@ class Dataset:
             vectors=vectors,
         )
         return Split(name, schema, stored)
+
+    def limited(self, max_length: int) -> Dataset:
+        """Return the same data with histories cut to their last `max_length` events, nothing prepared anew.
+
+        Raises
+        ------
+        InputError
+            `max_length` is not positive, or longer than what was prepared for a sequence of the raw data.
+        """
+        for column in self.schema.sequences:
+            kept = None if column.name in self.meta["derived"] else column.max_length
+            if max_length < 1 or (kept is not None and max_length > kept):
+                raise InputError(
+                    f"Dataset.limited: max_length = {max_length} is outside [1, {kept or 'any length'}] for "
+                    f"{column.name!r}"
+                )
+        columns = [replace(c, max_length=max_length) if c.kind == "sequence" else c for c in self.schema.columns]
+        new = copy.copy(self)
+        new.schema = replace(self.schema, columns=tuple(columns))
+        for name in SPLITS:
+            split = getattr(self, name)
+            if split is not None:
+                setattr(new, name, Split(name, new.schema, split._stored, split._rows))
+        return new
 
     def split(self, name: str) -> Split:
         """Return the split "train", "valid" or "test"."""

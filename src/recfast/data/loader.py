@@ -83,6 +83,9 @@ class Loader:
         Leave out a last batch that is not full.
     prefetch
         Batches a thread prepares ahead; 0 for none.
+    shared
+        Rows one after another of one user with one history stay together, and share it (`Split.requests`,
+        `Batch.candidate_offsets`): `batch_size` then counts such requests, and requests are shuffled.
 
     Notes
     -----
@@ -107,6 +110,7 @@ class Loader:
         seed: int = 0,
         drop_last: bool = False,
         prefetch: int = 0,
+        shared: bool = False,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise InputError(f"Loader: batch_size = {batch_size!r} is not a positive integer")
@@ -120,14 +124,19 @@ class Loader:
         self.seed = int(seed)
         self.drop_last = bool(drop_last)
         self.prefetch = int(prefetch)
+        self._requests = split.requests() if shared else None
         self._epoch = 0
         self._batch = 0
         self._resume = False
 
     def __len__(self) -> int:
         """Return the batches of an epoch."""
-        rows = len(self.split)
+        rows = self._count_rows()
         return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
+
+    def _count_rows(self) -> int:
+        """What an epoch orders: rows, or requests."""
+        return len(self.split) if self._requests is None else len(self._requests) - 1
 
     @property
     def epoch(self) -> int:
@@ -150,7 +159,7 @@ class Loader:
             "batch_size": self.batch_size,
             "shuffle": self.shuffle,
             "drop_last": self.drop_last,
-            "rows": len(self.split),
+            "rows": self._count_rows(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,10 +183,18 @@ class Loader:
         self._epoch, self._batch, self._resume = int(state["epoch"]), int(state["batch"]), True
 
     def _batches(self, first: int) -> Iterator[Batch]:
-        order = _Order(len(self.split), self.shuffle, self.seed, self._epoch)
+        rows = self._count_rows()
+        order = _Order(rows, self.shuffle, self.seed, self._epoch)
         for b in range(first, len(self)):
             start = b * self.batch_size
-            yield self.split.gather(order.rows(start, min(start + self.batch_size, len(self.split))))
+            chosen = order.rows(start, min(start + self.batch_size, rows))
+            if self._requests is None:
+                yield self.split.gather(chosen)
+            else:
+                begins = self._requests[chosen]
+                counts = self._requests[chosen + 1] - begins
+                before = np.cumsum(counts) - counts
+                yield self.split.gather(np.repeat(begins - before, counts) + np.arange(counts.sum()), shared=True)
 
     def __iter__(self) -> Iterator[Batch]:
         first = self._batch if self._resume else 0

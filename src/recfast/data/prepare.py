@@ -35,6 +35,8 @@ from recfast.files import atomic_path, disk_errors, write_json
 _SORT_ROWS = 4 << 20
 _CHUNK_ROWS = 1 << 20
 _NUMBERS = {"integer", "float", "boolean", "null"}
+# The events before the log are encoded in a folder of this name, which is removed once they are in the histories.
+_BEFORE = "before"
 
 
 _ADVICE = "nothing half-written was kept; free some space, or name another folder in cache= or RECFAST_CACHE"
@@ -53,6 +55,7 @@ def prepare(
     valid: Any = None,
     test: Any = None,
     *,
+    before: Any = None,
     items: Any = None,
     users: Any = None,
     sampled: str | None = None,
@@ -79,6 +82,11 @@ def prepare(
     train, valid, test
         A path to CSV, TSV (plain, .gz, .zst) or Parquet, a folder of such files, a glob, a polars frame (also
         lazy), a pandas frame, or a list of these. Valid and test may be left out.
+    before
+        What users liked before the splits begin, in any of the forms of `train`: rows of user, item and time (and of
+        what else a derived `Sequence` lists, unless `items` tells it), positives all. They stand in the histories, in
+        `Dataset.history` and in `Dataset.seen` as part of the train split; they are no rows of it, and nothing is
+        fitted on them: an item that only they have is unknown.
     items, users
         Side information, one row per raw id, in a column named as the schema's item or user column; other
         columns are kept: "title" and "genres" (a list, or text with "|" between) are known to the reports.
@@ -133,7 +141,8 @@ def prepare(
                 for role, what, raw in (("item", "items", items), ("user", "users", users))
                 if raw is not None
             }
-            key = _key(schema, splits, sides, sampled, [name, about])
+            earlier = [] if before is None else open_sources(before, _BEFORE, text=text, spill=spilled)
+            key = _key(schema, splits | ({_BEFORE: earlier} if earlier else {}), sides, sampled, [name, about])
             target = root / f"{file_name(name)}-{key}"
             if target.exists():
                 # A folder that someone damaged is prepared again.
@@ -142,7 +151,7 @@ def prepare(
             while True:
                 try:
                     with atomic_path(target, directory=True) as folder:
-                        _Preparation(schema, splits, sides, sampled, name, about, folder).run()
+                        _Preparation(schema, splits, earlier, sides, sampled, name, about, folder).run()
                     return Dataset(target)
                 except Widened:
                     continue
@@ -401,13 +410,14 @@ class _Preparation:
         self,
         schema: Schema,
         splits: dict[str, list[Source]],
+        before: list[Source],
         sides: dict[str, _SideTable],
         sampled: str | None,
         name: str,
         about: str,
         folder: Path,
     ) -> None:
-        self.schema, self.splits, self.sides = schema, splits, sides
+        self.schema, self.splits, self.before, self.sides = schema, splits, before, sides
         self.sampled, self.name, self.about, self.folder = sampled, name, about, folder
         self.vocabulary: dict[str, Vocabulary] = {}
         self.moments: dict[str, _Moments] = {}
@@ -423,10 +433,14 @@ class _Preparation:
         self._fit()
         for split in self.splits:
             self._transform(split)
+        if self.before:
+            self._transform_before()
         schema = self.schema.fit({name: vocabulary.size + 1 for name, vocabulary in self.vocabulary.items()})
         time_span = self._time_span()
         if schema.user and schema.item:
             self._log()
+        if self.before:
+            shutil.rmtree(self.folder / _BEFORE)
         for role in ("user", "item"):
             if getattr(schema, role):
                 self._side(role)
@@ -438,7 +452,7 @@ class _Preparation:
             "format": FORMAT,
             "name": self.name,
             "about": self.about,
-            "rows": self.rows,
+            "rows": {split: self.rows[split] for split in self.splits},
             "derived": self.derived,
             "vectors_by_id": self.vectors_by_id,
             "label_rate": self.label_rate,
@@ -487,6 +501,19 @@ class _Preparation:
         for sources in self.splits.values():
             for source in sources:
                 source.require(needed)
+        if self.before:
+            self._plan_before()
+
+    def _plan_before(self) -> None:
+        """Name the columns that the events before the log need: what `_log` lists, and when it was."""
+        schema = self.schema
+        for what in ("user", "item", "time"):
+            if getattr(schema, what) is None:
+                raise InputError(f"prepare: before is given, but the schema has no {what} column")
+        listed = [schema.user, schema.item, *(c.of for c in schema.sequences if c.name in self.derived)]
+        self.listed_before = list(dict.fromkeys(listed))
+        for source in self.before:
+            source.require([name for name in (*self.listed_before, schema.time) if name not in self.from_side])
 
     def _check_types(self) -> None:
         """Fix each column's type by the train split, and refuse a file where it is another."""
@@ -546,7 +573,7 @@ class _Preparation:
             key = self.sides[role].key
             if names and key not in raw:
                 raw.append(key)
-        for source in self.splits[split]:
+        for source in self.before if split == _BEFORE else self.splits[split]:
             before = 0
             for batch in source.batches(raw):
                 for role, names in wanted.items():
@@ -697,6 +724,32 @@ class _Preparation:
         self.unknown[split] = unknown
         self.missing[split] = missing
 
+    def _transform_before(self) -> None:
+        """Encode the events before the log as a split that has nothing but ids and time."""
+        schema, rows = self.schema, 0
+        folder = self.folder / _BEFORE
+        folder.mkdir()
+        for source in self.before:
+            for name in (n for n in (*self.listed_before, schema.time) if n not in self.from_side):
+                if kind_of(source.dtypes[name]) not in (kind_of(self.types[name]), "null"):
+                    raise InputError(
+                        f"prepare: column {name!r} changes its type: {_spoken(self.types[name])} in the train split, "
+                        f"{_spoken(source.dtypes[name])} in {source.place}"
+                    )
+        is_float = kind_of(self.types[schema.time]) == "float"
+        with (
+            NpyWriter(folder / "ids.npy", np.int32, len(schema.categorical)) as ids_out,
+            NpyWriter(folder / "time.npy", np.float64 if is_float else np.int64) as time_out,
+        ):
+            for source, start, batch in self._batches(_BEFORE, [*self.listed_before, schema.time]):
+                ids = np.zeros((batch.height, len(schema.categorical)), dtype=np.int32)
+                for name in self.listed_before:
+                    ids[:, schema.position(name)] = self.vocabulary[name].encode_series(batch[name])
+                ids_out.write(ids)
+                time_out.write(self._time(batch[schema.time], source.place, start))
+                rows += batch.height
+        self.rows[_BEFORE] = rows
+
     def _standardised(self, column: Numeric, values: np.ndarray) -> np.ndarray:
         if column.transform is not None:
             moments = self.moments[column.name]
@@ -764,7 +817,7 @@ class _Preparation:
         listed = list(dict.fromkeys(listed))
         users = self.vocabulary[schema.user].size + 1
         per_user = np.zeros(users, dtype=np.int64)
-        for split in self.splits:
+        for split in (*self.splits, *([_BEFORE] if self.before else [])):
             for chunk in self._chunks(split, ("ids",)):
                 per_user += np.bincount(chunk["ids"][:, user_at], minlength=users)
         # User 0 stands for everyone unknown, who have no common history.
@@ -820,8 +873,9 @@ class _Preparation:
         """Return the events, not the sampled negatives, of users low to high in the order of the rows."""
         positions = {name: self.schema.position(name) for name in listed}
         parts: dict[str, list[np.ndarray]] = {key: [] for key in ("user", "time", "split", "positive", *listed)}
-        for code, split in enumerate(SPLITS):
-            if split not in self.splits:
+        # What was before the log counts as train; it has no label, so all of it is positive.
+        for code, split in ((0, _BEFORE), *enumerate(SPLITS)):
+            if split not in self.rows:
                 continue
             for chunk in self._chunks(split, ("ids", "time", "label", "sampled")):
                 user = chunk["ids"][:, user_at]

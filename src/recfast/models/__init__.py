@@ -20,17 +20,29 @@ if TYPE_CHECKING:
     from recfast.data import Schema
 
 _PLACES = {
+    "DARE": "recfast.models.ctr.dare",
     "DCNv2": "recfast.models.ctr.dcn_v2",
     "DeepFM": "recfast.models.ctr.deepfm",
     "DIN": "recfast.models.ctr.din",
+    "ETA": "recfast.models.ctr.eta",
     "ItemKNN": "recfast.models.retrieval.baselines",
     "Popularity": "recfast.models.retrieval.baselines",
+    "QIN": "recfast.models.ctr.qin",
+    "SDIM": "recfast.models.ctr.sdim",
+    "SIM": "recfast.models.ctr.sim",
     "SimpleX": "recfast.models.retrieval.simplex",
+    "TWIN": "recfast.models.ctr.twin",
     "TwoTower": "recfast.models.retrieval.two_tower",
 }
 
 __all__ = [
+    "DARE",
     "DIN",
+    "ETA",
+    "QIN",
+    "SDIM",
+    "SIM",
+    "TWIN",
     "DCNv2",
     "DeepFM",
     "ItemKNN",

@@ -1,9 +1,10 @@
 """Functions on tensors with a compiled kernel behind each. `<op>.reference` is the same call in plain torch."""
 
 from recfast.ops import embedding_tables  # noqa: F401  (its op is for modules)
+from recfast.ops.category_top_k import category_top_k
 from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
-from recfast.ops.din_attention import DINWeights, din_attention
+from recfast.ops.din_attention import DiceWeights, DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
 from recfast.ops.embedding_bag import Features, embedding_bag
 from recfast.ops.embedding_update import (
@@ -17,21 +18,28 @@ from recfast.ops.embedding_update import (
 )
 from recfast.ops.example_axpy import example_axpy
 from recfast.ops.formats import QuantizedTable, quantize, round_to
+from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.sequence_attention import sequence_attention
+from recfast.ops.simhash import simhash
+from recfast.ops.target_attention import attention_top_k, target_attention
 
 __all__ = [
     "Codes",
     "DINWeights",
     "DPPResult",
+    "DiceWeights",
     "Features",
     "IdMap",
     "Pending",
     "QuantizedTable",
     "RowsIndex",
     "UpdateState",
+    "attention_top_k",
+    "category_top_k",
     "code_rows_search",
     "code_search",
     "din_attention",
@@ -42,10 +50,17 @@ __all__ = [
     "embedding_update_first_",
     "embedding_update_second_",
     "example_axpy",
+    "hamming_top_k",
     "hstu_attention",
     "initial_rows",
     "quantize",
     "requantize_",
     "round_to",
+    "sdim_append",
+    "sdim_attention",
+    "sdim_history_attention",
+    "sdim_table",
     "sequence_attention",
+    "simhash",
+    "target_attention",
 ]

@@ -260,9 +260,11 @@ def _compare(
             "data at hand"
         )
     for key, value in settings.model_dump(mode="json").items():
-        if key not in _FREE and record["train"].get(key) != value:
+        # A setting that is younger than the checkpoint was at its default.
+        had = record["train"].get(key, TrainConfig.model_fields[key].default)
+        if key not in _FREE and had != value:
             raise InputError(
-                f"checkpoint: {path} was trained with {key} = {record['train'].get(key)!r}, expected {value!r}; "
+                f"checkpoint: {path} was trained with {key} = {had!r}, expected {value!r}; "
                 "choose another folder, or resume=None to begin anew"
             )
 

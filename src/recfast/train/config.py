@@ -67,6 +67,9 @@ class TrainConfig(Config):
         Passes over the training rows; `steps` ends training earlier, after so many updates in all.
     batch_size, eval_batch_size
         Rows of a training step; rows (ranking) or users (retrieval) scored at once in an evaluation.
+    shared_histories
+        Rankers: the rows of one moment are given their user's history once (`data.Loader(shared=True)`), which saves
+        the more the longer histories are; the two batch sizes then count such requests, and requests are shuffled.
     lr, optimizer, weight_decay, clip_norm
         Of the dense weights. Embedding tables update themselves inside backward, with the model's own options.
     monitor, patience
@@ -96,6 +99,7 @@ class TrainConfig(Config):
     clip_norm: float | None = Field(None, gt=0)
     eval_batch_size: int | None = Field(None, ge=1)
     steps: int | None = Field(None, ge=1)
+    shared_histories: bool = False
     checkpoint_every_steps: int | None = Field(None, ge=1)
 
 

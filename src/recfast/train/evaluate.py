@@ -63,6 +63,7 @@ def evaluate(
     dataset: Dataset | None = None,
     k: Sequence[int] = (10, 50),
     batch_size: int | None = None,
+    shared: bool = False,
 ) -> dict[str, float]:
     r"""Measure `model` on a split.
 
@@ -78,6 +79,10 @@ def evaluate(
         Lengths of the list, for retrieval.
     batch_size
         Rows (ranking; 8192 if left out) or users (retrieval; as many as make 64 MB of scores, at most 1024) at a time.
+
+    shared
+        Ranking: the rows of one moment are given their user's history once (`data.Loader(shared=True)`), and
+        `batch_size` counts such requests (512 if left out).
 
     Returns
     -------
@@ -114,7 +119,7 @@ def evaluate(
     try:
         with torch.inference_mode():
             if model.task == "ranking":
-                return _ranking(model, split, batch_size or 8192)
+                return _ranking(model, split, batch_size or (512 if shared else 8192), shared)
             if dataset is None:
                 raise InputError("evaluate: a retriever needs the users' histories: pass dataset= beside the split")
             return _retrieval(model, split, dataset, sorted(set(k)), batch_size)
@@ -122,10 +127,10 @@ def evaluate(
         model.train(was_training)
 
 
-def _ranking(model: nn.Module, split: Split, batch_size: int) -> dict[str, float]:
+def _ranking(model: nn.Module, split: Split, batch_size: int, shared: bool) -> dict[str, float]:
     logits, labels, groups = [], [], []
     device, column = _device(model), _group_column(split)
-    for batch in Loader(split, batch_size):
+    for batch in Loader(split, batch_size, shared=shared):
         logits.append(model(batch.to(device)).float().cpu())
         labels.append(batch.label)
         if column is not None:

@@ -121,6 +121,8 @@ def fit(
     options = TrainConfig.parse({**known, **settings}, place="fit")
     if model.task not in ("ranking", "retrieval"):
         raise InputError(f"fit: {type(model).__name__}.task = {model.task!r}, expected 'ranking' or 'retrieval'")
+    if options.shared_histories and model.task != "ranking":
+        raise InputError(f"fit: shared_histories is for rankers, and {type(model).__name__} is a retriever")
     options.monitor = check_monitor(options.monitor, model.task, data)
     options.seed = options.seed or 0
     rows = data.train if model.task == "ranking" else data.train.positives()
@@ -155,7 +157,7 @@ class _Training:
             model.prepare(data)
         self.model, self.data, self.options, self.out = model, data, options, out
         self.fabric, self.callbacks = fabric, callbacks
-        self.loader = Loader(rows, options.batch_size, shuffle=True, seed=options.seed)
+        self.loader = Loader(rows, options.batch_size, shuffle=True, seed=options.seed, shared=options.shared_histories)
         self.facts = checkpoint.facts_of(data, len(rows))
         self.optimizer = _optimizer(model, options)
         # Fabric moves the model in place; `module` is the same model behind its precision.
@@ -291,7 +293,12 @@ class _Training:
             started = time.perf_counter()
             k = sorted({10, 50, *_k_of(options.monitor)})
             entry["valid"] = evaluate(
-                self.model, self.data.valid, dataset=self.data, k=k, batch_size=options.eval_batch_size
+                self.model,
+                self.data.valid,
+                dataset=self.data,
+                k=k,
+                batch_size=options.eval_batch_size,
+                shared=options.shared_histories,
             )
             entry["valid_seconds"] = round(time.perf_counter() - started, 4)
             if options.monitor == "gauc" and "gauc" not in entry["valid"]:

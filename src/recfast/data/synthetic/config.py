@@ -57,6 +57,9 @@ class Config:
         Add five fields of pure noise and one duplicate of `genre`, for the tests of feature selection.
     overlap : bool
         "poisson" only: no candidate is shown with a probability below .002.
+    history_length : int
+        Events of each user before the log begins, see `Pasts`; they decide clicks too (the cause "history"), and the
+        items get the column `topic`.
     """
 
     rows: int = 60_000
@@ -69,6 +72,7 @@ class Config:
     days: int = 28
     extra_fields: bool = False
     overlap: bool = True
+    history_length: int = 0
 
     # exposure
     random_share: float = 0.02
@@ -95,6 +99,8 @@ class Config:
     diversity: float = 1.0
     drift: float = 0.35
     examination: float = 0.6
+    history: float = 0.8
+    history_noise: float = 0.1
     conversion_bias: float = -4.8
     conversion_taste: float = 0.5
     conversion_price: float = 2.0
@@ -119,12 +125,13 @@ class Config:
         need("policy", self.policy in ("list", "poisson"), '"list" or "poisson"')
         need("scenarios", 1 <= self.scenarios <= 4, "in [1, 4]")
         need("days", 1 <= self.days <= 3650, "in [1, 3650]")
-        for name, most in (("random_share", 1), ("cold_users", 0.5), ("cold_items", 0.5)):
+        for name, most in (("random_share", 1), ("cold_users", 0.5), ("cold_items", 0.5), ("history_noise", 1)):
             need(name, 0 <= getattr(self, name) <= most, f"in [0, {most}]")
         for name in ("popular_candidates", "genre_candidates"):
             need(name, 0 <= getattr(self, name) <= 10_000, "in [0, 10000]")
         for name in ("activity_tail", "freshness_days"):
             need(name, getattr(self, name) > 0, "above 0")
+        need("history_length", 0 <= self.history_length <= 1_000_000, "in [0, 1000000]")
         need("examination", self.examination >= 0, "at least 0")
         size = self.rows / 60_000
         if self.n_users is None:
@@ -163,7 +170,12 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """All options, with the version of the generator: equal dictionaries mean equal rows."""
-        return {"version": VERSION, **asdict(self)}
+        options = {"version": VERSION, **asdict(self)}
+        if not self.history_length:
+            # Without a past its options mean nothing; logs written before there were any stay what they are.
+            for name in ("history_length", "history", "history_noise"):
+                del options[name]
+        return options
 
     @classmethod
     def from_options(cls, **options: Any) -> Config:
@@ -178,7 +190,7 @@ class Config:
 
 
 # Streams: what a random number is for. A new purpose takes a new number, so that old draws stay as they are.
-USERS, ITEMS, TITLES, GENRES, SESSIONS, LISTS, OUTCOMES, EXTRAS = range(8)
+USERS, ITEMS, TITLES, GENRES, SESSIONS, LISTS, OUTCOMES, EXTRAS, PASTS = range(9)
 
 
 def random(seed: int, stream: int, block: int = 0) -> np.random.Generator:

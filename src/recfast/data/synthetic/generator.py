@@ -30,7 +30,8 @@ class Generator:
     with probability k^-eta, is relevant (R) with probability
 
         P(R = 1) = sigmoid(bias + context + 1.3 <th_u(t), q_i> + 0.6 quality_i - price_u z_i
-                           + 0.4 exp(-age / 14 d) + season + d_u (1 - max similarity to the items above)),
+                           + 0.4 exp(-age / 14 d) + season + d_u (1 - max similarity to the items above)
+                           + 0.8 h_ui if users have a past of `history_length` events, see `past`),
 
     and is clicked when both hold, C = E R. Every impression has a drawn conversion potential V, which shows
     only if the item was clicked.
@@ -121,6 +122,21 @@ class Generator:
         """Write `items.parquet` and `users.parquet`, without keeping the frames in memory."""
         write_parquet(self._world.items.frame(self.config), path / "items.parquet")
         write_parquet(self._world.users.frame(), path / "users.parquet")
+
+    def past(self) -> Iterator[pl.DataFrame]:
+        """What the users liked before the log begins, users in order and the oldest event first, in frames of about two
+        million rows: user, item, time (seconds since 1970).
+
+        `history_length` events a user, one every hour until the log begins. There are five eras, of which the latest
+        has 1/200 of the events and the earliest a half; in each the user follows three topics that belong to no other
+        era, and one event in ten (`history_noise`) strays to any item that is there when the log begins. A click
+        depends on the count n of the item's topic over the whole past: h = log(1 + n), less its mean over the topics.
+        So each part of the past tells of interests that no other part does.
+        """
+        world = self._world
+        if not self.config.history_length:
+            return iter(())
+        return world.pasts.frames(world.users.raw_id, world.items.raw_id)
 
     def parameters(self) -> dict[str, Any]:
         """What `truth.json` says: the configuration and the numbers of the graph that it does not name."""
@@ -307,6 +323,8 @@ class Generator:
             for name, size in NOISE_FIELDS.items():
                 columns[name] = draw.integers(0, size, shown.shape, dtype=np.int32)[shown]
             columns["genre_copy"] = columns["genre"]
+        if self.config.history_length:
+            columns["topic"] = items.topic_names(item)
         return pl.DataFrame(columns)
 
 

@@ -23,7 +23,7 @@ SPLITS = {"train": (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0)}
 """Shares of the sessions, in order of time: the future is never seen in training."""
 
 
-def schema(config: Config | None = None) -> Schema:
+def schema(config: Config | None = None, *, max_length: int = 50) -> Schema:
     """What the columns of the log are to a model.
 
     `position` is no feature: it is not known when candidates are ranked. Left out too are the label's
@@ -32,7 +32,10 @@ def schema(config: Config | None = None) -> Schema:
     Parameters
     ----------
     config : Config, optional
-        Adds `scenario` where there are several, and the extra fields where they are generated.
+        Adds `scenario` where there are several, `topic` where users have a past, and the extra fields where they are
+        generated.
+    max_length : int
+        Of the history.
     """
     from recfast.data import Categorical, Schema, Sequence
 
@@ -51,12 +54,15 @@ def schema(config: Config | None = None) -> Schema:
         columns.append(Categorical("scenario", side="context"))
     if config.extra_fields:
         columns += [Categorical(name, side="context") for name in (*NOISE_FIELDS, "genre_copy")]
-    columns.append(Sequence("history", of="item", max_length=50))
+    if config.history_length:
+        columns.append(Categorical("topic", side="item"))
+    columns.append(Sequence("history", of="item", max_length=max_length))
     return Schema(columns, label="click", time="time", group="user")
 
 
 def write_splits(generator: Generator, path: str | os.PathLike[str]) -> Path:
-    """Write the log to a folder in three subfolders, `train`, `valid` and `test`; whole or not at all.
+    """Write the log to a folder in three subfolders, `train`, `valid` and `test`, and the users' pasts, if they have
+    any, in a fourth, `before`; whole or not at all.
 
     Nothing is done where it is already there.
 
@@ -86,6 +92,9 @@ def write_splits(generator: Generator, path: str | os.PathLike[str]) -> Path:
                 rows = part.filter((pl.col("session") >= low) & (pl.col("session") < high))
                 if rows.height:
                     write_parquet(rows, folder / name / f"part-{index:05d}.parquet")
+        for index, part in enumerate(generator.past()):
+            (folder / "before").mkdir(exist_ok=True)
+            write_parquet(part, folder / "before" / f"part-{index:05d}.parquet")
         write_json(folder / "truth.json", generator.parameters())
     return path
 
@@ -95,6 +104,7 @@ def load(
     *,
     rows: int = 60_000,
     seed: int = 0,
+    max_length: int = 50,
     cache: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Dataset:
@@ -108,10 +118,13 @@ def load(
     rows : int
         Impressions, 200 at least; see `Config` for the growth of users and items with it.
     seed : int
+    max_length : int
+        Of the history that a row is given.
     cache : path, optional
         The folder that holds prepared data; see `recfast.data.cache_folder`.
     **options
-        The other fields of `Config`.
+        The other fields of `Config`. `history_length=10_000` gives every user a past of so many events, on which the
+        clicks depend.
 
     Raises
     ------
@@ -128,8 +141,9 @@ def load(
     if not check_folder(folder, config):
         write_splits(Generator(config), folder)
     return prepare(
-        schema(config),
+        schema(config, max_length=max_length),
         **{name: folder / name for name in SPLITS},
+        before=folder / "before" if config.history_length else None,
         items=folder / "items.parquet",
         users=folder / "users.parquet",
         cache=cache,

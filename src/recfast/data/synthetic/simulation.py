@@ -9,7 +9,7 @@ import numpy as np
 from recfast.data.synthetic import config as c
 from recfast.data.synthetic import world as w
 
-CAUSES = "bias", "context", "taste", "quality", "price", "freshness", "season", "diversity"
+CAUSES = "bias", "context", "taste", "quality", "price", "freshness", "season", "diversity", "history"
 """The additive terms of the logit of P(R = 1)."""
 
 _ONE = 1 << 24
@@ -61,6 +61,7 @@ class Simulation:
         self.config = config
         self.items = w.Items(config)
         self.users = w.Users(config, self.items)
+        self.pasts = w.Pasts(config, self.items)
         self._last: tuple[int, Block] | None = None
 
     def block(self, block: int) -> Block:
@@ -301,4 +302,12 @@ class Simulation:
             "freshness": config.freshness * np.exp(-age / config.freshness_days),
             "season": config.season * np.cos(swing),
             "diversity": users.diversity[user][:, None] * (1.0 - above.astype(np.float64)),
+            "history": self._past(user, items),
         }
+
+    def _past(self, user: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """What the user's events before the log say of the items' topics, [S, K]; 0 where there are none."""
+        if not self.config.history_length:
+            return np.zeros((1, 1))
+        pasts = self.pasts
+        return self.config.history * pasts.interest[user[:, None], pasts.topic[items]].astype(np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -144,18 +145,24 @@ class Items:
             [titles.GENRES[first]] + ([titles.GENRES[second]] if second >= 0 else [])
             for first, second in zip(self.genre.tolist(), self.second_genre.tolist(), strict=True)
         ]
-        return pl.DataFrame(
-            {
-                "item": self.raw_id,
-                "title": titles.make_titles(self.genre, self.topic, self.publisher, draws),
-                "genres": pl.Series(genres, dtype=pl.List(pl.String)),
-                "genre": labels(titles.GENRES, self.genre),
-                "brand": labels(titles.PUBLISHERS, self.publisher),
-                "price": self.price,
-                "price_bucket": labels(titles.PRICE_BUCKETS, self.price_bucket),
-                "born": c.START + np.floor(self.born).astype(np.int64),
-            }
-        )
+        columns = {
+            "item": self.raw_id,
+            "title": titles.make_titles(self.genre, self.topic, self.publisher, draws),
+            "genres": pl.Series(genres, dtype=pl.List(pl.String)),
+            "genre": labels(titles.GENRES, self.genre),
+            "brand": labels(titles.PUBLISHERS, self.publisher),
+            "price": self.price,
+            "price_bucket": labels(titles.PRICE_BUCKETS, self.price_bucket),
+            "born": c.START + np.floor(self.born).astype(np.int64),
+        }
+        if config.history_length:
+            columns["topic"] = self.topic_names(slice(None))
+        return pl.DataFrame(columns)
+
+    def topic_names(self, items: slice | np.ndarray) -> pl.Series:
+        """Genre and number of the topic, such as "Mystery 2", of the items at these positions."""
+        names = tuple(f"{genre} {topic + 1}" for genre in titles.GENRES for topic in range(titles.TOPICS))
+        return labels(names, self.genre[items].astype(np.int64) * titles.TOPICS + self.topic[items])
 
 
 class Users:
@@ -261,6 +268,77 @@ class Users:
                 "arrived": c.START + np.floor(self.arrival).astype(np.int64),
             }
         )
+
+
+PAST_STEP = 3_600
+"""Seconds from one event of a past to the next; the last is as long before the log begins."""
+
+ERAS = 0.005, 0.02, 0.1, 0.5, 1.0
+"""Where the eras of a past end, as shares of it, counted backwards from the log: 50, 200, ... of 10 000 events."""
+
+INTERESTS = 3
+"""Topics that a user follows in an era; no topic has two eras."""
+
+
+class Pasts:
+    """What each user liked before the log begins, see `Generator.past`; a function of seed and user alone.
+
+    Attributes
+    ----------
+    topic : int64 [N]
+        The topic of each item among those of all genres.
+    interest : float32 [U, topics]
+        What the past says of a topic: log(1 + count), less its mean over the topics.
+    """
+
+    def __init__(self, config: c.Config, items: Items) -> None:
+        self.config = config
+        self.topic = items.genre.astype(np.int64) * titles.TOPICS + items.topic
+        self.topics = N_GENRES * titles.TOPICS
+        # Items are in the order of birth: those born before the log are the first ones.
+        self._old = max(1, int(np.searchsorted(items.born, 0.0, side="right")))
+        order = np.argsort(self.topic[: self._old], kind="stable")
+        self._by_topic = order
+        self._first = np.searchsorted(self.topic[order], np.arange(self.topics + 1))
+        self._filled = np.flatnonzero(np.diff(self._first))
+
+    def of(self, user: int) -> np.ndarray:
+        """Positions of the items that a user liked, oldest first: int64 [history_length]."""
+        length = self.config.history_length
+        draw = c.random(self.config.seed, c.PASTS, user)
+        # Where fewer topics have items, as in a tiny catalogue, some come again.
+        followed = np.resize(draw.permutation(self._filled), (len(ERAS), INTERESTS))
+        age = np.arange(length, 0, -1)
+        era = np.searchsorted(np.ceil(np.array(ERAS) * length), age)
+        topic = followed[era, draw.integers(0, INTERESTS, length)]
+        count = self._first[topic + 1] - self._first[topic]
+        place = self._first[topic] + (draw.random(length) * count).astype(np.int64)
+        astray = draw.random(length) < self.config.history_noise
+        place = np.where(astray, draw.integers(0, self._old, length), place)
+        return self._by_topic[place]
+
+    @cached_property
+    def interest(self) -> np.ndarray:
+        counts = np.stack(
+            [np.bincount(self.topic[self.of(user)], minlength=self.topics) for user in range(self.config.n_users)]
+        )
+        interest = np.log1p(counts)
+        return (interest - interest.mean(axis=1, keepdims=True)).astype(np.float32)
+
+    def frames(self, raw_user: np.ndarray, raw_item: np.ndarray, rows: int = 1 << 21) -> Iterator[pl.DataFrame]:
+        """The pasts as a log of about `rows` rows a frame: user, item, time (seconds since 1970)."""
+        length = self.config.history_length
+        time = c.START - PAST_STEP * np.arange(length, 0, -1, dtype=np.int64)
+        step = max(1, rows // max(length, 1))
+        for first in range(0, self.config.n_users, step):
+            users = np.arange(first, min(first + step, self.config.n_users))
+            yield pl.DataFrame(
+                {
+                    "user": raw_user[users].repeat(length),
+                    "item": raw_item[np.concatenate([self.of(int(user)) for user in users])],
+                    "time": np.tile(time, len(users)),
+                }
+            )
 
 
 TASTE_NORM = 3.6

@@ -35,6 +35,14 @@ def mean_pool(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return total / lengths.clamp(min=1).unsqueeze(1)
 
 
+def last(values: torch.Tensor, offsets: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [T, ...] and offsets [B + 1] of the last `count` of each list."""
+    lengths = offsets.diff().clamp(max=count)
+    kept = torch.cat([offsets.new_zeros(1), lengths.cumsum(0)])
+    first = (offsets[1:] - lengths - kept[:-1]).repeat_interleave(lengths)
+    return values[first + torch.arange(first.numel(), device=first.device)], kept
+
+
 def binary_cross_entropy(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Mean negative log-likelihood of the labels."""
     if batch.label is None:
