@@ -31,7 +31,13 @@ def differentiable(tensors):
     return [x for x in tensors if isinstance(x, torch.Tensor) and x.requires_grad]
 
 
-@pytest.mark.parametrize("name", ["din_attention", "embedding_bag", "hstu_attention", "sequence_attention"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "din_attention", "embedding_bag", "hstu_attention", "sdim_attention", "sdim_table", "sequence_attention",
+        "target_attention",
+    ],
+)  # fmt: skip
 def test_a_second_derivative_raises(name):
     """torch itself would warn and give zeros for what comes through an op's own backward."""
     arguments = next(arguments for arguments in REGISTRY[name].samples() if differentiable(arguments))
