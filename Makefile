@@ -32,7 +32,7 @@ bench: $(READY) ## the benchmarks of every op, one thread and all
 	$(BIN)/python -m pytest benchmarks
 
 wheel: $(READY) ## build dist/*.whl
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 
 gpu-check: $(READY) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -94,17 +94,18 @@ def test_threads_follow_torch():
             torch.set_num_threads(before)
 
 
-def test_an_openmp_of_our_own_is_told_the_number_of_threads(monkeypatch):
-    """Also where arguments go by name, as most kernels take them."""
+def test_an_own_openmp_is_told_the_number_of_threads(monkeypatch):
+    """Where torch brings another runtime; arguments go through by place and by name."""
     import torch
 
     from recfast.ops import _library
 
     told = []
     monkeypatch.setattr(_library, "shares_openmp", lambda: False)
-    monkeypatch.setattr(_C, "set_threads", told.append)
-    monkeypatch.setattr(_C, "example_axpy_float32", lambda *given, **named: (given, named))
-    assert _library.kernel("example_axpy_float32")(1, rows=2) == ((1,), {"rows": 2})
+    monkeypatch.setattr(_library._C, "set_threads", told.append)
+    sizes = {"heads": 1, "dim": 8, "value_dim": 8, "longest": 20}
+    scratch = _library.kernel("sequence_attention_scratch")
+    assert scratch(True, **sizes) == _C.sequence_attention_scratch(True, **sizes)
     assert told == [torch.get_num_threads()]
 
 

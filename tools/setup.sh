@@ -31,5 +31,8 @@ if ((${#missing[@]})); then
 fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[dev]"
+install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt)
+# Build tools of .venv's own, so that a build finds the objects of the last one: an isolated build starts from nothing.
+"${install[@]}" scikit-build-core pybind11 cmake ninja
+"${install[@]}" --no-build-isolation --editable ".[dev]"
 touch "$venv/.ready"

@@ -1,43 +1,32 @@
 #include "sequence_attention/sequence_attention.h"
 
-#include <string>
-
-#include "bindings/bindings.h"
+#include "bindings/heads.h"
 
 namespace recfast::bindings {
 namespace {
 
 recfast::sequence_attention::Shape sequence_shape(const Named& named) {
-  return {.users = named.number("users"),
-          .heads = named.number("heads"),
+  return {.heads = named.number("heads"),
           .dim = named.number("dim"),
           .value_dim = named.number("value_dim"),
           .longest = named.number("longest")};
 }
 
-// `name` and its strides `name`_batch, _row and _head.
-template <class S>
-recfast::sequence_attention::Heads<S> sequence_heads(const Named& named, const std::string& name) {
-  return {named.pointer<S>(name.c_str()), named.number((name + "_batch").c_str()),
-          named.number((name + "_row").c_str()), named.number((name + "_head").c_str())};
-}
-
 template <class S, class T>
 recfast::sequence_attention::Args<S, T> sequence_args(const Named& named) {
-  return {.shape = sequence_shape(named),
+  return {.users = sequences_of(named),
+          .shape = sequence_shape(named),
           .causal = named.number("causal") != 0,
           .scale = static_cast<T>(named.real("scale")),
           .dropout = {.seed = static_cast<std::uint64_t>(named.number("seed")),
                       .threshold = static_cast<std::uint32_t>(named.number("threshold")),
                       .kept = named.real("kept")},
-          .q = sequence_heads<const S>(named, "q"),
-          .k = sequence_heads<const S>(named, "k"),
-          .v = sequence_heads<const S>(named, "v"),
-          .offsets = named.pointer<const std::int64_t>("offsets"),
-          .lengths = named.pointer<const std::int64_t>("lengths"),
-          .out = sequence_heads<S>(named, "out"),
-          .highest = sequence_heads<T>(named, "highest"),
-          .inverse = sequence_heads<T>(named, "inverse"),
+          .q = heads_of<const S>(named, "q"),
+          .k = heads_of<const S>(named, "k"),
+          .v = heads_of<const S>(named, "v"),
+          .out = heads_of<S>(named, "out"),
+          .highest = heads_of<T>(named, "highest"),
+          .inverse = heads_of<T>(named, "inverse"),
           .sums = named.pointer<std::int64_t>("sums"),
           .scratch = named.pointer<T>("scratch")};
 }
@@ -53,10 +42,10 @@ template <class S, class T>
 void sequence_backward(const py::kwargs& arguments) {
   const Named named(arguments);
   const auto args = sequence_args<S, T>(named);
-  const recfast::sequence_attention::Gradients<S> gradients{.out = sequence_heads<const S>(named, "dout"),
-                                                            .q = sequence_heads<S>(named, "dq"),
-                                                            .k = sequence_heads<S>(named, "dk"),
-                                                            .v = sequence_heads<S>(named, "dv")};
+  const recfast::sequence_attention::Gradients<S> gradients{.out = heads_of<const S>(named, "dout"),
+                                                            .q = heads_of<S>(named, "dq"),
+                                                            .k = heads_of<S>(named, "dk"),
+                                                            .v = heads_of<S>(named, "dv")};
   py::gil_scoped_release unlocked;
   recfast::sequence_attention::backward(args, gradients);
 }

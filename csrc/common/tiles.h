@@ -1,6 +1,7 @@
 // What attention kernels need on top of common/vectors.h: products of blocks that lie in larger matrices, blocks turned
 // (transposed), rows read from and written to any storage type, and the exponential of what lies below a maximum.
-// Include it inside the target region after common/vectors.h; common/row_format.h must have been included outside it.
+// Include it inside the target region after common/vectors.h; the standard header utility must have been included
+// outside it.
 //
 // The usual plan: the queries of a block are turned once, so that 16 of them are the lanes of a vector. Scores
 // [keys, queries] = K Q^T then read the keys by broadcast, maxima and sums over the keys are vertical, causal masks
@@ -135,7 +136,20 @@ struct Tiles : Vectors<Simd> {
     }
   }
 
-  // A vector from storage: T itself, or bfloat16 as std::uint16_t.
+  // One value from storage: T itself, or bfloat16 as std::uint16_t.
+  template <class S>
+  static T widened(S x) noexcept {
+    if constexpr (std::is_same_v<S, T>) {
+      return x;
+    } else {
+      const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
+      T y;
+      std::memcpy(&y, &bits, sizeof y);
+      return y;
+    }
+  }
+
+  // A vector of them.
   template <class S>
   static V widen(const S* p) noexcept {
     if constexpr (std::is_same_v<S, T>) {

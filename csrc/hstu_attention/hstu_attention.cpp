@@ -6,11 +6,14 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/simd_portable.h"
 #include "common/vectors.h"
+
+#include "common/tiles.h"
 #include "hstu_attention/hstu_attention_kernel.h"
 
 namespace recfast::hstu_attention {
@@ -25,7 +28,7 @@ constexpr IsaTable<decltype(forward_avx2)> kForward{
 };
 
 constexpr IsaTable<decltype(forward_bf16_avx2)> kForwardBf16{
-    .scalar = forward_scalar<float, Bfloat16>,
+    .scalar = forward_scalar<float, std::uint16_t>,
 #if defined(__x86_64__)
     .avx2 = forward_bf16_avx2,
     .avx512 = forward_bf16_avx512,
@@ -41,14 +44,12 @@ constexpr IsaTable<decltype(backward_avx2)> kBackward{
 };
 
 constexpr IsaTable<decltype(backward_bf16_avx2)> kBackwardBf16{
-    .scalar = backward_scalar<float, Bfloat16>,
+    .scalar = backward_scalar<float, std::uint16_t>,
 #if defined(__x86_64__)
     .avx2 = backward_bf16_avx2,
     .avx512 = backward_bf16_avx512,
 #endif
 };
-
-std::int64_t time_size(const Shape& s) noexcept { return padded(s.buckets + 1); }
 
 // The position tables, zeros behind them; in forward each turned round.
 template <class T>
@@ -75,14 +76,14 @@ void run_forward(const Args<T, Value>& args, Form form) noexcept {
   const Shape& s = args.shape;
   const std::int64_t groups = s.heads / s.group();
   args.tasks[0] = 0;
-  for (std::int64_t b = 0; b < s.sequences; ++b) {
-    args.tasks[b + 1] = args.tasks[b] + groups * tiles_of(args.end[b] - args.begin[b]);
+  for (std::int64_t b = 0; b < args.sequences.count; ++b) {
+    args.tasks[b + 1] = args.tasks[b] + groups * tiles_of(args.sequences.length(b));
   }
-  const std::int64_t count = args.tasks[s.sequences];
+  const std::int64_t count = args.tasks[args.sequences.count];
   if (count == 0) return;
 
   Arena<T> arena(args.scratch);
-  T* position = arena.take(s.position_heads * position_stride(s));
+  T* position = arena.take(position_size(s));
   copy_position(s, args.position, true, position);
   const Buckets buckets(args.thresholds, s.borders);
   const Prepared<T> prepared{position, s.buckets >= 0 ? &buckets : nullptr};
@@ -92,12 +93,12 @@ void run_forward(const Args<T, Value>& args, Form form) noexcept {
   parallel_for_each(count, [&](std::int64_t index, int thread) {
     // From the last on: where the mask is causal, the last queries of a sequence have the most to do.
     const std::int64_t task = count - 1 - index;
-    const std::int64_t b = sequence_of(args.tasks, s.sequences, task);
+    const std::int64_t b = sequence_of(args.tasks, args.sequences.count, task);
     const std::int64_t within = task - args.tasks[b];
     const std::int64_t row = within / groups * kTile;
     Arena<T> own(work + thread * counted.used());
     form(args, prepared, ForwardWork<T>(own, s),
-         {b, within % groups * s.group(), row, std::min(kTile, args.end[b] - args.begin[b] - row)});
+         {b, within % groups * s.group(), row, std::min(kTile, args.sequences.length(b) - row)});
   });
 }
 
@@ -111,19 +112,23 @@ void add_copies(const Args<T, Value>& args, const Gradients<T, Value>& gradients
   const Shape& s = args.shape;
   const std::int64_t width = s.heads * s.dim;
   constexpr std::int64_t kGrain = 256;
-  for (std::int64_t b = 0; b < s.sequences; ++b) {
-    const std::int64_t length = args.end[b] - args.begin[b];
+  for (std::int64_t b = 0; b < args.sequences.count; ++b) {
+    const std::int64_t length = args.sequences.length(b);
     const std::int64_t count = copies_of(length, kCopied);
     if (count == 0) continue;
     const T* first = copies + sums[b] * width;
     parallel_for(length, kGrain, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t row = begin; row < end; ++row) {
-        Value* to = gradients.q.at(args.begin[b] + row, 0);
-        for (std::int64_t i = 0; i < width; ++i) {
-          T sum{0};
-          if constexpr (!kCopied) sum = to[i];
-          for (std::int64_t copy = 0; copy < count; ++copy) sum += first[(copy * length + row) * width + i];
-          to[i] = Kernel<Portable<T>, Value>::narrowed(sum);
+        Value* to = args.sequences.at(gradients.q, b, 0, row);
+        for (std::int64_t i = 0; i < width; i += kLanes) {
+          const std::int64_t lanes = std::min(kLanes, width - i);
+          T sum[kLanes]{};
+          if constexpr (!kCopied) std::copy_n(to + i, lanes, sum);
+          for (std::int64_t copy = 0; copy < count; ++copy) {
+            const T* more = first + (copy * length + row) * width + i;
+            for (std::int64_t lane = 0; lane < lanes; ++lane) sum[lane] += more[lane];
+          }
+          Tiles<Portable<T>>::write_rows(sum, kLanes, 1, lanes, T{1}, to + i, 0);
         }
       }
     });
@@ -136,50 +141,47 @@ void run_backward(const Args<T, Value>& args, const Gradients<T, Value>& gradien
   const Shape& s = args.shape;
   const std::int64_t groups = s.heads / s.group();
   std::int64_t* const sums = args.tasks;                         // tasks before each sequence
-  std::int64_t* const copied_rows = args.tasks + s.sequences + 1;  // rows of copies of dq before each sequence
+  std::int64_t* const copied_rows = args.tasks + args.sequences.count + 1;  // rows of copies of dq before each sequence
   sums[0] = copied_rows[0] = 0;
-  for (std::int64_t b = 0; b < s.sequences; ++b) {
-    const std::int64_t length = args.end[b] - args.begin[b];
+  for (std::int64_t b = 0; b < args.sequences.count; ++b) {
+    const std::int64_t length = args.sequences.length(b);
     sums[b + 1] = sums[b] + (length > 0 ? groups * chunks_of(length) : 0);
     copied_rows[b + 1] = copied_rows[b] + copies_of(length, kCopied) * length;
   }
-  const std::int64_t count = sums[s.sequences];
-  const bool biases = gradients.wanted.position || gradients.wanted.time;
-  if (gradients.wanted.position) std::fill_n(gradients.position, s.position_heads * s.positions(), T{0});
-  if (gradients.wanted.time) std::fill_n(gradients.time, s.buckets + 1, T{0});
+  const std::int64_t count = sums[args.sequences.count];
+  const bool biases = gradients.position != nullptr || gradients.time != nullptr;
+  if (gradients.position != nullptr) std::fill_n(gradients.position, s.position_heads * s.positions(), T{0});
+  if (gradients.time != nullptr) std::fill_n(gradients.time, s.buckets + 1, T{0});
   if (count == 0) return;
 
   Arena<T> arena(args.scratch);
-  T* position = arena.take(s.position_heads * position_stride(s));
-  copy_position(s, args.position, false, position);
+  const BackwardShared<T> shared(arena, s, copied_rows[args.sequences.count]);
+  copy_position(s, args.position, false, shared.position);
   const Buckets buckets(args.thresholds, s.borders);
-  const Prepared<T> prepared{position, s.buckets >= 0 ? &buckets : nullptr};
+  const Prepared<T> prepared{shared.position, s.buckets >= 0 ? &buckets : nullptr};
   const std::int64_t width = s.heads * s.dim;
-  T* copies = arena.take(copied_rows[s.sequences] * width);
-  const std::int64_t partial_size = s.position_heads * position_stride(s) + time_size(s);
-  T* partials = arena.take(kMaxParts * partial_size);
   Arena<T> counted(nullptr);
   static_cast<void>(BackwardWork<T>(counted, s));
   T* work = arena.take(0);  // the rest of the scratch
 
   const auto task_of = [&](std::int64_t index) -> Task {
-    const std::int64_t b = sequence_of(sums, s.sequences, index);
+    const std::int64_t b = sequence_of(sums, args.sequences.count, index);
     const std::int64_t within = index - sums[b];
-    const std::int64_t length = args.end[b] - args.begin[b];
+    const std::int64_t length = args.sequences.length(b);
     const std::int64_t chunk = within / groups;
     const std::int64_t first = chunk_begin(length, chunk, args.mask.causal);
     return {b, within % groups * s.group(), first, chunk_begin(length, chunk + 1, args.mask.causal) - first};
   };
   const auto run_task = [&](std::int64_t index, T* sum, const BackwardWork<T>& mine) {
     const Task task = task_of(index);
-    const std::int64_t length = args.end[task.sequence] - args.begin[task.sequence];
+    const std::int64_t length = args.sequences.length(task.sequence);
     std::int64_t chunk = (index - sums[task.sequence]) / groups;
     T* dq = nullptr;
     if constexpr (!kCopied) {
-      if (chunk == 0) dq = gradients.wanted.q ? gradients.q.at(args.begin[task.sequence], 0) : nullptr;
+      if (chunk == 0) dq = gradients.q.data != nullptr ? args.sequences.at(gradients.q, task.sequence, 0) : nullptr;
       --chunk;
     }
-    if (chunk >= 0) dq = copies + (copied_rows[task.sequence] + chunk * length) * width;
+    if (chunk >= 0) dq = shared.copies + (copied_rows[task.sequence] + chunk * length) * width;
     form(args, gradients, prepared, mine, task, dq, sum);
   };
 
@@ -192,7 +194,7 @@ void run_backward(const Args<T, Value>& args, const Gradients<T, Value>& gradien
     // Borders of the parts: consecutive tasks with about equal numbers of pairs.
     const auto pairs = [&](std::int64_t index) {
       const Task task = task_of(index);
-      const std::int64_t length = args.end[task.sequence] - args.begin[task.sequence];
+      const std::int64_t length = args.sequences.length(task.sequence);
       return task.rows * (args.mask.causal ? length - task.row - task.rows / 2 : length);
     };
     std::int64_t total = 0;
@@ -210,12 +212,12 @@ void run_backward(const Args<T, Value>& args, const Gradients<T, Value>& gradien
     parallel_for_each(parts, [&](std::int64_t index, int thread) {
       Arena<T> own(work + thread * counted.used());
       const BackwardWork<T> mine(own, s);
-      T* sum = partials + index * partial_size;
-      std::fill_n(sum, partial_size, T{0});
+      T* sum = shared.partials + index * partial_size(s);
+      std::fill_n(sum, partial_size(s), T{0});
       std::fill_n(mine.time, (s.buckets + 1) * kLanes, T{0});
       const auto at = static_cast<std::size_t>(index);
       for (std::int64_t task = border[at]; task < border[at + 1]; ++task) run_task(task, sum, mine);
-      T* time = sum + s.position_heads * position_stride(s);
+      T* time = sum + position_size(s);
       for (std::int64_t bucket = 0; bucket <= s.buckets; ++bucket) {
         for (std::int64_t lane = 0; lane < kLanes; ++lane) time[bucket] += mine.time[bucket * kLanes + lane];
       }
@@ -225,19 +227,19 @@ void run_backward(const Args<T, Value>& args, const Gradients<T, Value>& gradien
       for (std::int64_t i = 0; i < size; ++i) {
         double sum = 0;
         for (std::int64_t index = 0; index < parts; ++index) {
-          sum += static_cast<double>(partials[index * partial_size + from + i]);
+          sum += static_cast<double>(shared.partials[index * partial_size(s) + from + i]);
         }
         to[i] = static_cast<T>(sum);
       }
     };
-    for (std::int64_t h = 0; gradients.wanted.position && h < s.position_heads; ++h) {
+    for (std::int64_t h = 0; gradients.position != nullptr && h < s.position_heads; ++h) {
       add_parts(h * position_stride(s), s.positions(), gradients.position + h * s.positions());
     }
-    if (gradients.wanted.time) {
-      add_parts(s.position_heads * position_stride(s), s.buckets + 1, gradients.time);
+    if (gradients.time != nullptr) {
+      add_parts(position_size(s), s.buckets + 1, gradients.time);
     }
   }
-  if (gradients.wanted.q) add_copies(args, gradients, copied_rows, copies);
+  if (gradients.q.data != nullptr) add_copies(args, gradients, copied_rows, shared.copies);
 }
 
 }  // namespace
@@ -255,31 +257,33 @@ void backward_scalar(const Args<T, Value>& args, const Gradients<T, Value>& grad
 }
 
 std::int64_t forward_scratch(const Shape& shape) noexcept {
+  Arena<float> shared(nullptr);
+  static_cast<void>(shared.take(position_size(shape)));
   Arena<float> work(nullptr);
   static_cast<void>(ForwardWork<float>(work, shape));
-  return padded(shape.position_heads * position_stride(shape)) + max_threads() * work.used();
+  return shared.used() + max_threads() * work.used();
 }
 
-std::int64_t backward_scratch(const Shape& shape, const std::int64_t* begin, const std::int64_t* end,
-                              bool copied) noexcept {
+std::int64_t backward_scratch(const Shape& shape, const Sequences& sequences, bool copied) noexcept {
   std::int64_t rows = 0;
-  for (std::int64_t b = 0; b < shape.sequences; ++b) rows += copies_of(end[b] - begin[b], copied) * (end[b] - begin[b]);
-  const std::int64_t position = shape.position_heads * position_stride(shape);
-  const std::int64_t shared = padded(position) + padded(rows * shape.heads * shape.dim) +
-                              padded(kMaxParts * (position + time_size(shape)));
+  for (std::int64_t b = 0; b < sequences.count; ++b) {
+    rows += copies_of(sequences.length(b), copied) * sequences.length(b);
+  }
+  Arena<float> shared(nullptr);
+  static_cast<void>(BackwardShared<float>(shared, shape, rows));
   Arena<float> work(nullptr);
   static_cast<void>(BackwardWork<float>(work, shape));
-  return shared + max_threads() * work.used();
+  return shared.used() + max_threads() * work.used();
 }
 
 void forward(const Args<float>& args) noexcept { run_forward(args, kForward.pick()); }
-void forward(const Args<float, Bfloat16>& args) noexcept { run_forward(args, kForwardBf16.pick()); }
+void forward(const Args<float, std::uint16_t>& args) noexcept { run_forward(args, kForwardBf16.pick()); }
 void forward(const Args<double>& args) noexcept { run_forward(args, forward_scalar<double, double>); }
 
 void backward(const Args<float>& args, const Gradients<float>& gradients) noexcept {
   run_backward(args, gradients, kBackward.pick());
 }
-void backward(const Args<float, Bfloat16>& args, const Gradients<float, Bfloat16>& gradients) noexcept {
+void backward(const Args<float, std::uint16_t>& args, const Gradients<float, std::uint16_t>& gradients) noexcept {
   run_backward(args, gradients, kBackwardBf16.pick());
 }
 void backward(const Args<double>& args, const Gradients<double>& gradients) noexcept {

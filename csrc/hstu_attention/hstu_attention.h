@@ -9,13 +9,13 @@
 //   mask(i, j) = i == j  or  d > 0 and d <= window, d = id(i) - id(j) (causal) or |id(i) - id(j)| (full)
 //                or id(i) == 0 and id(j) < m, where there is a prefix
 //
-// Shapes       q, k [T, H, Dq], v, out [T, H, Dv]: rows and heads may lie apart, the values of a head lie side by side
-//              sequence b: rows begin[b] <= i < end[b]; position [2 N - 1], one or one a head; time [buckets + 1]
+// Shapes       q, k [rows, H, Dq], v, out [rows, H, Dv]: rows and heads may lie apart, the values of a head lie side by
+//              side; sequences are jagged or padded; position [2 N - 1], one or one a head; time [buckets + 1]
 // Dtypes       float32, float64, or bfloat16 rows with everything else float32
 // Accumulator  float32 (float64 for float64); every sum runs in one fixed order: tiles of kTile rows by kTile rows,
-//              then the order of rows within. AVX2 and AVX-512 give the same bits (FMA); the scalar form rounds products
-//              and sums apart. Nothing depends on the number of threads or on the rest of the batch, save the gradients of
-//              the biases, which sum over the batch, cut by its lengths alone, the parts added in float64.
+//              then the order of rows within. AVX2 and AVX-512 give the same bits (FMA); the scalar form rounds
+//              products and sums apart. Nothing depends on the number of threads or on the rest of the batch, save the
+//              gradients of the biases, which sum over the batch, cut by its lengths alone, the parts added in float64.
 // Memory       linear in rows: no tile outlives its turn, backward makes it again
 // Limits       sizes below 2^63; with a position bias, sequences of at most N rows; all must have been checked
 // Sources      Zhai et al., "Actions Speak Louder than Words", ICML 2024 (arXiv 2402.17152), and its published program
@@ -28,27 +28,11 @@
 #include <type_traits>
 
 #include "common/arena.h"
+#include "common/heads.h"
 
 namespace recfast::hstu_attention {
 
-struct Bfloat16 {
-  std::uint16_t bits;
-};
-
-// Rows of heads: the values of head h of row r begin at data + r * stride + h * head_stride.
-template <class T>
-struct Heads {
-  T* data = nullptr;
-  std::int64_t stride = 0;
-  std::int64_t head_stride = 0;
-
-  [[nodiscard]] T* at(std::int64_t row, std::int64_t head) const noexcept {
-    return data + row * stride + head * head_stride;
-  }
-};
-
 struct Shape {
-  std::int64_t sequences = 0;
   std::int64_t heads = 0;
   std::int64_t dim = 0;        // Dq
   std::int64_t value_dim = 0;  // Dv
@@ -69,29 +53,17 @@ struct Mask {
   const std::int64_t* contextual = nullptr;     // [B], cut to the rows before the targets
 };
 
-// Which gradients are wanted.
-struct Wanted {
-  bool q = true;
-  bool k = true;
-  bool v = true;
-  bool position = true;
-  bool time = true;
-
-  [[nodiscard]] bool scores() const noexcept { return q || k || position || time; }
-};
-
-// `Value` is what rows are made of, T what is computed with.
+// `Value` is what rows are made of (std::uint16_t: bfloat16), T what is computed with.
 template <class T, class Value = T>
 struct Args {
+  Sequences sequences;
   Shape shape;
   Mask mask;
   T alpha;
   Heads<const Value> q;
   Heads<const Value> k;
   Heads<const Value> v;
-  const std::int64_t* begin;
-  const std::int64_t* end;
-  const std::int64_t* times;       // [T]
+  Heads<const std::int64_t> times;  // [rows]
   const std::int64_t* thresholds;  // [borders] of uint64, from 0 on and never falling: where buckets begin
   const T* position;               // [position_heads, 2 N - 1]
   const T* time;                   // [buckets + 1]
@@ -100,28 +72,31 @@ struct Args {
   std::int64_t* tasks;             // [2, sequences + 1]
 };
 
+// A null address skips that gradient and its work.
 template <class T, class Value = T>
 struct Gradients {
-  Wanted wanted;
   Heads<const Value> out;
-  Heads<Value> q;
+  Heads<Value> q;  // all of a row side by side
   Heads<Value> k;
   Heads<Value> v;
   T* position;
   T* time;
+
+  [[nodiscard]] bool of_scores() const noexcept {
+    return q.data != nullptr || k.data != nullptr || position != nullptr || time != nullptr;
+  }
 };
 
 // How many values of scratch a call needs with the present number of threads. `copied`: rows are not of the type that
 // is computed with.
 [[nodiscard]] std::int64_t forward_scratch(const Shape& shape) noexcept;
-[[nodiscard]] std::int64_t backward_scratch(const Shape& shape, const std::int64_t* begin, const std::int64_t* end,
-                                            bool copied) noexcept;
+[[nodiscard]] std::int64_t backward_scratch(const Shape& shape, const Sequences& sequences, bool copied) noexcept;
 
 void forward(const Args<float>& args) noexcept;
-void forward(const Args<float, Bfloat16>& args) noexcept;
+void forward(const Args<float, std::uint16_t>& args) noexcept;
 void forward(const Args<double>& args) noexcept;
 void backward(const Args<float>& args, const Gradients<float>& gradients) noexcept;
-void backward(const Args<float, Bfloat16>& args, const Gradients<float, Bfloat16>& gradients) noexcept;
+void backward(const Args<float, std::uint16_t>& args, const Gradients<float, std::uint16_t>& gradients) noexcept;
 void backward(const Args<double>& args, const Gradients<double>& gradients) noexcept;
 
 // --- what the forms share ---
@@ -186,7 +161,7 @@ struct Sight {
     const std::int64_t first = window < 0 || id <= window ? 0 : id - window + shift;
     if (row >= history) return {first, history};
     if (causal) return {first, row + 1};
-    return {first, window < 0 || id + window >= highest ? length : id + window + shift + 1};
+    return {first, window < 0 || window >= highest - id ? length : id + window + shift + 1};
   }
 };
 
@@ -247,7 +222,29 @@ struct Buckets {
 
 // Copies of the position tables in the order in which the vectors read them: forward has queries side by side, so its
 // copy is turned round.
-[[nodiscard]] inline std::int64_t position_stride(const Shape& s) noexcept { return padded(s.positions() + kBeyond); }
+[[nodiscard]] inline std::int64_t position_stride(const Shape& s) noexcept {
+  return s.position_heads == 0 ? 0 : padded(s.positions() + kBeyond);
+}
+[[nodiscard]] inline std::int64_t position_size(const Shape& s) noexcept {
+  return s.position_heads * position_stride(s);
+}
+// Bias gradients of a part: the position tables, then the time table.
+[[nodiscard]] inline std::int64_t partial_size(const Shape& s) noexcept {
+  return position_size(s) + padded(s.buckets + 1);
+}
+
+// What all threads share in backward.
+template <class T>
+struct BackwardShared {
+  T* position;
+  T* copies;    // of dq, [copied rows, H, Dq]
+  T* partials;  // [kMaxParts, partial_size]
+
+  BackwardShared(Arena<T>& arena, const Shape& s, std::int64_t copied_rows) noexcept
+      : position(arena.take(position_size(s))),
+        copies(arena.take(copied_rows * s.heads * s.dim)),
+        partials(arena.take(kMaxParts * partial_size(s))) {}
+};
 
 // One thread's working memory in forward. Queries lie side by side in vectors.
 template <class T>
@@ -332,9 +329,9 @@ void forward_avx2(const Args<float>& args, const Prepared<float>& prepared, cons
                   const Task& task) noexcept;
 void forward_avx512(const Args<float>& args, const Prepared<float>& prepared, const ForwardWork<float>& work,
                     const Task& task) noexcept;
-void forward_bf16_avx2(const Args<float, Bfloat16>& args, const Prepared<float>& prepared,
+void forward_bf16_avx2(const Args<float, std::uint16_t>& args, const Prepared<float>& prepared,
                        const ForwardWork<float>& work, const Task& task) noexcept;
-void forward_bf16_avx512(const Args<float, Bfloat16>& args, const Prepared<float>& prepared,
+void forward_bf16_avx512(const Args<float, std::uint16_t>& args, const Prepared<float>& prepared,
                          const ForwardWork<float>& work, const Task& task) noexcept;
 
 // Adds to `dq` (rows of the sequence, [rows, H, Dq] side by side) and to `position` [position_heads, position_stride].
@@ -345,10 +342,10 @@ void backward_avx2(const Args<float>& args, const Gradients<float>& gradients, c
                    const BackwardWork<float>& work, const Task& task, float* dq, float* position) noexcept;
 void backward_avx512(const Args<float>& args, const Gradients<float>& gradients, const Prepared<float>& prepared,
                      const BackwardWork<float>& work, const Task& task, float* dq, float* position) noexcept;
-void backward_bf16_avx2(const Args<float, Bfloat16>& args, const Gradients<float, Bfloat16>& gradients,
+void backward_bf16_avx2(const Args<float, std::uint16_t>& args, const Gradients<float, std::uint16_t>& gradients,
                         const Prepared<float>& prepared, const BackwardWork<float>& work, const Task& task, float* dq,
                         float* position) noexcept;
-void backward_bf16_avx512(const Args<float, Bfloat16>& args, const Gradients<float, Bfloat16>& gradients,
+void backward_bf16_avx512(const Args<float, std::uint16_t>& args, const Gradients<float, std::uint16_t>& gradients,
                           const Prepared<float>& prepared, const BackwardWork<float>& work, const Task& task, float* dq,
                           float* position) noexcept;
 

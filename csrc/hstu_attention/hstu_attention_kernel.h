@@ -1,14 +1,14 @@
-// The kernel itself, for any vector type (see common/vectors.h). A form includes both inside its target region; the
+// The kernel itself, for any vector type (see common/tiles.h). A form includes both inside its target region; the
 // standard headers and hstu_attention.h must have been included before, outside it.
 #pragma once
 
 namespace recfast::hstu_attention {
 
 template <class Simd, class Value>
-struct Kernel : Vectors<Simd> {
+struct Kernel : Tiles<Simd> {
   using T = typename Simd::T;
   using V = typename Simd::V;
-  using Base = Vectors<Simd>;
+  using Base = Tiles<Simd>;
   using Product = typename Base::Product;
   using Integer = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
   typedef Integer Integers __attribute__((vector_size(sizeof(V))));
@@ -17,8 +17,11 @@ struct Kernel : Vectors<Simd> {
   using Base::load;
   using Base::logistic;
   using Base::multiply;
+  using Base::read_rows;
   using Base::splat;
   using Base::store;
+  using Base::widened;
+  using Base::write_rows;
 
   static Integers load_integers(const Integer* p) noexcept {
     Integers v;
@@ -26,40 +29,6 @@ struct Kernel : Vectors<Simd> {
     return v;
   }
   static Integers splat_integer(std::int64_t x) noexcept { return static_cast<Integer>(x) - Integers{}; }
-
-  static T widened(Value x) noexcept {
-    if constexpr (kCopied) {
-      const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-      T y;
-      std::memcpy(&y, &bits, sizeof y);
-      return y;
-    } else {
-      return x;
-    }
-  }
-
-  static Value narrowed(T x) noexcept {
-    if constexpr (kCopied) {
-      std::uint32_t bits;
-      std::memcpy(&bits, &x, sizeof bits);
-      const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;  // to nearest, ties to even
-      return {static_cast<std::uint16_t>(x != x ? 0x7fc0U : rounded)};
-    } else {
-      return x;
-    }
-  }
-
-  // to[r, :] = x * from[r, :], columns beyond `width` 0.
-  static void copy_rows(const Value* from, std::int64_t stride, std::int64_t rows, std::int64_t width, T x,
-                        T* to) noexcept {
-    const std::int64_t columns = padded(width);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const Value* source = from + r * stride;
-      T* row = to + r * columns;
-      for (std::int64_t i = 0; i < width; ++i) row[i] = x * widened(source[i]);
-      for (std::int64_t i = width; i < columns; ++i) row[i] = T{0};
-    }
-  }
 
   // to[i, r] = from[r, i], in rows of `columns` values, 0 beyond `rows`. Four by four where that is what a vector of 16
   // bytes holds.
@@ -106,21 +75,11 @@ struct Kernel : Vectors<Simd> {
     }
   }
 
-  // to[r, :] = x * from[r, :].
-  static void write_rows(const T* from, std::int64_t columns, std::int64_t rows, std::int64_t width, T x, Value* to,
-                         std::int64_t stride) noexcept {
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const T* source = from + r * columns;
-      Value* row = to + r * stride;
-      for (std::int64_t i = 0; i < width; ++i) row[i] = narrowed(x * source[i]);
-    }
-  }
-
   // Of a key its own time, of a query that of the row after it.
   static std::int64_t time_of(const Args<T, Value>& args, std::int64_t sequence, std::int64_t row,
                               bool query) noexcept {
-    const std::int64_t at = args.begin[sequence] + row;
-    return args.times[query && at + 1 < args.end[sequence] ? at + 1 : at];
+    const std::int64_t last = args.sequences.length(sequence) - 1;
+    return *args.sequences.at(args.times, sequence, 0, query ? std::min(row + 1, last) : row);
   }
 
   // The lanes' times, and the same counted from the least where they lie close enough together for 32 bits.
@@ -276,8 +235,7 @@ struct Kernel : Vectors<Simd> {
   static void forward(const Args<T, Value>& args, const Prepared<T>& prepared, const ForwardWork<T>& work,
                       const Task& task) noexcept {
     const Shape& s = args.shape;
-    const std::int64_t begin = args.begin[task.sequence];
-    const std::int64_t length = args.end[task.sequence] - begin;
+    const std::int64_t length = args.sequences.length(task.sequence);
     const std::int64_t columns = padded(task.rows);
     const std::int64_t value_columns = padded(s.value_dim);
     const std::int64_t group = s.group();
@@ -292,8 +250,8 @@ struct Kernel : Vectors<Simd> {
       last = std::max({last, row + 1, seen[i].last});
     }
     for (std::int64_t h = 0; h < group; ++h) {
-      turn_rows(args.q.at(begin + task.row, task.head + h), args.q.stride, task.rows, s.dim, columns,
-                work.q + h * s.dim * kTile);
+      turn_rows(args.sequences.at(args.q, task.sequence, task.head + h, task.row), args.q.row, task.rows, s.dim,
+                columns, work.q + h * s.dim * kTile);
     }
     for (std::int64_t h = 0; h < group; ++h) {
       std::fill_n(work.out + h * kTile * value_columns, task.rows * value_columns, T{0});
@@ -324,13 +282,15 @@ struct Kernel : Vectors<Simd> {
         const T* k = nullptr;
         std::int64_t k_stride = padded(s.dim);
         if constexpr (kCopied) {
-          copy_rows(args.k.at(begin + key, head), args.k.stride, rows, s.dim, T{1}, work.k);
+          read_rows(args.sequences.at(args.k, task.sequence, head, key), args.k.row, rows, s.dim, T{1}, work.k,
+                    k_stride, rows);
           k = work.k;
         } else {
-          k = args.k.at(begin + key, head);
-          k_stride = args.k.stride;
+          k = args.sequences.at(args.k, task.sequence, head, key);
+          k_stride = args.k.row;
         }
-        copy_rows(args.v.at(begin + key, head), args.v.stride, rows, s.value_dim, T{1}, work.v);
+        read_rows(args.sequences.at(args.v, task.sequence, head, key), args.v.row, rows, s.value_dim, T{1}, work.v,
+                  value_columns, rows);
         multiply({.a = k, .a_row = k_stride, .a_step = 1, .rows = rows, .depth = s.dim,
                   .b = work.q + h * s.dim * kTile, .columns = columns, .start = nullptr, .start_row = 0,
                   .c = work.scores});
@@ -346,7 +306,7 @@ struct Kernel : Vectors<Simd> {
     const T share = T{1} / static_cast<T>(s.max_length);
     for (std::int64_t h = 0; h < group; ++h) {
       write_rows(work.out + h * kTile * value_columns, value_columns, task.rows, s.value_dim, share,
-                 args.out.at(begin + task.row, task.head + h), args.out.stride);
+                 args.sequences.at(args.out, task.sequence, task.head + h, task.row), args.out.row);
     }
   }
 
@@ -437,9 +397,8 @@ struct Kernel : Vectors<Simd> {
   static void backward(const Args<T, Value>& args, const Gradients<T, Value>& gradients, const Prepared<T>& prepared,
                        const BackwardWork<T>& work, const Task& task, T* dq, T* dposition) noexcept {
     const Shape& s = args.shape;
-    const std::int64_t begin = args.begin[task.sequence];
-    const std::int64_t length = args.end[task.sequence] - begin;
-    for (std::int64_t h = 0; gradients.wanted.q && h < s.group(); ++h) {
+    const std::int64_t length = args.sequences.length(task.sequence);
+    for (std::int64_t h = 0; gradients.q.data != nullptr && h < s.group(); ++h) {
       for (std::int64_t i = 0; i < length; ++i) std::fill_n(dq + (i * s.heads + task.head + h) * s.dim, s.dim, T{0});
     }
     std::fill_n(work.skew, kLanes, T{0});
@@ -455,20 +414,23 @@ struct Kernel : Vectors<Simd> {
                             const Prepared<T>& prepared, const BackwardWork<T>& work, const Task& task,
                             std::int64_t key, std::int64_t count, T* dq, T* dposition) noexcept {
     const Shape& s = args.shape;
-    const Wanted& wanted = gradients.wanted;
-    const std::int64_t begin = args.begin[task.sequence];
-    const std::int64_t length = args.end[task.sequence] - begin;
+    const bool into_q = gradients.q.data != nullptr;
+    const bool into_k = gradients.k.data != nullptr;
+    const bool into_v = gradients.v.data != nullptr;
+    const bool into_position = gradients.position != nullptr;
+    const bool into_time = gradients.time != nullptr;
+    const std::int64_t length = args.sequences.length(task.sequence);
     const std::int64_t columns = padded(count);
     const std::int64_t dim = padded(s.dim);
     const std::int64_t value_dim = padded(s.value_dim);
     const std::int64_t group = s.group();
     const Sight sight(args.mask, task.sequence, length);
     for (std::int64_t h = 0; h < group; ++h) {
-      const Value* k = args.k.at(begin + key, task.head + h);
-      const Value* v = args.v.at(begin + key, task.head + h);
-      copy_rows(k, args.k.stride, count, s.dim, T{1}, work.k + h * kTile * dim);
-      turn_rows(k, args.k.stride, count, s.dim, columns, work.k_turned + h * s.dim * kTile);
-      turn_rows(v, args.v.stride, count, s.value_dim, columns, work.v_turned + h * s.value_dim * kTile);
+      const Value* k = args.sequences.at(args.k, task.sequence, task.head + h, key);
+      const Value* v = args.sequences.at(args.v, task.sequence, task.head + h, key);
+      read_rows(k, args.k.row, count, s.dim, T{1}, work.k + h * kTile * dim, dim, count);
+      turn_rows(k, args.k.row, count, s.dim, columns, work.k_turned + h * s.dim * kTile);
+      turn_rows(v, args.v.row, count, s.value_dim, columns, work.v_turned + h * s.value_dim * kTile);
     }
     for (std::int64_t h = 0; h < group; ++h) {
       std::fill_n(work.dk + h * kTile * dim, count * dim, T{0});
@@ -476,7 +438,7 @@ struct Kernel : Vectors<Simd> {
     }
     std::fill_n(work.dz, std::min(kTile, length) * kSkewed, T{0});
     // One tile for what heads share: their sum, or the only head's own.
-    const bool summed = group > 1 && ((wanted.position && s.position_heads == 1) || wanted.time);
+    const bool summed = group > 1 && ((into_position && s.position_heads == 1) || into_time);
     T* shared = group > 1 ? work.dz_shared : work.dz;
     const bool time = prepared.buckets != nullptr;
     LaneTimes times;
@@ -502,16 +464,18 @@ struct Kernel : Vectors<Simd> {
       }
       if (!any) continue;
       bias_tile(args, prepared, task, time ? &times : nullptr, false, query, rows, key, columns, work.bias,
-                wanted.time ? buckets : nullptr, wanted.time ? ranges : nullptr);
+                into_time ? buckets : nullptr, into_time ? ranges : nullptr);
       if (summed) std::fill_n(shared, rows * kSkewed, T{0});
       for (std::int64_t h = 0; h < group; ++h) {
         const std::int64_t head = task.head + h;
-        copy_rows(args.q.at(begin + query, head), args.q.stride, rows, s.dim, T{1}, work.q);
-        copy_rows(gradients.out.at(begin + query, head), gradients.out.stride, rows, s.value_dim, share, work.grad);
+        read_rows(args.sequences.at(args.q, task.sequence, head, query), args.q.row, rows, s.dim, T{1}, work.q, dim,
+                  rows);
+        read_rows(args.sequences.at(gradients.out, task.sequence, head, query), gradients.out.row, rows, s.value_dim,
+                  share, work.grad, value_dim, rows);
         multiply({.a = work.q, .a_row = dim, .a_step = 1, .rows = rows, .depth = s.dim,
                   .b = work.k_turned + h * s.dim * kTile, .columns = columns, .start = nullptr, .start_row = 0,
                   .c = work.scores});
-        if (wanted.scores()) {
+        if (gradients.of_scores()) {
           multiply({.a = work.grad, .a_row = value_dim, .a_step = 1, .rows = rows, .depth = s.value_dim,
                     .b = work.v_turned + h * s.value_dim * kTile, .columns = columns, .start = nullptr, .start_row = 0,
                     .c = work.dscores});
@@ -520,17 +484,17 @@ struct Kernel : Vectors<Simd> {
         const auto form = place == nullptr ? (all ? weigh_backward<false, false> : weigh_backward<true, false>)
                                            : (all ? weigh_backward<false, true> : weigh_backward<true, true>);
         form(args.alpha, rows, columns, work.bias, place, work.scores, work.dscores, work.dz, cuts);
-        if (wanted.v) {
+        if (into_v) {
           T* dv = work.dv + h * kTile * value_dim;
           multiply({.a = work.scores, .a_row = 1, .a_step = columns, .rows = count, .depth = rows, .b = work.grad,
                     .columns = value_dim, .start = dv, .start_row = value_dim, .c = dv});
         }
-        if (wanted.k) {
+        if (into_k) {
           T* dk = work.dk + h * kTile * dim;
           multiply({.a = work.dz, .a_row = 1, .a_step = kSkewed, .rows = count, .depth = rows, .b = work.q,
                     .columns = dim, .start = dk, .start_row = dim, .c = dk});
         }
-        if (wanted.q) {
+        if (into_q) {
           multiply({.a = work.dz, .a_row = kSkewed, .a_step = 1, .rows = rows, .depth = count,
                     .b = work.k + h * kTile * dim, .columns = dim, .start = nullptr, .start_row = 0, .c = work.dq});
           for (std::int64_t r = 0; r < rows; ++r) {
@@ -543,25 +507,25 @@ struct Kernel : Vectors<Simd> {
             Base::add(shared + r * kSkewed, work.dz + r * kSkewed, columns);
           }
         }
-        if (wanted.position && s.position_heads > 1) {
+        if (into_position && s.position_heads > 1) {
           add_diagonals(work.dz, rows, columns,
                         dposition + head * position_stride(s) + (key - query + s.max_length - 1));
         }
       }
-      if (wanted.position && s.position_heads == 1) {
+      if (into_position && s.position_heads == 1) {
         add_diagonals(shared, rows, columns, dposition + (key - query + s.max_length - 1));
       }
-      if (wanted.time) add_buckets(shared, buckets, ranges, rows, columns, work.time);
+      if (into_time) add_buckets(shared, buckets, ranges, rows, columns, work.time);
     }
     for (std::int64_t h = 0; h < group; ++h) {
       const std::int64_t head = task.head + h;
-      if (wanted.k) {
-        write_rows(work.dk + h * kTile * dim, dim, count, s.dim, args.alpha, gradients.k.at(begin + key, head),
-                   gradients.k.stride);
+      if (into_k) {
+        write_rows(work.dk + h * kTile * dim, dim, count, s.dim, args.alpha,
+                   args.sequences.at(gradients.k, task.sequence, head, key), gradients.k.row);
       }
-      if (wanted.v) {
+      if (into_v) {
         write_rows(work.dv + h * kTile * value_dim, value_dim, count, s.value_dim, T{1},
-                   gradients.v.at(begin + key, head), gradients.v.stride);
+                   args.sequences.at(gradients.v, task.sequence, head, key), gradients.v.row);
       }
     }
   }

@@ -59,7 +59,7 @@ constexpr std::int64_t kLeastScores = 1 << 14;
 // Scores that query block `block` computes; a few more for what a block costs however short.
 template <class S, class T>
 std::int64_t block_weight(const Args<S, T>& args, std::int64_t user, std::int64_t block) noexcept {
-  const std::int64_t length = args.length(user);
+  const std::int64_t length = args.users.length(user);
   const std::int64_t begin = first_query(length, block);
   const std::int64_t end = first_query(length, block + 1);
   return padded(end - begin) * ((args.causal ? end : length) + kLanes);
@@ -73,21 +73,21 @@ void deal(const Args<S, T>& args, const Count& count, const Weight& weight, cons
   const Shape& s = args.shape;
   std::int64_t* sums = args.sums;
   sums[0] = 0;
-  for (std::int64_t user = 0; user < s.users; ++user) {
+  for (std::int64_t user = 0; user < args.users.count; ++user) {
     const std::int64_t units = count(user);
     std::int64_t sum = 0;
     for (std::int64_t unit = 0; unit < units; ++unit) sum += weight(user, unit);
     sums[user + 1] = sums[user] + sum * s.heads;
   }
-  const std::int64_t total = sums[s.users];
+  const std::int64_t total = sums[args.users.count];
   const std::int64_t threads = max_threads();
   const std::int64_t pieces = threads == 1 ? 1 : std::clamp<std::int64_t>(total / kLeastScores, 1, threads * kPieces);
   parallel_for_each(pieces, [&](std::int64_t piece, int thread) {
     // This piece has the units that begin in [first, last), counted in weight.
     const std::int64_t first = total / pieces * piece + total % pieces * piece / pieces;
     const std::int64_t last = total / pieces * (piece + 1) + total % pieces * (piece + 1) / pieces;
-    std::int64_t user = std::upper_bound(sums, sums + s.users + 1, first) - sums - 1;
-    for (; user < s.users && sums[user] < last; ++user) {
+    std::int64_t user = std::upper_bound(sums, sums + args.users.count + 1, first) - sums - 1;
+    for (; user < args.users.count && sums[user] < last; ++user) {
       const std::int64_t units = count(user);
       std::int64_t at = sums[user];
       for (std::int64_t head = 0; head < s.heads; ++head) {
@@ -115,20 +115,20 @@ Work<T> work_of(const Args<S, T>& args, bool backward, int thread) noexcept {
 template <class S, class T, class Form>
 void run_forward(const Args<S, T>& args, Form form) noexcept {
   deal(
-      args, [&](std::int64_t user) { return query_blocks(args.length(user)); },
+      args, [&](std::int64_t user) { return query_blocks(args.users.length(user)); },
       [&](std::int64_t user, std::int64_t block) { return block_weight(args, user, block); },
       [&](std::int64_t user, std::int64_t head, std::int64_t first, std::int64_t last, int thread) {
-        form(args, work_of(args, false, thread), Part{user, head, first, last, 0, args.length(user)});
+        form(args, work_of(args, false, thread), Part{user, head, first, last, 0, args.users.length(user)});
       });
 }
 
 // A head is one unit, and each block of scores is computed once for all three gradients. Where one head is more than a
-// thread's share, it is cut: dq by blocks of queries, then dk and dv by parts of the keys. That computes the scores twice
-// and changes no sum.
+// thread's share, it is cut: dq by blocks of queries, then dk and dv by parts of the keys. That computes the scores
+// twice and changes no sum.
 template <class S, class T, class Form>
 void run_backward(const Args<S, T>& args, const Gradients<S>& gradients, Form form) noexcept {
   const auto head_weight = [&](std::int64_t user) {
-    const std::int64_t blocks = query_blocks(args.length(user));
+    const std::int64_t blocks = query_blocks(args.users.length(user));
     std::int64_t sum = 0;
     for (std::int64_t block = 0; block < blocks; ++block) sum += block_weight(args, user, block);
     return sum;
@@ -137,11 +137,11 @@ void run_backward(const Args<S, T>& args, const Gradients<S>& gradients, Form fo
   std::int64_t share = std::numeric_limits<std::int64_t>::max();
   if (threads > 1) {
     std::int64_t total = 0;
-    for (std::int64_t user = 0; user < args.shape.users; ++user) total += head_weight(user) * args.shape.heads;
+    for (std::int64_t user = 0; user < args.users.count; ++user) total += head_weight(user) * args.shape.heads;
     share = total / threads;
   }
   const auto cut = [&](std::int64_t user) {
-    return threads > 1 && args.length(user) > kPartKeys && head_weight(user) > share;
+    return threads > 1 && args.users.length(user) > kPartKeys && head_weight(user) > share;
   };
   Gradients<S> into_queries = gradients;
   into_queries.k.data = nullptr;
@@ -153,14 +153,14 @@ void run_backward(const Args<S, T>& args, const Gradients<S>& gradients, Form fo
   deal(
       args,
       [&](std::int64_t user) -> std::int64_t {
-        if (cut(user)) return gradients.q.data == nullptr ? 0 : query_blocks(args.length(user));
-        return args.length(user) > 0 ? 1 : 0;
+        if (cut(user)) return gradients.q.data == nullptr ? 0 : query_blocks(args.users.length(user));
+        return args.users.length(user) > 0 ? 1 : 0;
       },
       [&](std::int64_t user, std::int64_t unit) {
         return cut(user) ? block_weight(args, user, unit) : head_weight(user);
       },
       [&](std::int64_t user, std::int64_t head, std::int64_t first, std::int64_t last, int thread) {
-        const std::int64_t length = args.length(user);
+        const std::int64_t length = args.users.length(user);
         const Work<T> work = work_of(args, true, thread);
         if (cut(user)) {
           form(args, into_queries, work, Part{user, head, first, last, 0, length});
@@ -172,15 +172,15 @@ void run_backward(const Args<S, T>& args, const Gradients<S>& gradients, Form fo
   deal(
       args,
       [&](std::int64_t user) -> std::int64_t {
-        return cut(user) ? (args.length(user) + kPartKeys - 1) / kPartKeys : 0;
+        return cut(user) ? (args.users.length(user) + kPartKeys - 1) / kPartKeys : 0;
       },
       [&](std::int64_t user, std::int64_t part) {
-        const std::int64_t length = args.length(user);
+        const std::int64_t length = args.users.length(user);
         const std::int64_t first = part * kPartKeys;
         return std::min(kPartKeys, length - first) * (args.causal ? length - first : length);
       },
       [&](std::int64_t user, std::int64_t head, std::int64_t first, std::int64_t last, int thread) {
-        const std::int64_t length = args.length(user);
+        const std::int64_t length = args.users.length(user);
         form(args, into_keys, work_of(args, true, thread),
              Part{user, head, 0, query_blocks(length), first * kPartKeys, std::min(last * kPartKeys, length)});
       });

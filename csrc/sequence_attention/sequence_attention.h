@@ -4,15 +4,16 @@
 //   out_i   = sum_j p[i, j] v_j,       p = softmax_j(s)
 //   with dropout, p[i, j] is 0 with probability `rate` and else p / (1 - rate)
 //
-// Shapes       q, k [rows, H, D], v [rows, H, Dv], out [rows, H, Dv]; any strides but 1 between the values of a row.
-//              User b has length(b) rows: from offsets[b] on (jagged), or from the start of its own stretch (padded).
+// Shapes       q, k [rows, H, D], v [rows, H, Dv], out [rows, H, Dv]; rows and heads may lie apart, the values of
+//              a head lie side by side. Users' rows are jagged or padded.
 // Dtypes       float32, bfloat16 (std::uint16_t here; arithmetic and statistics in float32) or float64
 // Accumulator  float32 (float64 for float64). Scores and sums run in the order of the width, the keys, the queries, one
 //              chain each, so the answer depends on nothing but the user's own rows: not on the rest of the batch, the
 //              threads, or the layout. AVX2 and AVX-512 give the same bits (FMA); the scalar form rounds products and
 //              sums apart. With E the largest error of a score, at most (D + 2) eps sum_d |scale q_id k_jd|, n keys and
-//              scores that span R, a weight is off by a factor of at most 2 E + (3 n + 3 R + 16) eps; one below exp(-87)
-//              of the largest counts as exp(-87) of it (float32).
+//              scores that span R, a weight is off by a factor of at most 2 E + (3 n + 3 R + 16) eps; one below
+//              exp(-87) of the largest counts as exp(-87) of it (float32). Backward takes dout_i . out_i from the
+//              answer as stored, so that for bfloat16 its rounding is in the gradients of q and k.
 // Memory       linear in the length: a block of scores at a time. Backward computes the scores again.
 // Limits       sizes below 2^63; lengths and users below 2^32 with dropout; offsets and lengths must have been checked
 // Sources      Vaswani et al., NeurIPS 2017; Dao et al., "FlashAttention", NeurIPS 2022 (arXiv 2205.14135); Kang and
@@ -23,25 +24,15 @@
 #include <cstdint>
 
 #include "common/arena.h"
-#include "common/span.h"
+#include "common/heads.h"
 
 namespace recfast::sequence_attention {
 
 struct Shape {
-  std::int64_t users = 0;
   std::int64_t heads = 0;
   std::int64_t dim = 0;
   std::int64_t value_dim = 0;
   std::int64_t longest = 0;  // at least every length
-};
-
-// Rows of heads in memory: user b, row i, head h starts at data + b * batch + i * row + h * head.
-template <class S>
-struct Heads {
-  S* data = nullptr;
-  std::int64_t batch = 0;  // 0 when jagged: rows then count from the start of all
-  std::int64_t row = 0;
-  std::int64_t head = 0;
 };
 
 // Drops the weight of (user, head, query, key) where the draw of Philox{seed} for c0 = user, c1 = head, c2 = query,
@@ -54,6 +45,7 @@ struct Dropout {
 
 template <class S, class T>
 struct Args {
+  Sequences users;
   Shape shape;
   bool causal;
   T scale;
@@ -61,22 +53,11 @@ struct Args {
   Heads<const S> q;
   Heads<const S> k;
   Heads<const S> v;
-  const std::int64_t* offsets;  // [users + 1]; null when padded
-  const std::int64_t* lengths;  // [users]; null when jagged
-  Heads<S> out;                 // read by backward
-  Heads<T> highest;             // [rows, H] max_j s
-  Heads<T> inverse;             // [rows, H] 1 / sum_j exp(s - max s)
-  std::int64_t* sums;           // scratch [users + 1]
-  T* scratch;                   // scratch_size(...) values
-
-  [[nodiscard]] std::int64_t length(std::int64_t user) const noexcept {
-    return offsets == nullptr ? lengths[user] : offsets[user + 1] - offsets[user];
-  }
-  // Row 0 of a head of a user.
-  template <class P>
-  [[nodiscard]] P* at(const Heads<P>& x, std::int64_t user, std::int64_t head) const noexcept {
-    return x.data + user * x.batch + (offsets == nullptr ? 0 : offsets[user]) * x.row + head * x.head;
-  }
+  Heads<S> out;        // read by backward
+  Heads<T> highest;    // [rows, H] max_j s
+  Heads<T> inverse;    // [rows, H] 1 / sum_j exp(s - max s)
+  std::int64_t* sums;  // scratch [users + 1]
+  T* scratch;          // scratch_size(...) values
 };
 
 // A null `data` skips that gradient and its work.

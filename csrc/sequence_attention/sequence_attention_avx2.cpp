@@ -37,8 +37,8 @@ void backward_avx2(const Args<float, float>& args, const Gradients<float>& gradi
   Kernel<Avx2, float>::backward(args, gradients, work, part);
 }
 
-void backward_avx2(const Args<std::uint16_t, float>& args, const Gradients<std::uint16_t>& gradients, const Work<float>& work,
-                   const Part& part) noexcept {
+void backward_avx2(const Args<std::uint16_t, float>& args, const Gradients<std::uint16_t>& gradients,
+                   const Work<float>& work, const Part& part) noexcept {
   Kernel<Avx2, std::uint16_t>::backward(args, gradients, work, part);
 }
 

@@ -1,5 +1,5 @@
-// The kernel itself, for any vector type (see common/tiles.h). A form includes both inside its target region; the standard
-// headers and sequence_attention.h must have been included before, outside it.
+// The kernel itself, for any vector type (see common/tiles.h). A form includes both inside its target region; the
+// standard headers and sequence_attention.h must have been included before, outside it.
 #pragma once
 
 namespace recfast::sequence_attention {
@@ -200,8 +200,8 @@ struct Kernel : Tiles<Simd> {
                            std::int64_t rows) noexcept {
     if (rows <= held) return held;
     const Shape& s = args.shape;
-    const S* k = args.at(args.k, part.user, part.head) + held * args.k.row;
-    const S* v = args.at(args.v, part.user, part.head) + held * args.v.row;
+    const S* k = args.users.at(args.k, part.user, part.head, held);
+    const S* v = args.users.at(args.v, part.user, part.head, held);
     const std::int64_t more = rows - held;
     read_rows(k, args.k.row, more, s.dim, T{1}, work.keys + held * s.dim, s.dim, more);
     read_rows(v, args.v.row, more, s.value_dim, T{1}, work.values + held * s.value_dim, s.value_dim, more);
@@ -210,7 +210,7 @@ struct Kernel : Tiles<Simd> {
 
   static void forward(const Args<S, T>& args, const Work<T>& work, const Part& part) noexcept {
     const Shape& s = args.shape;
-    const std::int64_t length = args.length(part.user);
+    const std::int64_t length = args.users.length(part.user);
     const std::int64_t wide = padded(s.dim);
     const std::int64_t value_wide = padded(s.value_dim);
     std::int64_t held = 0;
@@ -220,7 +220,7 @@ struct Kernel : Tiles<Simd> {
       const std::int64_t lanes = padded(queries);
       const std::int64_t end = args.causal ? begin + queries : length;
       held = hold(args, work, part, held, end);
-      read_rows(args.at(args.q, part.user, part.head) + begin * args.q.row, args.q.row, queries, s.dim, args.scale,
+      read_rows(args.users.at(args.q, part.user, part.head, begin), args.q.row, queries, s.dim, args.scale,
                 work.q, wide, lanes);
       turn(work.q, wide, lanes, wide, work.qt, kQueries);
       std::fill_n(work.highest, kQueries, kLowest);
@@ -247,9 +247,9 @@ struct Kernel : Tiles<Simd> {
       }
       turn(work.outt, kQueries, value_wide, lanes, work.out, value_wide);
       write_rows(work.out, value_wide, queries, s.value_dim, T{1},
-                 args.at(args.out, part.user, part.head) + begin * args.out.row, args.out.row);
-      T* highest = args.at(args.highest, part.user, part.head) + begin * args.highest.row;
-      T* inverse = args.at(args.inverse, part.user, part.head) + begin * args.inverse.row;
+                 args.users.at(args.out, part.user, part.head, begin), args.out.row);
+      T* highest = args.users.at(args.highest, part.user, part.head, begin);
+      T* inverse = args.users.at(args.inverse, part.user, part.head, begin);
       for (std::int64_t i = 0; i < queries; ++i) {
         highest[i * args.highest.row] = work.highest[i];
         inverse[i * args.inverse.row] = work.inverse[i];
@@ -296,7 +296,7 @@ struct Kernel : Tiles<Simd> {
   static void backward(const Args<S, T>& args, const Gradients<S>& gradients, const Work<T>& work,
                        const Part& part) noexcept {
     const Shape& s = args.shape;
-    const std::int64_t length = args.length(part.user);
+    const std::int64_t length = args.users.length(part.user);
     const std::int64_t wide = padded(s.dim);
     const std::int64_t value_wide = padded(s.value_dim);
     const bool into_q = gradients.q.data != nullptr;
@@ -306,10 +306,10 @@ struct Kernel : Tiles<Simd> {
     const std::int64_t first_key = part.first_key;
     const std::int64_t keys = part.last_key - first_key;
 
-    read_rows(args.at(args.k, part.user, part.head) + first_key * args.k.row, args.k.row, keys, s.dim, T{1}, work.keys,
+    read_rows(args.users.at(args.k, part.user, part.head, first_key), args.k.row, keys, s.dim, T{1}, work.keys,
               s.dim, keys);
     if (into_scores) {
-      read_rows(args.at(args.v, part.user, part.head) + first_key * args.v.row, args.v.row, keys, s.value_dim, T{1},
+      read_rows(args.users.at(args.v, part.user, part.head, first_key), args.v.row, keys, s.value_dim, T{1},
                 work.values, s.value_dim, keys);
     }
     if (into_k) std::fill_n(work.dkeys, keys * wide, T{0});
@@ -321,14 +321,14 @@ struct Kernel : Tiles<Simd> {
       const std::int64_t lanes = padded(queries);
       const std::int64_t end = std::min(part.last_key, args.causal ? begin + queries : length);
       if (end <= first_key) continue;
-      read_rows(args.at(args.q, part.user, part.head) + begin * args.q.row, args.q.row, queries, s.dim, args.scale,
+      read_rows(args.users.at(args.q, part.user, part.head, begin), args.q.row, queries, s.dim, args.scale,
                 work.q, wide, lanes);
       turn(work.q, wide, lanes, wide, work.qt, kQueries);
-      read_rows(args.at(gradients.out, part.user, part.head) + begin * gradients.out.row, gradients.out.row, queries,
+      read_rows(args.users.at(gradients.out, part.user, part.head, begin), gradients.out.row, queries,
                 s.value_dim, T{1}, work.dout, value_wide, lanes);
       if (into_scores) {
         turn(work.dout, value_wide, lanes, value_wide, work.doutt, kQueries);
-        read_rows(args.at(args.out, part.user, part.head) + begin * args.out.row, args.out.row, queries, s.value_dim,
+        read_rows(args.users.at(args.out, part.user, part.head, begin), args.out.row, queries, s.value_dim,
                   T{1}, work.out, value_wide, lanes);
         turn(work.out, value_wide, lanes, value_wide, work.outt, kQueries);
         for (std::int64_t lane = 0; lane < lanes; lane += kWidth) {
@@ -342,8 +342,8 @@ struct Kernel : Tiles<Simd> {
         std::fill_n(work.delta, kQueries, T{0});
         std::fill_n(work.dscores, kKeys * kQueries, T{0});
       }
-      const T* highest = args.at(args.highest, part.user, part.head) + begin * args.highest.row;
-      const T* inverse = args.at(args.inverse, part.user, part.head) + begin * args.inverse.row;
+      const T* highest = args.users.at(args.highest, part.user, part.head, begin);
+      const T* inverse = args.users.at(args.inverse, part.user, part.head, begin);
       for (std::int64_t i = 0; i < lanes; ++i) {
         work.highest[i] = i < queries ? highest[i * args.highest.row] : T{0};
         work.inverse[i] = i < queries ? inverse[i * args.inverse.row] : T{0};
@@ -368,16 +368,16 @@ struct Kernel : Tiles<Simd> {
       if (into_q) {
         turn(work.dqt, kQueries, wide, lanes, work.dq, wide);
         write_rows(work.dq, wide, queries, s.dim, args.scale,
-                   args.at(gradients.q, part.user, part.head) + begin * gradients.q.row, gradients.q.row);
+                   args.users.at(gradients.q, part.user, part.head, begin), gradients.q.row);
       }
     }
     if (into_k) {
       write_rows(work.dkeys, wide, keys, s.dim, T{1},
-                 args.at(gradients.k, part.user, part.head) + first_key * gradients.k.row, gradients.k.row);
+                 args.users.at(gradients.k, part.user, part.head, first_key), gradients.k.row);
     }
     if (into_v) {
       write_rows(work.dvalues, value_wide, keys, s.value_dim, T{1},
-                 args.at(gradients.v, part.user, part.head) + first_key * gradients.v.row, gradients.v.row);
+                 args.users.at(gradients.v, part.user, part.head, first_key), gradients.v.row);
     }
   }
 };

@@ -64,6 +64,23 @@ def test_padded_rows_give_the_same():
     torch.testing.assert_close(padded[inside], jagged, rtol=1e-5, atol=1e-5)
 
 
+def test_padding_may_hold_anything():
+    block, (x, offsets, times) = made(torch.float32), batch(dtype=torch.float32)
+    lengths = offsets.diff()
+    inside = torch.arange(13) < lengths.unsqueeze(1)
+    answers = []
+    for fill, time in ((0.0, 5), (float("nan"), -(2**60))):
+        rows, whole_times = torch.full((4, 13, 12), fill), torch.full((4, 13), time)
+        rows[inside], whole_times[inside] = x, times
+        out = block(rows.requires_grad_(), lengths.int(), timestamps=whole_times)
+        assert torch.all(out[~inside] == 0)
+        answers.append([out, *torch.autograd.grad(out.square().sum(), [rows, *block.parameters()])])
+        assert torch.all(answers[-1][1][~inside] == 0)
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+    with pytest.raises(ValueError, match=r"HSTUBlock: lengths must have shape \[4\], got \[5\]"):
+        block(rows, offsets, timestamps=whole_times)
+
+
 def test_a_later_event_changes_no_earlier_output():
     """The values of later rows may be anything; of their times, row i knows that of row i + 1 and no more."""
     block = made(torch.float32)
@@ -165,8 +182,23 @@ def test_state_and_compile():
     other.load_state_dict(block.state_dict())
     x, offsets, times = batch(dtype=torch.float32)
     assert torch.equal(block(x, offsets, timestamps=times), other(x, offsets, timestamps=times))
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, offsets, timestamps=times), block(x, offsets, timestamps=times))
+    answers = []
+    for form in (torch.compile(block, fullgraph=True, backend="aot_eager"), block):
+        out = form(x, offsets, timestamps=times)
+        answers.append([out, *torch.autograd.grad(out.square().sum(), block.parameters())])
+    torch.testing.assert_close(*answers)
+
+
+def test_autocast():
+    block, (x, offsets, times) = made(torch.float32), batch(dtype=torch.float32)
+    exact = block(x, offsets, timestamps=times)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = block(x, offsets, timestamps=times)
+    assert out.dtype == torch.float32
+    assert not torch.equal(out, exact)
+    assert (out - exact).norm() <= 0.02 * exact.norm()
+    out.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in block.parameters())
 
 
 @pytest.mark.parametrize(

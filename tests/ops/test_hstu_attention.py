@@ -503,6 +503,56 @@ def test_layouts_are_read_in_place(poisoned_empty):
         assert torch.equal(have[4], wanted[5])
 
 
+def test_heads_outermost_are_padded_in_place(monkeypatch, poisoned_empty):
+    """[B, H, L, D] turned, as other attention wants it: the same bits, and room for the answer's own rows alone."""
+    heads, length, dim = 6, 40, 8
+    generator = torch.Generator().manual_seed(1)
+    wide = [torch.randn(3, heads, length, dim, generator=generator) for _ in range(3)]
+    lengths, coefficients = torch.tensor([40, 0, 17]), torch.randn(3, length, heads, dim, generator=generator)
+    room = []
+    new_zeros = torch.Tensor.new_zeros
+
+    def counted(x, *size, **options):
+        answer = new_zeros(x, *size, **options)
+        room.append(answer.numel())
+        return answer
+
+    answers = []
+    for turn in (lambda x: x.transpose(1, 2), lambda x: x.transpose(1, 2).contiguous()):
+        leaves = [turn(x).requires_grad_() for x in wide]
+        monkeypatch.setattr(torch.Tensor, "new_zeros", counted)
+        out = ops.hstu_attention(*leaves, lengths, max_length=length)
+        answers.append([out, *torch.autograd.grad(out, leaves, coefficients)])
+        monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+    assert room == [3 * length * heads * dim] * 8
+
+
+@pytest.mark.parametrize("kind", ["expanded", "apart", "every other"])
+def test_any_strides_of_the_gradient(kind):
+    (q, k, v, offsets), options = problem([30, 3], 2, 8, 5, 30)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = ops.hstu_attention(*leaves, offsets, **options)
+    values = coefficients_like(out)
+    coefficients = {
+        "expanded": torch.tensor(0.5).expand(out.shape),
+        "apart": values.transpose(0, 2).contiguous().transpose(0, 2),
+        "every other": torch.stack([values, values * float("nan")], 1).flatten(0, 1)[::2],
+    }[kind]
+    have = torch.autograd.grad(out, leaves, coefficients, retain_graph=True)
+    want = torch.autograd.grad(out, leaves, coefficients.clone(memory_format=torch.contiguous_format))
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [2**63 - 1, 2**70])
+def test_a_window_beyond_everything_is_none(window, causal):
+    (q, k, v, offsets), options = problem([70, 9], 2, 8, 8, 70)
+    options |= {"causal": causal, "contextual": 3, "num_targets": torch.tensor([4, 0])}
+    wide = ops.hstu_attention(q, k, v, offsets, window=window, **options)
+    assert torch.equal(wide, ops.hstu_attention(q, k, v, offsets, **options))
+
+
 def test_order_of_time_does_not_matter_to_the_mask(isa_levels):
     """Unsorted and equal timestamps are legal."""
     (q, k, v, offsets), options = problem([90], 2, 8, 8, 90, "none", 100)
@@ -532,10 +582,10 @@ def test_memory_is_linear_in_length():
     from recfast import _C
 
     def scratch(rows):
-        begin, end = torch.tensor([0]), torch.tensor([rows])
+        lengths = torch.tensor([rows])
         sizes = {
-            "sequences": 1, "heads": 4, "dim": 32, "value_dim": 32, "max_length": rows, "buckets": 128, "borders": 129,
-            "position_heads": 1, "begin": begin.data_ptr(), "end": end.data_ptr(),
+            "sequences": 1, "offsets": 0, "lengths": lengths.data_ptr(), "heads": 4, "dim": 32, "value_dim": 32,
+            "max_length": rows, "buckets": 128, "borders": 129, "position_heads": 1,
         }  # fmt: skip
         return _C.hstu_attention_forward_scratch(**sizes), _C.hstu_attention_backward_scratch(False, **sizes)
 
@@ -557,6 +607,11 @@ def test_memory_is_linear_in_length():
         ({"offsets": torch.tensor([0, 6, 5])}, ValueError, r"offsets\[2\] = 5 is below offsets\[1\] = 6"),
         ({"offsets": torch.tensor([], dtype=torch.int64)}, ValueError, "one entry more than there are sequences"),
         ({"max_length": 0}, ValueError, "max_length must be at least 1, got 0"),
+        ({"max_length": 4.5}, TypeError, "max_length must be an integer, got 4.5"),
+        ({"window": 1.5}, TypeError, "window must be an integer, got 1.5"),
+        ({name: torch.ones(5, 0, 3) for name in "qkv"}, ValueError, r"q.shape\[-2\] must be at least 1, got 0"),
+        ({name: torch.ones(5, 2, 0) for name in "qkv"}, ValueError, r"q.shape\[-1\] must be at least 1, got 0"),
+        ({"v": torch.ones(5, 2, 0)}, ValueError, r"v.shape\[-1\] must be at least 1, got 0"),
         ({"max_length": 2, "position_bias": torch.ones(3)}, ValueError, "sequence 1 must have at most max_length = 2"),
         ({"position_bias": torch.ones(8)}, ValueError, r"position_bias must have shape \[7\] or \[2, 7\].*got \[8\]"),
         ({"position_bias": torch.ones(7).double()}, TypeError, "position_bias must be float32, got float64"),

@@ -333,6 +333,22 @@ def test_views_of_a_fused_buffer_are_read_in_place(monkeypatch):
     assert torch.equal(ops.sequence_attention(turned, k, v, offsets, causal=True), wanted[0])
 
 
+@pytest.mark.parametrize("kind", ["expanded", "apart", "every other"])
+def test_any_strides_of_the_gradient(kind):
+    q, k, v, offsets = problem([30, 3], 2, 8, 5)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = ops.sequence_attention(*leaves, offsets, causal=False)
+    values = torch.linspace(-1, 1, out.numel()).view_as(out)
+    coefficients = {
+        "expanded": torch.tensor(0.5).expand(out.shape),
+        "apart": values.transpose(0, 2).contiguous().transpose(0, 2),
+        "every other": torch.stack([values, values * float("nan")], 1).flatten(0, 1)[::2],
+    }[kind]
+    have = torch.autograd.grad(out, leaves, coefficients, retain_graph=True)
+    want = torch.autograd.grad(out, leaves, coefficients.clone(memory_format=torch.contiguous_format))
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
 def test_scores_beyond_any_exponential(isa_levels):
     """Scores up to 1e36 in size: the largest takes all, and nothing overflows, forward or backward."""
     q, k, v, offsets = problem([100, 20], 1, 8, 4)
@@ -505,6 +521,11 @@ def test_nan_stays_where_it_belongs(dtype, isa_levels):
         ({"dropout": 0.5}, ValueError, "dropout needs a seed, got None"),
         ({"dropout": 0.5, "seed": -1}, ValueError, r"seed must lie in \[0, 2\*\*63\), got -1"),
         ({"dropout": 0.5, "seed": torch.tensor(1.0)}, TypeError, "seed must be int64, got float32"),
+        (
+            {"dropout": 0.5, "seed": torch.tensor(1, device="meta")},
+            ValueError,
+            "seed must be on cpu, where it is read, got meta",
+        ),
     ],
 )
 def test_rejects_bad_input(change, error, sentence):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from recfast.nn._padding import padding_of
 from recfast.ops import hstu_attention
 
 
@@ -130,7 +131,8 @@ class HSTUBlock(nn.Module):
         Parameters
         ----------
         x : Tensor [T, D], or padded [B, L, D]
-        offsets : Tensor [B + 1], or the lengths [B] of padded rows
+        offsets : Tensor [B + 1], int32 or int64, or the lengths [B] of padded rows
+            What lies beyond a length is not looked at.
         timestamps : Tensor [T] or [B, L], int64
             In seconds; needed where there is a time bias, ignored where there is none.
         num_targets : Tensor [B], optional
@@ -138,10 +140,13 @@ class HSTUBlock(nn.Module):
 
         Returns
         -------
-        Tensor like `x`; rows of padding hold nothing of use.
+        Tensor like `x`; padding is 0.
         """
         if self.time_bias is not None and timestamps is None:
             raise ValueError("HSTUBlock: timestamps must be given, since the layer has a time bias")
+        padding = padding_of("HSTUBlock", x, offsets)
+        if padding is not None:  # 0 times what lies there is not 0 where that is NaN, not even in a gradient
+            x = x.masked_fill(padding, 0)
         normed = nn.functional.layer_norm(x, (self.dim,), eps=self.eps)
         parts = nn.functional.silu(normed @ self.uvqk)
         linear, attention = self.heads * self.linear_dim, self.heads * self.attention_dim
@@ -163,7 +168,8 @@ class HSTUBlock(nn.Module):
             time_buckets=self.time_buckets,
         )
         gated = nn.functional.layer_norm(out.flatten(-2), (linear,), eps=self.eps) * u
-        return x + self.output(self.dropout(gated))
+        x = x + self.output(self.dropout(gated))
+        return x if padding is None else x.masked_fill(padding, 0)
 
     def extra_repr(self) -> str:
         time = None if self.time_bias is None else self.time_bias.numel() - 1

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recfast.nn._padding import padding_of
 from recfast.ops import sequence_attention
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
@@ -180,10 +181,9 @@ class TransformerBlock(nn.Module):
         -------
         Tensor like `x`; padding is 0.
         """
-        padding = None
-        if x.dim() == 3:
-            padding = torch.arange(x.shape[1], device=x.device) >= offsets.unsqueeze(1)
-            x = x.masked_fill(padding.unsqueeze(2), 0)
+        padding = padding_of("TransformerBlock", x, offsets)
+        if padding is not None:  # 0 times what lies there is not 0 where that is NaN, not even in a gradient
+            x = x.masked_fill(padding, 0)
         if self.norm == "post":
             x = self.norm1(x + self._attention(x, x, offsets))
             x = self.norm2(x + self._feed_forward(x))
@@ -193,7 +193,7 @@ class TransformerBlock(nn.Module):
             x = base + self._attention(normal, normal if self.normalize_keys else x, offsets)
             normal = self.norm2(x)
             x = (normal if self.residual == "normalized" else x) + self._feed_forward(normal)
-        return x if padding is None else x.masked_fill(padding.unsqueeze(2), 0)
+        return x if padding is None else x.masked_fill(padding, 0)
 
     def extra_repr(self) -> str:
         return (

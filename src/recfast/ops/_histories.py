@@ -78,6 +78,36 @@ def histories(op: str, keys: torch.Tensor, values: torch.Tensor | None, offsets:
     return Histories(keys, values, begin, begin + offsets, int(offsets.max()) if batch else 0, step)
 
 
+def place(name: str, x: torch.Tensor | None) -> dict[str, int]:
+    """Address and strides of heads, `[T, H, ...]` or `[B, L, H, ...]`, for `heads_of` of csrc/bindings.
+
+    A null address where there is none.
+    """
+    if x is None:
+        return {name: 0, f"{name}_batch": 0, f"{name}_row": 0, f"{name}_head": 0}
+    batch, row, head = (0, *x.stride())[-4:-1]
+    return {name: x.data_ptr(), f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
+
+
+def sequences(op: str, rows: torch.Tensor, offsets: torch.Tensor) -> tuple[dict[str, int], int]:
+    """Check `offsets` (or `lengths`) of `rows` [T, H, D] (or [B, L, H, D]).
+
+    Returns what `sequences_of` of csrc/bindings wants, and the longest length. `offsets` (int64, contiguous) must live
+    as long as the kernel runs.
+    """
+    if rows.dim() == 3:
+        longest = check_jagged(op, "offsets", offsets, rows.shape[0])
+        return {"sequences": offsets.numel() - 1, "offsets": offsets.data_ptr(), "lengths": 0}, longest
+    _check.indices(op, "lengths", offsets, rows.shape[1] + 1)
+    longest = int(offsets.max()) if offsets.numel() else 0
+    return {"sequences": offsets.numel(), "offsets": 0, "lengths": offsets.data_ptr()}, longest
+
+
+def empty_rows(x: torch.Tensor) -> torch.Tensor:
+    """Room for an answer shaped like `x`, [T, H, D] or [B, L, H, D]; padding, which no kernel writes, is 0."""
+    return x.new_empty(x.shape) if x.dim() == 3 else x.new_zeros(x.shape)
+
+
 def check_jagged(op: str, name: str, offsets: torch.Tensor, total: int) -> int:
     """Check that `offsets` (int64, contiguous) starts at 0, never falls, ends at `total`; return its longest step."""
     wrong, longest = _C.check_offsets(offsets.data_ptr(), offsets.numel(), total)

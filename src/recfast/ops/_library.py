@@ -46,6 +46,43 @@ class Op:
 REGISTRY: dict[str, Op] = {}
 
 
+class _Once(torch.autograd.Function):
+    """Lets a gradient through and raises where it is differentiated: torch itself would warn and go on with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: torch.Tensor, *_made_of: torch.Tensor) -> torch.Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, _grad: torch.Tensor) -> None:
+        raise RuntimeError(f"{ctx.name}: is differentiable once, but its gradient was to be differentiated again")
+
+
+class _Unpacked:
+    """The context of a backward whose saved tensors have been taken out, which checkpointing allows once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+
+def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():  # no create_graph: nothing can be differentiated again
+            return backward(ctx, *grads)
+        unpacked = _Unpacked(ctx)
+        with torch.no_grad():
+            gradients = backward(unpacked, *grads)
+        made_of = [x for x in (*grads, *unpacked.saved_tensors) if isinstance(x, torch.Tensor) and x.requires_grad]
+        return tuple(_Once.apply(name, x, *made_of) if isinstance(x, torch.Tensor) else x for x in gradients)
+
+    return guarded
+
+
 def define(
     schema: str,
     *,
@@ -56,6 +93,7 @@ def define(
     cuda: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    twice: bool = False,
 ) -> Callable[..., Any]:
     """Declare `torch.ops.recfast.<name>` and return the callable that reaches it fastest.
 
@@ -71,6 +109,8 @@ def define(
         See `Op`.
     backward, setup_context
         As for `torch.library.register_autograd`; left out for ops without a gradient.
+    twice
+        Whether `backward` is made of what torch can differentiate; otherwise a second derivative raises.
     """
     name = schema.partition("(")[0].strip()
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -79,40 +119,11 @@ def define(
         LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"recfast::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        once = _once(name, backward)
-        torch.library.register_autograd(f"recfast::{name}", once, setup_context=setup_context, lib=LIBRARY)
+        backward = backward if twice else _once(name, backward)
+        torch.library.register_autograd(f"recfast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     op = Op(name, samples, expected)
     REGISTRY[name] = op
     return op.overload
-
-
-class _Once(torch.autograd.Function):
-    """A gradient whose own gradient is an error."""
-
-    @staticmethod
-    def forward(ctx, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        ctx.name = name
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, *_: Any) -> Any:
-        raise RuntimeError(f"{ctx.name}: differentiable once only, but a gradient of its gradient was asked for")
-
-
-def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward`, with an error in the second derivative, which torch would leave out after a warning."""
-
-    @functools.wraps(backward)
-    def once(ctx: Any, *gradients: Any) -> Any:
-        if not torch.is_grad_enabled():  # unless create_graph was asked for
-            return backward(ctx, *gradients)
-        with torch.no_grad():
-            found = backward(ctx, *gradients)
-        several = found if isinstance(found, tuple) else (found,)
-        refusing = (_Once.apply(name, x.requires_grad_()) if isinstance(x, torch.Tensor) else x for x in several)
-        return tuple(refusing)
-
-    return once
 
 
 @functools.cache

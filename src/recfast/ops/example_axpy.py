@@ -63,6 +63,7 @@ _op = define(
     cuda=_cuda,
     fake=_fake,
     backward=_backward,
+    twice=True,
     setup_context=_setup_context,
     samples=_samples,
     expected=reference,

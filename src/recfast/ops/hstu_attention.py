@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
 from recfast.ops import _check
-from recfast.ops._histories import check_jagged
+from recfast.ops._histories import empty_rows, place, sequences, unit_rows
 from recfast.ops._library import define, kernel
 
 _OP = "hstu_attention"
@@ -50,48 +49,8 @@ def _thresholds(kind: str, buckets: int) -> torch.Tensor:
     return torch.tensor([x - 2**64 if x >= 2**63 else x for x in least if x < 2**64], dtype=torch.int64)
 
 
-class _Rows(NamedTuple):
-    """Where the rows of each sequence lie: sequence b's are `begin[b] <= i < end[b]`.
-
-    `q`, `k`, `v` are [T, H, D] or [B, L, H, D] with the values of a head side by side and rows evenly spaced; `step` is
-    the number of rows from one padded sequence to the next, None when jagged.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    begin: torch.Tensor
-    end: torch.Tensor
-    longest: int
-    step: int | None
-
-
-def _step(x: torch.Tensor) -> int | None:
-    """Rows from one padded sequence to the next, None where there is no such number."""
-    if x.stride(1) == 0:
-        return None
-    step, rest = divmod(x.stride(0), x.stride(1))
-    return step if rest == 0 and step >= x.shape[1] else None
-
-
-def _rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor) -> _Rows:
-    """Check `offsets` (or `lengths`), and say where rows lie; nothing is copied where they are evenly spaced."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if q.dim() == 3:
-        longest = check_jagged(_OP, "offsets", offsets, q.shape[0])
-        return _Rows(q, k, v, offsets[:-1], offsets[1:], longest, None)
-    batch, length = q.shape[:2]
-    _check.indices(_OP, "lengths", offsets, length + 1)
-    step = _step(q)
-    if step is None or _step(k) != step or _step(v) != step:
-        q, k, v, step = q.contiguous(), k.contiguous(), v.contiguous(), length
-    begin = torch.arange(batch) * step
-    return _Rows(q, k, v, begin, begin + offsets, int(offsets.max()) if batch else 0, step)
-
-
-def _check_values(rows: _Rows, num_targets, contextual, position_bias, max_length: int) -> None:
-    """Check what only the data can tell."""
-    lengths = rows.end - rows.begin
+def _check_values(lengths: torch.Tensor, num_targets, contextual, covered: int | None) -> None:
+    """Check what only the data can tell; `covered`: rows that a position bias, if any, covers."""
     if num_targets is not None:
         wrong = (num_targets < 0) | (num_targets > lengths)
         if bool(wrong.any()):
@@ -100,133 +59,88 @@ def _check_values(rows: _Rows, num_targets, contextual, position_bias, max_lengt
     if contextual is not None and bool((contextual < 0).any()):
         at = int((contextual < 0).nonzero()[0])
         raise ValueError(f"{_OP}: contextual[{at}] must be at least 0, got {int(contextual[at])}")
-    if position_bias is not None and rows.longest > max_length:
-        at = int((lengths > max_length).nonzero()[0])
+    if covered is not None and bool((lengths > covered).any()):
+        at = int((lengths > covered).nonzero()[0])
         raise ValueError(
-            f"{_OP}: sequence {at} must have at most max_length = {max_length} rows, which the position bias covers, "
+            f"{_OP}: sequence {at} must have at most max_length = {covered} rows, which the position bias covers, "
             f"got {int(lengths[at])}"
         )
-
-
-def _heads(name: str, x: torch.Tensor) -> dict[str, int]:
-    """Where the heads of rows lie, for the kernel."""
-    return {name: x.data_ptr(), f"{name}_stride": x.stride(-3), f"{name}_head_stride": x.stride(-2)}
-
-
-def _empty_rows(x: torch.Tensor, step: int | None) -> torch.Tensor:
-    """Room for rows shaped like `x`, `step` rows a sequence when padded; padding, which no kernel writes, is 0."""
-    if step is None:
-        return x.new_empty(x.shape)
-    return x.new_zeros(x.shape[0], step, *x.shape[2:])
-
-
-def _cut(x: torch.Tensor, length: int, step: int | None) -> torch.Tensor:
-    return x if step is None or step == length else x[:, :length].contiguous()
-
-
-def _arguments(rows: _Rows, num_targets, contextual, timestamps, position_bias, time_bias, buckets, options):
-    """Addresses and sizes for the kernel, and the tensors that must live as long as it runs."""
-    max_length, alpha, causal, window = options
-    _check_values(rows, num_targets, contextual, position_bias, max_length)
-    if timestamps is not None:
-        timestamps = timestamps.contiguous()
-        if rows.step is not None and rows.step != timestamps.shape[1]:
-            timestamps = torch.nn.functional.pad(timestamps, (0, rows.step - timestamps.shape[1]))
-    thresholds = None if time_bias is None else _thresholds(buckets, time_bias.numel() - 1)
-    tensors = {
-        "num_targets": num_targets,
-        "contextual": contextual,
-        "timestamps": timestamps,
-        "position_bias": position_bias,
-        "time_bias": time_bias,
-        "thresholds": thresholds,
-    }
-    alive = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
-    alive["tasks"] = torch.empty(2 * (rows.begin.numel() + 1), dtype=torch.int64)
-    numbers = {
-        "sequences": rows.begin.numel(),
-        "heads": rows.q.shape[-2],
-        "dim": rows.q.shape[-1],
-        "value_dim": rows.v.shape[-1],
-        "max_length": max_length,
-        "buckets": -1 if time_bias is None else time_bias.numel() - 1,
-        "borders": 0 if thresholds is None else thresholds.numel(),
-        "position_heads": 0 if position_bias is None else position_bias.numel() // (2 * max_length - 1),
-        "causal": int(causal),
-        "window": window,
-        "begin": rows.begin.data_ptr(),
-        "end": rows.end.data_ptr(),
-    }
-    addresses = {name: 0 if x is None else x.data_ptr() for name, x in alive.items()}
-    places = {**_heads("q", rows.q), **_heads("k", rows.k), **_heads("v", rows.v)}
-    return {**numbers, **addresses, **places, "alpha": alpha}, alive
 
 
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
-def _cpu(
-    *tensors_and_options,
-):
-    q, k, v, offsets, num_targets, contextual, timestamps, position_bias, time_bias, buckets, *options = (
-        tensors_and_options
-    )
-    offsets = offsets.contiguous()
-    rows = _rows(q, k, v, offsets)
-    out = _empty_rows(v, rows.step)
-    arguments, _alive = _arguments(
-        rows, num_targets, contextual, timestamps, position_bias, time_bias, buckets, options
-    )
+def _arguments(
+    q, k, v, offsets, num_targets, contextual, timestamps, position_bias, time_bias, buckets, max_length, alpha, causal,
+    window,
+):  # fmt: skip
+    """Addresses and sizes for the kernel, and the tensors that must live as long as it runs."""
+    q, k, v, offsets = unit_rows(q), unit_rows(k), unit_rows(v), offsets.contiguous()
+    where, _ = sequences(_OP, q, offsets)
+    lengths = offsets.diff() if q.dim() == 3 else offsets
+    _check_values(lengths, num_targets, contextual, None if position_bias is None else max_length)
+    tensors = {
+        "num_targets": num_targets,
+        "contextual": contextual,
+        "position_bias": position_bias,
+        "time_bias": time_bias,
+        "thresholds": None if time_bias is None else _thresholds(buckets, time_bias.numel() - 1),
+        "tasks": offsets.new_empty(2 * (lengths.numel() + 1)),
+    }
+    tensors = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
+    numbers = {
+        "heads": q.shape[-2],
+        "dim": q.shape[-1],
+        "value_dim": v.shape[-1],
+        "max_length": max_length,
+        "buckets": -1 if time_bias is None else time_bias.numel() - 1,
+        "borders": 0 if time_bias is None else tensors["thresholds"].numel(),
+        "position_heads": 0 if position_bias is None else position_bias.numel() // (2 * max_length - 1),
+        "causal": int(causal),
+        "window": window,
+        "alpha": alpha,
+    }
+    addresses = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
+    # A time is one value of the only head.
+    times = None if timestamps is None else timestamps[..., None, None]
+    places = {**place("q", q), **place("k", k), **place("v", v), **place("timestamps", times)}
+    return {**where, **numbers, **addresses, **places}, (q, k, v, offsets, timestamps, *tensors.values())
+
+
+def _cpu(q, k, v, *rest):
+    arguments, _alive = _arguments(q, k, v, *rest)
+    out = empty_rows(v)
     scratch = q.new_empty(_FORWARD_SCRATCH(**arguments), dtype=_computed_in(q.dtype))
-    _FORWARD[q.dtype](**arguments, **_heads("out", out), scratch=scratch.data_ptr())
-    return _cut(out, v.shape[1], rows.step)
+    _FORWARD[q.dtype](**arguments, **place("out", out), scratch=scratch.data_ptr())
+    return out
 
 
 def _fake(q, k, v, *_rest):
     return v.new_empty(v.shape)
 
 
-def _cpu_backward(grad, wanted, *tensors_and_options):
-    q, k, v, offsets, num_targets, contextual, timestamps, position_bias, time_bias, buckets, *options = (
-        tensors_and_options
-    )
-    offsets = offsets.contiguous()
-    rows = _rows(q, k, v, offsets)
-    arguments, _alive = _arguments(
-        rows, num_targets, contextual, timestamps, position_bias, time_bias, buckets, options
-    )
-    if rows.step is not None and rows.step != v.shape[1]:
-        grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, 0, rows.step - v.shape[1]))
-    grad = grad.contiguous()
-    names = ("q", "k", "v")
+def _cpu_backward(grad, wanted, q, k, v, *rest):
+    arguments, _alive = _arguments(q, k, v, *rest)
+    grad = unit_rows(grad)
+    position_bias, time_bias = rest[4:6]
+    rows = zip((q, k, v), wanted[:3], strict=True)
+    biases = zip((position_bias, time_bias), wanted[3:], strict=True)
     gradients = [
-        _empty_rows(x, rows.step) if want else x.new_empty((0, 1, 1))
-        for x, want in zip((q, k, v), wanted[:3], strict=True)
+        *(empty_rows(x) if want else None for x, want in rows),
+        *(x.new_empty(x.shape) if want else None for x, want in biases),
     ]
-    biases = [
-        x.new_empty(x.shape) if want else q.new_empty(0)
-        for x, want in zip((position_bias, time_bias), wanted[3:], strict=True)
-    ]
+    dq, dk, dv, dposition, dtime = gradients
     scratch = q.new_empty(_BACKWARD_SCRATCH(q.dtype == torch.bfloat16, **arguments), dtype=_computed_in(q.dtype))
-    places = {}
-    for name, x in zip(names, gradients, strict=True):
-        places |= _heads(f"d{name}", x)
+    places = {**place("grad", grad), **place("out", None), **place("dq", dq), **place("dk", dk), **place("dv", dv)}
     _BACKWARD[q.dtype](
         **arguments,
-        **_heads("grad", grad),
-        **_heads("out", grad),
         **places,
-        dposition=biases[0].data_ptr(),
-        dtime=biases[1].data_ptr(),
+        dposition=0 if dposition is None else dposition.data_ptr(),
+        dtime=0 if dtime is None else dtime.data_ptr(),
         scratch=scratch.data_ptr(),
-        **{f"want_{name}": int(want) for name, want in zip((*names, "position", "time"), wanted, strict=True)},
     )
-    rows_of = [
-        _cut(x, v.shape[1], rows.step) if want else q.new_empty(0)
-        for x, want in zip(gradients, wanted[:3], strict=True)
-    ]
-    return (*rows_of, *biases)
+    return tuple(q.new_empty(0) if x is None else x for x in gradients)
 
 
 def _fake_backward(grad, wanted, q, k, v, offsets, num_targets, contextual, timestamps, position_bias, time_bias, *_):
@@ -246,8 +160,8 @@ def _backward(ctx, grad: torch.Tensor):
     wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     gradients = _backward_op(grad, wanted, *ctx.saved_tensors, *ctx.options)
     answer: list[torch.Tensor | None] = [None] * 14
-    for place, want, gradient in zip(_DIFFERENTIABLE, wanted, gradients, strict=True):
-        answer[place] = gradient if want else None
+    for i, want, gradient in zip(_DIFFERENTIABLE, wanted, gradients, strict=True):
+        answer[i] = gradient if want else None
     return tuple(answer)
 
 
@@ -320,6 +234,8 @@ def _published(
 
         q, k, v = padded(q), padded(k), padded(v)
         timestamps = None if timestamps is None else padded(timestamps)
+    else:  # padding may hold anything, and 0 times anything is not 0
+        q, k, v = (torch.where(inside[:, :, None, None], x, 0) for x in (q, k, v))
     z = alpha * torch.einsum("bihd,bjhd->bhij", q, k)
     if position_bias is not None:
         index = (place.unsqueeze(0) - place.unsqueeze(1) + max_length - 1).clamp(0, 2 * max_length - 2)
@@ -333,8 +249,6 @@ def _published(
         window=None if window < 0 else window,
     )  # fmt: skip
     weights = torch.where(seen.unsqueeze(1), torch.nn.functional.silu(z) / max_length, 0)
-    # Padding may hold anything, and 0 times anything is not 0.
-    v = torch.where(inside[:, :, None, None], v, 0)
     out = torch.einsum("bhij,bjhd->bihd", weights, v).to(dtype)
     return out[inside] if jagged else out
 
@@ -355,9 +269,12 @@ def _prepare(
     if not padded and offsets.numel() == 0:
         raise ValueError(f"{_OP}: offsets must have one entry more than there are sequences, got none")
     sequences = offsets.numel() if padded else offsets.numel() - 1
-    _check.at_least(_OP, "max_length", max_length, 1)
-    if window is not None:
-        _check.at_least(_OP, "window", window, 0)
+    for name, size in (("q.shape[-2]", heads), ("q.shape[-1]", q.shape[-1]), ("v.shape[-1]", v.shape[-1])):
+        _check.at_least(_OP, name, size, 1)
+    for name, value, least in (("max_length", max_length, 1), ("window", 0 if window is None else window, 0)):
+        if not isinstance(value, int):
+            raise TypeError(f"{_OP}: {name} must be an integer, got {value!r}")
+        _check.at_least(_OP, name, value, least)
     if num_targets is not None:
         num_targets = _check.tensor(_OP, "num_targets", num_targets, shape=[sequences], **index).to(torch.int64)
     if isinstance(contextual, int):
@@ -386,7 +303,7 @@ def _prepare(
         _check.tensor(_OP, "timestamps", timestamps, dtypes=[torch.int64], shape=list(q.shape[:-2]), device=q.device)
     return (
         q, k, v, offsets.to(torch.int64), num_targets, contextual, timestamps, position_bias, time_bias, time_buckets,
-        int(max_length), 1.0 if alpha is None else float(alpha), bool(causal), -1 if window is None else int(window),
+        max_length, 1.0 if alpha is None else float(alpha), bool(causal), -1 if window is None else min(window, 2**62),
     )  # fmt: skip
 
 
@@ -544,10 +461,10 @@ def hstu_attention(
     Raises
     ------
     TypeError
-        Another dtype.
+        Another dtype; a length or window that is not an integer.
     ValueError
         Shapes or devices differ; offsets that do not start at 0, fall, or do not end at the number of rows; a sequence
-        longer than a position bias covers.
+        longer than a position bias covers; a prefix below 0; a time bias without timestamps, or the other way round.
     IndexError
         A length outside [0, L], or a number of targets outside [0, rows].
 

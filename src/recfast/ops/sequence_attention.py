@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from recfast.ops import _check
-from recfast.ops._histories import check_jagged, unit_rows
+from recfast.ops._histories import empty_rows, place, sequences, unit_rows
 from recfast.ops._library import define, kernel
 from recfast.ops.formats import philox_words
 
@@ -23,13 +23,6 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _place(name: str, x: torch.Tensor | None) -> dict[str, int]:
-    """Address and strides of `[T, H, D]` or `[B, L, H, D]` (or without D); a null address where there is none."""
-    batch, row, head = (0, 0, 0) if x is None else (x.stride() if x.dim() > 3 else (0, *x.stride()))[:3]
-    address = 0 if x is None else x.data_ptr()
-    return {name: address, f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
-
-
 def _threshold(dropout: float) -> int:
     return round(dropout * _DRAWS)
 
@@ -37,38 +30,24 @@ def _threshold(dropout: float) -> int:
 def _arguments(q, k, v, offsets, causal, scale, dropout, seed, out, statistics, backward):
     """Addresses and sizes for the kernel, and the tensors that must live as long as it runs."""
     q, k, v, offsets = unit_rows(q), unit_rows(k), unit_rows(v), offsets.contiguous()
-    if q.dim() == 3:
-        users, longest = offsets.numel() - 1, check_jagged("sequence_attention", "offsets", offsets, q.shape[0])
-        where = {"offsets": offsets.data_ptr(), "lengths": 0}
-    else:
-        users = q.shape[0]
-        _check.indices("sequence_attention", "lengths", offsets, q.shape[1] + 1)
-        longest = int(offsets.max()) if users else 0
-        where = {"offsets": 0, "lengths": offsets.data_ptr()}
-    sizes = {
-        "users": users,
-        "heads": q.shape[-2],
-        "dim": q.shape[-1],
-        "value_dim": v.shape[-1],
-        "longest": longest,
-    }
+    where, longest = sequences("sequence_attention", q, offsets)
+    sizes = {"heads": q.shape[-2], "dim": q.shape[-1], "value_dim": v.shape[-1], "longest": longest}
     if statistics is None:
         new = q.new_empty if q.dim() == 3 else q.new_zeros
-        out = new(v.shape)
-        statistics = new((2, *q.shape[:-1]), dtype=_statistics_dtype(q.dtype))
+        out, statistics = empty_rows(v), new((2, *q.shape[:-1]), dtype=_statistics_dtype(q.dtype))
     scratch = statistics.new_empty(_SCRATCH(backward, **sizes))
-    sums = offsets.new_empty(users + 1)
+    sums = offsets.new_empty(where["sequences"] + 1)
     # Strides as if each statistic were a row of one value.
     highest, inverse = (x.unsqueeze(-1) for x in statistics)
     arguments = {
         **sizes,
         **where,
-        **_place("q", q),
-        **_place("k", k),
-        **_place("v", v),
-        **_place("out", out),
-        **_place("highest", highest),
-        **_place("inverse", inverse),
+        **place("q", q),
+        **place("k", k),
+        **place("v", v),
+        **place("out", out),
+        **place("highest", highest),
+        **place("inverse", inverse),
         "causal": int(causal),
         "scale": scale,
         "seed": 0 if seed is None else int(seed),
@@ -93,12 +72,10 @@ def _fake(q, k, v, offsets, causal, scale, dropout, seed):
 def _cpu_backward(grad, out, statistics, q, k, v, offsets, causal, scale, dropout, seed, need_q, need_k, need_v):
     grad, out, statistics = unit_rows(grad), unit_rows(out), statistics.contiguous()
     arguments, _alive, *_ = _arguments(q, k, v, offsets, causal, scale, dropout, seed, out, statistics, True)
-    new = q.new_empty if q.dim() == 3 else q.new_zeros
-    gradients = [
-        new(x.shape) if needed else None for x, needed in zip((q, k, v), (need_q, need_k, need_v), strict=True)
-    ]
-    places = [_place(name, x) for name, x in zip(("dq", "dk", "dv"), gradients, strict=True)]
-    _BACKWARD[q.dtype](**arguments, **_place("dout", grad), **places[0], **places[1], **places[2])
+    needs = zip((q, k, v), (need_q, need_k, need_v), strict=True)
+    dq, dk, dv = gradients = [empty_rows(x) if needed else None for x, needed in needs]
+    places = {**place("dout", grad), **place("dq", dq), **place("dk", dk), **place("dv", dv)}
+    _BACKWARD[q.dtype](**arguments, **places)
     return tuple(q.new_empty(0) if x is None else x for x in gradients)
 
 
@@ -186,6 +163,8 @@ def _prepare(q, k, v, offsets, causal, scale, dropout, seed):
         seed = torch.tensor(seed)
     elif seed is not None:
         _check.tensor(op, "seed", seed, shape=[], dtypes=[torch.int64])
+        if seed.device.type != "cpu":
+            raise ValueError(f"{op}: seed must be on cpu, where it is read, got {seed.device}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return q, k, v, offsets.to(torch.int64), causal, float(scale), float(dropout), seed if dropout > 0 else None
@@ -287,7 +266,7 @@ def sequence_attention(
         `D ** -0.5` when left out.
     dropout : float in [0, 1)
         Each weight is dropped with this probability (to 24 bits), the others divided by `1 - dropout`.
-    seed : int in [0, 2**63) or int64 Tensor [], needed with dropout
+    seed : int in [0, 2**63) or int64 Tensor [] on the CPU, needed with dropout
         What is dropped depends on the seed, the sequence's number in the batch, the head and the two positions alone:
         not on threads, instruction set or layout.
 
