@@ -220,7 +220,7 @@ class TargetAttention(nn.Module):
         """Move the running statistics towards those of a batch; one without two pairs has none."""
         mean, variance = statistics
         pairs = _pairs(keys, offsets, candidate_offsets)
-        share = torch.where(pairs > 1, self.dice_momentum, 0.0).to(mean.dtype)
+        share = self.dice_momentum * (pairs > 1).to(mean.dtype)
         self.running_mean.lerp_(mean, share)
         self.running_variance.lerp_(variance * (pairs / (pairs - 1).clamp_min(1)).to(mean.dtype), share)
 

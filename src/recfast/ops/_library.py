@@ -130,8 +130,8 @@ def kernel(name: str) -> Callable[..., Any]:
         return function
 
     @functools.wraps(function)
-    def with_threads(*arguments: Any) -> Any:
+    def with_threads(*arguments: Any, **named: Any) -> Any:
         _C.set_threads(torch.get_num_threads())
-        return function(*arguments)
+        return function(*arguments, **named)
 
     return with_threads
