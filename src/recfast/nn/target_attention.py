@@ -43,7 +43,10 @@ class TargetAttention(nn.Module):
     -----
     Dropout and batch norm cannot be fused. In training they run in the unfused form, which holds about
     `4 (4 D + 3 (H1 + H2))` bytes and more for each pair of a candidate and a step; the first such call warns with a
-    `UserWarning` that names the sum. Outside training every option is fused.
+    `UserWarning` that names the sum. Its sizes depend on the offsets' values, so that `torch.compile` breaks the graph
+    there, and refuses with `fullgraph=True`. Outside training every option is fused, and compiles in one graph.
+
+    For bfloat16, cast queries, keys and values, not the module: its parameters stay float32 beside them.
 
     References
     ----------

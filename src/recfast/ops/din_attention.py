@@ -328,7 +328,7 @@ def prepare(op_query, keys, offsets, weights, values, candidate_offsets, activat
     users = offsets.numel() if padded else offsets.numel() - 1
     if candidate_offsets is not None:
         candidate_offsets = _check.index(
-            op, "candidate_offsets", candidate_offsets, shape=[users + 1], device=query.device
+            op, "candidate_offsets", candidate_offsets, shape=(users + 1,), device=query.device
         )
     elif query.shape[0] != users:
         raise ValueError(
@@ -339,28 +339,28 @@ def prepare(op_query, keys, offsets, weights, values, candidate_offsets, activat
 
     weights = DINWeights(*weights)
     w1 = _check.tensor(op, "w1", weights.w1, shape=[4 * dim, "H1"], **inner)
-    _check.at_least(op, "w1.shape[1]", w1.shape[1], 1)
-    _check.tensor(op, "b1", weights.b1, shape=[w1.shape[1]], **inner)
     head, layers = w1.shape[1], 1
+    _check.at_least(op, "w1.shape[1]", head, 1)
+    _check.tensor(op, "b1", weights.b1, shape=(head,), **inner)
     channels = widest = head
     if weights.w2 is not None:
         w2 = _check.tensor(op, "w2", weights.w2, shape=[head, "H2"], **inner)
         _check.at_least(op, "w2.shape[1]", w2.shape[1], 1)
         head, layers = w2.shape[1], 2
         channels, widest = channels + head, max(widest, head)
-        _check.tensor(op, "b2", weights.b2, shape=[head], **inner)
+        _check.tensor(op, "b2", weights.b2, shape=(head,), **inner)
     elif weights.b2 is not None:
         raise ValueError(f"{op}: b2 must be None where w2 is None")
     if widest > _MAX_HIDDEN:
         raise ValueError(f"{op}: hidden widths must be at most {_MAX_HIDDEN}, got {widest}")
-    _check.tensor(op, "w3", weights.w3, shape=[head, 1], **inner)
-    _check.tensor(op, "b3", weights.b3, shape=[1], **inner)
+    _check.tensor(op, "w3", weights.w3, shape=(head, 1), **inner)
+    _check.tensor(op, "b3", weights.b3, shape=(1,), **inner)
     slope = weights.slope
     if slope is None:
         slope = w1.new_full((layers,), _SLOPE)
     elif isinstance(slope, torch.Tensor) and slope.numel() == 1:
         slope = slope.reshape(1).expand(layers)
-    _check.tensor(op, "slope", slope, shape=[layers], **inner)
+    _check.tensor(op, "slope", slope, shape=(layers,), **inner)
     parameters = statistics = None
     eps = 0.0
     if activation == "dice":
@@ -369,7 +369,7 @@ def prepare(op_query, keys, offsets, weights, values, candidate_offsets, activat
         dice = DiceWeights(*dice)
         for name, value in zip(DiceWeights._fields[:5], dice[:5], strict=True):
             if value is not None or name in ("alpha", "mean", "variance"):
-                _check.tensor(op, f"dice.{name}", value, shape=[channels], **inner)
+                _check.tensor(op, f"dice.{name}", value, shape=(channels,), **inner)
         eps = float(dice.eps)
         if not 0 <= eps < float("inf"):
             raise ValueError(f"{op}: dice.eps must be a finite number of at least 0, got {dice.eps}")
