@@ -9,75 +9,79 @@ namespace {
 
 using namespace recfast::din_attention;
 
+// In the order of _Call.fields in ops/din_attention.py, scratch apart.
 template <class E>
-Args<E> din_args(const py::kwargs& arguments) {
+Args<E> din_args(const py::tuple& fields, Address scratch) {
   using T = Arithmetic<E>;
-  const Named named(arguments);
-  const Shape shape{.users = named.number("users"),
-                    .dim = named.number("dim"),
-                    .value_dim = named.number("value_dim"),
-                    .hidden1 = named.number("hidden1"),
-                    .hidden2 = named.number("hidden2")};
-  const std::int64_t candidates = named.number("candidate_rows");
-  return {.shape = shape,
-          .activation = static_cast<Activation>(named.number("activation")),
-          .mode = static_cast<Mode>(named.number("mode")),
-          .training = named.number("training") != 0,
-          .eps = arguments["eps"].cast<double>(),
-          .query = {named.pointer<const E>("query"), candidates, shape.dim, named.number("query_stride")},
-          .keys = {named.pointer<const E>("keys"), 0, shape.dim, named.number("keys_stride")},
-          .values = {named.pointer<const E>("values"), 0, shape.value_dim, named.number("values_stride")},
-          .own_values = named.number("own_values") != 0,
-          .begin = named.pointer<const std::int64_t>("begin"),
-          .end = named.pointer<const std::int64_t>("end"),
-          .candidates = named.pointer<const std::int64_t>("candidates"),
-          .weights = {named.pointer<const T>("w1"), named.pointer<const T>("b1"), named.pointer<const T>("w2"),
-                      named.pointer<const T>("b2"), named.pointer<const T>("w3"), named.pointer<const T>("b3"),
-                      named.pointer<const T>("slope"), named.pointer<const T>("dice")},
-          .statistics = named.pointer<const T>("statistics"),
-          .batch_statistics = named.pointer<T>("batch_statistics"),
-          .out = {named.pointer<E>("out"), candidates, shape.value_dim, shape.value_dim},
-          .lse = named.pointer<T>("lse"),
-          .scratch = named.pointer<T>("scratch")};
+  Fields in(fields);
+  Args<E> args{.shape = {.users = in.next<std::int64_t>(),
+                         .dim = in.next<std::int64_t>(),
+                         .value_dim = in.next<std::int64_t>(),
+                         .hidden1 = in.next<std::int64_t>(),
+                         .hidden2 = in.next<std::int64_t>()},
+               .activation = in.next<Activation>(),
+               .mode = in.next<Mode>(),
+               .training = in.next<bool>(),
+               .eps = in.next<double>(),
+               .query = {.data = in.next<const E*>(), .rows = in.next<std::int64_t>(), .width = 0,
+                         .stride = in.next<std::int64_t>()},
+               .keys = {.data = in.next<const E*>(), .rows = 0, .width = 0, .stride = in.next<std::int64_t>()},
+               .values = {.data = in.next<const E*>(), .rows = 0, .width = 0, .stride = in.next<std::int64_t>()},
+               .own_values = in.next<bool>(),
+               .begin = in.next<const std::int64_t*>(),
+               .end = in.next<const std::int64_t*>(),
+               .candidates = in.next<const std::int64_t*>(),
+               .weights = {.w1 = in.next<const T*>(), .b1 = in.next<const T*>(), .w2 = in.next<const T*>(),
+                           .b2 = in.next<const T*>(), .w3 = in.next<const T*>(), .b3 = in.next<const T*>(),
+                           .slope = in.next<const T*>(), .dice = in.next<const T*>()},
+               .statistics = in.next<const T*>(),
+               .batch_statistics = nullptr,
+               .out = {},
+               .lse = nullptr,
+               .scratch = at<T>(scratch)};
+  const Shape& s = args.shape;
+  args.out = {.data = in.next<E*>(), .rows = args.query.rows, .width = s.value_dim, .stride = s.value_dim};
+  args.lse = in.next<T*>();
+  args.batch_statistics = in.next<T*>();
+  args.query.width = args.keys.width = s.dim;
+  args.values.width = s.value_dim;
+  return args;
 }
 
+// That of the answer, then what is wanted; 0 is an address that nothing is written to.
 template <class E>
-Gradients<E> din_gradients(const Named& named, const Args<E>& args) {
+Gradients<E> din_gradients(const py::tuple& fields, const Args<E>& args) {
   using T = Arithmetic<E>;
-  return {.grad = {named.pointer<const E>("grad"), args.query.rows, args.shape.value_dim, args.shape.value_dim},
-          .query = {named.pointer<E>("dquery"), args.query.rows, args.shape.dim, args.shape.dim},
-          .keys = {named.pointer<E>("dkeys"), 0, args.shape.dim, args.shape.dim},
-          .values = {named.pointer<E>("dvalues"), 0, args.shape.value_dim, args.shape.value_dim},
-          .weights = {named.pointer<T>("dw1"), named.pointer<T>("db1"), named.pointer<T>("dw2"), named.pointer<T>("db2"),
-                      named.pointer<T>("dw3"), named.pointer<T>("db3"), named.pointer<T>("dslope"),
-                      named.pointer<T>("ddice")}};
-}
-
-template <class E>
-void din_forward(const py::kwargs& arguments) {
-  const auto args = din_args<E>(arguments);
-  py::gil_scoped_release unlocked;
-  forward(args);
-}
-
-template <class E>
-void din_backward(const py::kwargs& arguments) {
-  const auto args = din_args<E>(arguments);
-  const auto gradients = din_gradients<E>(Named(arguments), args);
-  py::gil_scoped_release unlocked;
-  backward(args, gradients);
+  const Shape& s = args.shape;
+  Fields in(fields);
+  return {.grad = {.data = in.next<const E*>(), .rows = args.query.rows, .width = s.value_dim, .stride = s.value_dim},
+          .query = {.data = in.next<E*>(), .rows = args.query.rows, .width = s.dim, .stride = s.dim},
+          .keys = {.data = in.next<E*>(), .rows = 0, .width = s.dim, .stride = s.dim},
+          .values = {.data = in.next<E*>(), .rows = 0, .width = s.value_dim, .stride = s.value_dim},
+          .weights = {.w1 = in.next<T*>(), .b1 = in.next<T*>(), .w2 = in.next<T*>(), .b2 = in.next<T*>(),
+                      .w3 = in.next<T*>(), .b3 = in.next<T*>(), .slope = in.next<T*>(), .dice = in.next<T*>()}};
 }
 
 template <class E>
 void bind_rows_of(py::module_& m, const std::string& name) {
-  m.def(("din_attention_forward_" + name).c_str(), &din_forward<E>);
-  m.def(("din_attention_backward_" + name).c_str(), &din_backward<E>);
   m.def(("din_attention_forward_scratch_" + name).c_str(),
-        [](const py::kwargs& arguments) { return forward_scratch(din_args<E>(arguments)); });
-  m.def(("din_attention_backward_scratch_" + name).c_str(), [](const py::kwargs& arguments) {
-    const auto args = din_args<E>(arguments);
-    return backward_scratch(args, din_gradients<E>(Named(arguments), args));
+        [](const py::tuple& fields) { return forward_scratch(din_args<E>(fields, 0)); });
+  m.def(("din_attention_backward_scratch_" + name).c_str(), [](const py::tuple& fields, const py::tuple& gradients) {
+    const auto args = din_args<E>(fields, 0);
+    return backward_scratch(args, din_gradients<E>(gradients, args));
   });
+  m.def(("din_attention_forward_" + name).c_str(), [](const py::tuple& fields, Address scratch) {
+    const auto args = din_args<E>(fields, scratch);
+    py::gil_scoped_release unlocked;
+    forward(args);
+  });
+  m.def(("din_attention_backward_" + name).c_str(),
+        [](const py::tuple& fields, const py::tuple& wanted, Address scratch) {
+          const auto args = din_args<E>(fields, scratch);
+          const auto gradients = din_gradients<E>(wanted, args);
+          py::gil_scoped_release unlocked;
+          backward(args, gradients);
+        });
 }
 
 }  // namespace

@@ -2,34 +2,12 @@
 
 #include <cmath>
 #include <cstddef>
-#include <type_traits>
 
 #include "embedding_update/embedding_update.h"
 #include "embedding_update/update_probe.h"
 
 namespace recfast::bindings {
 namespace {
-
-// The arguments of embedding_update come in tuples, in the order of the fields they fill.
-class Fields {
- public:
-  explicit Fields(const py::tuple& values) : values_(values) {}
-
-  template <class T>
-  [[nodiscard]] T next() {
-    if constexpr (std::is_pointer_v<T>) {
-      return reinterpret_cast<T>(values_[at_++].cast<Address>());  // NOLINT: an address is what Python has
-    } else if constexpr (std::is_enum_v<T>) {
-      return static_cast<T>(values_[at_++].cast<int>());
-    } else {
-      return values_[at_++].cast<T>();
-    }
-  }
-
- private:
-  const py::tuple& values_;
-  std::size_t at_ = 0;
-};
 
 recfast::embedding_update::Table update_table(const py::tuple& values) {
   Fields in(values);

@@ -16,9 +16,9 @@ namespace recfast {
   longest = 0;
   if (offsets.empty() || offsets.front() != 0) return 0;
   for (std::size_t i = 1; i < offsets.size(); ++i) {
-    const std::int64_t length = offsets[i] - offsets[i - 1];
-    if (length < 0) return static_cast<std::int64_t>(i);
-    longest = std::max(longest, length);
+    // Compared, not subtracted: from wild offsets the difference may pass 2^63 and come back positive.
+    if (offsets[i] < offsets[i - 1]) return static_cast<std::int64_t>(i);
+    longest = std::max(longest, offsets[i] - offsets[i - 1]);
   }
   return offsets.back() == total ? -1 : static_cast<std::int64_t>(offsets.size()) - 1;
 }

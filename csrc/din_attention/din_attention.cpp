@@ -392,7 +392,7 @@ Parts cut(std::int64_t users, const std::int64_t* begin, const std::int64_t* end
   }
   const std::int64_t rows = first(users);
   const std::int64_t few = std::min(parts.pairs / kPairsPerPart, kFewParts);
-  const std::int64_t many = parts.pairs / std::max<std::int64_t>(partial / 4, 1);
+  const std::int64_t many = parts.pairs / std::max<std::int64_t>((partial + 3) / 4, 1);
   parts.count = std::clamp<std::int64_t>(std::max(few, many), 1, kMaxParts);
   double seen = 0;
   std::int64_t part = 1;

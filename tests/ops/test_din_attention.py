@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recfast import _C, ops
@@ -555,6 +555,7 @@ def test_cut_of_more_pairs_than_32_bits_count():
     partial=st.integers(1, 40_000),
     block=st.integers(1, 30),
 )
+@example(users=[(438, 3)], partial=329, block=1)  # 329 / 4, rounded down, allowed one part too many
 @settings(max_examples=60)
 def test_cut_covers_all_candidates(users, partial, block):
     lengths, candidates = [n for n, _ in users], [c for _, c in users]
@@ -809,3 +810,25 @@ def test_one_row_expanded_over_the_history():
     assert torch.equal(
         ops.din_attention(query, keys, lengths, weights), ops.din_attention(query, keys.contiguous(), lengths, weights)
     )
+
+
+def test_histories_of_one_row_with_any_strides():
+    """A dimension of one may have any stride, 0 among them, in a tensor that torch calls contiguous."""
+    (query, keys, _, weights), _ = problem([1, 1, 1], None, 8, None)
+    lengths = torch.tensor([1, 0, 1])
+    wanted = ops.din_attention(query, keys.view(3, 1, 8).clone(), lengths, weights)
+    for view in (keys[:, None].expand(3, 4, 8)[:, :1], keys.as_strided((3, 1, 8), (8, 5, 1))):
+        assert view.is_contiguous()
+        assert torch.equal(ops.din_attention(query, view, lengths, weights), wanted)
+        mixed = ops.din_attention(query, keys.view(3, 1, 8).clone(), lengths, weights, values=view)
+        assert torch.equal(mixed, wanted)
+
+
+@pytest.mark.parametrize("name", ["offsets", "candidate_offsets"])
+def test_wild_offsets_are_seen(name):
+    """Offsets whose steps pass 2^63 and come back as small positive numbers."""
+    (query, keys, _, weights), _ = problem([5, 0, 0, 0], [5, 0, 0, 0], 3, None)
+    wild = torch.tensor([0, 2**63 - 1, -(2**63), -1, 5])
+    offsets = {"offsets": torch.tensor([0, 5, 5, 5, 5]), "candidate_offsets": torch.tensor([0, 5, 5, 5, 5]), name: wild}
+    with pytest.raises(ValueError, match=rf"{name}\[2\] = -9223372036854775808 is below {name}\[1\]"):
+        ops.din_attention(query, keys, offsets.pop("offsets"), weights, **offsets)

@@ -43,7 +43,10 @@ class TargetAttention(nn.Module):
     -----
     Dropout and batch norm cannot be fused. In training they run in the unfused form, which holds about
     `4 (4 D + 3 (H1 + H2))` bytes and more for each pair of a candidate and a step; the first such call warns with a
-    `UserWarning` that names the sum. Outside training every option is fused.
+    `UserWarning` that names the sum. Its sizes depend on the offsets' values, so that `torch.compile` breaks the graph
+    there, and refuses with `fullgraph=True`. Outside training every option is fused, and compiles in one graph.
+
+    For bfloat16, cast queries, keys and values, not the module: its parameters stay float32 beside them.
 
     References
     ----------
@@ -220,7 +223,7 @@ class TargetAttention(nn.Module):
         """Move the running statistics towards those of a batch; one without two pairs has none."""
         mean, variance = statistics
         pairs = _pairs(keys, offsets, candidate_offsets)
-        share = torch.where(pairs > 1, self.dice_momentum, 0.0).to(mean.dtype)
+        share = self.dice_momentum * (pairs > 1).to(mean.dtype)
         self.running_mean.lerp_(mean, share)
         self.running_variance.lerp_(variance * (pairs / (pairs - 1).clamp_min(1)).to(mean.dtype), share)
 

@@ -27,7 +27,8 @@ def tensor(
 ) -> torch.Tensor:
     """Check that `value` is a tensor of one of `dtypes`, of `shape`, on `device`; return it.
 
-    `shape` has a number where the size is known and a letter (for the message) where it is free.
+    `shape` has a number where the size is known and a letter (for the message) where it is free; a tuple of numbers
+    alone is the quickest.
 
     Raises
     ------
@@ -40,16 +41,30 @@ def tensor(
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if dtypes is not None and value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must be {_names(dtypes)}, got {_names([value.dtype])}")
-    if shape is not None:
-        agrees = value.dim() == len(shape) and all(
-            isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
-        )
-        if not agrees:
-            wanted = ", ".join(str(size) for size in shape)
-            raise ValueError(f"{op}: {name} must have shape [{wanted}], got {list(value.shape)}")
+    if shape is not None and value.shape != shape and not _agrees(value.shape, shape):
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{op}: {name} must have shape [{wanted}], got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{op}: {name} must be on {device} like the other arguments, got {value.device}")
     return value
+
+
+def _agrees(sizes: torch.Size, shape: Sequence[int | str]) -> bool:
+    if len(sizes) != len(shape):
+        return False
+    # Written out, without a generator: ops check ten tensors a call.
+    for have, want in zip(sizes, shape, strict=True):  # noqa: SIM110
+        if not isinstance(want, str) and have != want:
+            return False
+    return True
+
+
+def index(
+    op: str, name: str, value: Any, *, shape: Sequence[int | str], device: torch.device | None = None
+) -> torch.Tensor:
+    """Check that `value` is an int32 or int64 tensor as `tensor` does; return it as int64."""
+    tensor(op, name, value, dtypes=INDEX_DTYPES, shape=shape, device=device)
+    return value if value.dtype == torch.int64 else value.to(torch.int64)
 
 
 def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> Any:

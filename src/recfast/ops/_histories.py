@@ -71,8 +71,9 @@ def histories(op: str, keys: torch.Tensor, values: torch.Tensor | None, offsets:
 
     step = step_of(keys)
     if step is None or (own and step_of(values) != step):
-        keys = keys.contiguous()
-        values = values.contiguous() if own else keys
+        # The view puts right the strides of dimensions of one, which contiguous() leaves as they are.
+        keys = keys.contiguous().view(-1).view(keys.shape)
+        values = values.contiguous().view(-1).view(values.shape) if own else keys
         step = length
     begin = torch.arange(batch) * step
     return Histories(keys, values, begin, begin + offsets, int(offsets.max()) if batch else 0, step)

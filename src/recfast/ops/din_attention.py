@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -81,38 +80,13 @@ class DiceWeights(NamedTuple):
     eps: float = 1e-9
 
 
-_kept = threading.local()
-_KEPT_BYTES = 2**22
-
-
-def _scratch(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for `size` values. A thread keeps what a usual call takes: fresh pages cost a small batch a fifth."""
-    needed = size * dtype.itemsize
-    # Where fresh memory is to be filled, as tests do to see what is read unwritten, it has to be fresh.
-    if needed > _KEPT_BYTES or torch.are_deterministic_algorithms_enabled():
-        return torch.empty(size, dtype=dtype)
-    kept = getattr(_kept, "scratch", None)
-    if kept is None or kept.numel() < needed:
-        kept = _kept.scratch = torch.empty(needed, dtype=torch.uint8)
-    return kept
-
-
 class _Call:
-    """The arguments of a kernel, and the tensors that must live as long as it runs."""
+    """What a kernel reads: `fields`, as din_args in csrc/bindings takes them, and the tensors they point into."""
 
     def __init__(
-        self,
-        query,
-        keys,
-        values,
-        offsets,
-        candidate_offsets,
-        *weights,  # w1, b1, w2, b2, w3, b3, slope, dice, statistics
-        activation,
-        mode,
-        eps,
-        training,
+        self, query, keys, values, offsets, candidate_offsets, *weights, activation, mode, eps, training
     ) -> None:
+        # weights: w1, b1, w2, b2, w3, b3, slope, dice, statistics
         self.query = unit_rows(query)
         self.offsets = offsets.contiguous()
         self.candidate_offsets = None if candidate_offsets is None else candidate_offsets.contiguous()
@@ -120,40 +94,35 @@ class _Call:
         self.history = history = histories("din_attention", keys, values, self.offsets)
         self.arithmetic = _arithmetic(query.dtype)
         self.weights = [None if x is None else x.contiguous() for x in weights]
-        w1, w2 = self.weights[0], self.weights[2]
-        names = ("w1", "b1", "w2", "b2", "w3", "b3", "slope", "dice", "statistics")
-        self.arguments = {
-            "users": history.begin.numel(),
-            "dim": query.shape[1],
-            "value_dim": history.values.shape[-1],
-            "hidden1": w1.shape[1],
-            "hidden2": 0 if w2 is None else w2.shape[1],
-            **{name: 0 if x is None else x.data_ptr() for name, x in zip(names, self.weights, strict=True)},
-            "activation": _ACTIVATIONS.index(activation),
-            "mode": _MODES.index(mode),
-            "eps": eps,
-            "training": int(training),
-            "candidate_rows": query.shape[0],
-            "query": self.query.data_ptr(),
-            "query_stride": self.query.stride(0),
-            "keys": history.keys.data_ptr(),
-            "keys_stride": history.keys.stride(-2),
-            "values": history.values.data_ptr(),
-            "values_stride": history.values.stride(-2),
-            "own_values": int(values is not None),
-            "begin": history.begin.data_ptr(),
-            "end": history.end.data_ptr(),
-            "candidates": 0 if candidate_offsets is None else self.candidate_offsets.data_ptr(),
-            "scratch": 0,
-        }
+        rows, dim = query.shape
+        w1, w2 = weights[0], weights[2]
+        self.fields = (
+            history.begin.numel(),
+            dim,
+            history.values.shape[-1],
+            w1.shape[1],
+            0 if w2 is None else w2.shape[1],
+            _ACTIVATIONS.index(activation),
+            _MODES.index(mode),
+            training,
+            eps,
+            self.query.data_ptr(),
+            rows,
+            self.query.stride(0),
+            history.keys.data_ptr(),
+            history.keys.stride(-2),
+            history.values.data_ptr(),
+            history.values.stride(-2),
+            values is not None,
+            history.begin.data_ptr(),
+            history.end.data_ptr(),
+            _address(self.candidate_offsets),
+            *map(_address, self.weights),
+        )
 
-    def run(self, kernels, scratch_sizes, **tensors: torch.Tensor | None) -> None:
-        """Call the kernel for this dtype with the addresses of `tensors` too."""
-        dtype = self.query.dtype
-        self.arguments.update({name: 0 if x is None else x.data_ptr() for name, x in tensors.items()})
-        scratch = _scratch(scratch_sizes[dtype](**self.arguments), self.arithmetic)
-        self.arguments["scratch"] = scratch.data_ptr()
-        kernels[dtype](**self.arguments)
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _outputs(query, keys, values, weights, activation, mode, training):
@@ -172,7 +141,9 @@ def _cpu(query, keys, values, offsets, candidate_offsets, *rest):
     options = {"activation": activation, "mode": mode, "eps": eps, "training": training}
     call = _Call(query, keys, values, offsets, candidate_offsets, *weights, **options)
     out, lse, statistics = _outputs(query, keys, values, weights, activation, mode, training)
-    call.run(_FORWARD, _FORWARD_SCRATCH, out=out, lse=lse, batch_statistics=statistics)
+    fields = (*call.fields, out.data_ptr(), lse.data_ptr(), statistics.data_ptr())
+    scratch = torch.empty(_FORWARD_SCRATCH[query.dtype](fields), dtype=call.arithmetic)
+    _FORWARD[query.dtype](fields, scratch.data_ptr())
     return out, lse, statistics
 
 
@@ -217,15 +188,12 @@ def _cpu_backward(grad, out, lse, batch_statistics, *rest):
         gradients["dvalues"] = gradients["dkeys"]
     if activation != "prelu":
         gradients["dslope"] = None
-    call.run(
-        _BACKWARD,
-        _BACKWARD_SCRATCH,
-        grad=grad.contiguous(),
-        out=out.contiguous(),
-        lse=lse.contiguous(),
-        batch_statistics=batch_statistics.contiguous(),
-        **gradients,
-    )
+    grad = grad.contiguous()
+    saved = [out.contiguous(), lse.contiguous(), batch_statistics.contiguous()]
+    fields = (*call.fields, *map(_address, saved))
+    wanted = (grad.data_ptr(), *map(_address, gradients.values()))
+    scratch = torch.empty(_BACKWARD_SCRATCH[query.dtype](fields, wanted), dtype=call.arithmetic)
+    _BACKWARD[query.dtype](fields, wanted, scratch.data_ptr())
     if activation != "prelu" and needs[list(_LEAVES).index(11)]:
         gradients["dslope"] = torch.zeros_like(tensors[11], memory_format=torch.contiguous_format)
     if values is None:
@@ -354,14 +322,14 @@ def prepare(op_query, keys, offsets, weights, values, candidate_offsets, activat
     if values is not None:
         _check.tensor(op, "values", values, shape=[*keys.shape[:-1], "Dv"], **like)
     sizes = [keys.shape[0]] if padded else ["B + 1"]
-    index = {"dtypes": _check.INDEX_DTYPES, "device": query.device}
-    _check.tensor(op, "lengths" if padded else "offsets", offsets, shape=sizes, **index)
+    offsets = _check.index(op, "lengths" if padded else "offsets", offsets, shape=sizes, device=query.device)
     if not padded and offsets.numel() == 0:
         raise ValueError(f"{op}: offsets must have one entry more than there are lists, got none")
     users = offsets.numel() if padded else offsets.numel() - 1
     if candidate_offsets is not None:
-        _check.tensor(op, "candidate_offsets", candidate_offsets, shape=[users + 1], **index)
-        candidate_offsets = candidate_offsets.to(torch.int64)
+        candidate_offsets = _check.index(
+            op, "candidate_offsets", candidate_offsets, shape=(users + 1,), device=query.device
+        )
     elif query.shape[0] != users:
         raise ValueError(
             f"{op}: query must have one row a user ({users}) when candidate_offsets is left out, got {query.shape[0]}"
@@ -371,28 +339,28 @@ def prepare(op_query, keys, offsets, weights, values, candidate_offsets, activat
 
     weights = DINWeights(*weights)
     w1 = _check.tensor(op, "w1", weights.w1, shape=[4 * dim, "H1"], **inner)
-    _check.at_least(op, "w1.shape[1]", w1.shape[1], 1)
-    _check.tensor(op, "b1", weights.b1, shape=[w1.shape[1]], **inner)
     head, layers = w1.shape[1], 1
+    _check.at_least(op, "w1.shape[1]", head, 1)
+    _check.tensor(op, "b1", weights.b1, shape=(head,), **inner)
     channels = widest = head
     if weights.w2 is not None:
         w2 = _check.tensor(op, "w2", weights.w2, shape=[head, "H2"], **inner)
         _check.at_least(op, "w2.shape[1]", w2.shape[1], 1)
         head, layers = w2.shape[1], 2
         channels, widest = channels + head, max(widest, head)
-        _check.tensor(op, "b2", weights.b2, shape=[head], **inner)
+        _check.tensor(op, "b2", weights.b2, shape=(head,), **inner)
     elif weights.b2 is not None:
         raise ValueError(f"{op}: b2 must be None where w2 is None")
     if widest > _MAX_HIDDEN:
         raise ValueError(f"{op}: hidden widths must be at most {_MAX_HIDDEN}, got {widest}")
-    _check.tensor(op, "w3", weights.w3, shape=[head, 1], **inner)
-    _check.tensor(op, "b3", weights.b3, shape=[1], **inner)
+    _check.tensor(op, "w3", weights.w3, shape=(head, 1), **inner)
+    _check.tensor(op, "b3", weights.b3, shape=(1,), **inner)
     slope = weights.slope
     if slope is None:
         slope = w1.new_full((layers,), _SLOPE)
     elif isinstance(slope, torch.Tensor) and slope.numel() == 1:
         slope = slope.reshape(1).expand(layers)
-    _check.tensor(op, "slope", slope, shape=[layers], **inner)
+    _check.tensor(op, "slope", slope, shape=(layers,), **inner)
     parameters = statistics = None
     eps = 0.0
     if activation == "dice":
@@ -401,7 +369,7 @@ def prepare(op_query, keys, offsets, weights, values, candidate_offsets, activat
         dice = DiceWeights(*dice)
         for name, value in zip(DiceWeights._fields[:5], dice[:5], strict=True):
             if value is not None or name in ("alpha", "mean", "variance"):
-                _check.tensor(op, f"dice.{name}", value, shape=[channels], **inner)
+                _check.tensor(op, f"dice.{name}", value, shape=(channels,), **inner)
         eps = float(dice.eps)
         if not 0 <= eps < float("inf"):
             raise ValueError(f"{op}: dice.eps must be a finite number of at least 0, got {dice.eps}")
@@ -411,7 +379,7 @@ def prepare(op_query, keys, offsets, weights, values, candidate_offsets, activat
         statistics = torch.stack([dice.mean, dice.variance]).detach()
     elif dice is not None:
         raise ValueError(f"{op}: dice must be None where activation is not 'dice'")
-    tensors = (query, keys, values, offsets.to(torch.int64), candidate_offsets, *weights[:6], slope, parameters)
+    tensors = (query, keys, values, offsets, candidate_offsets, *weights[:6], slope, parameters)
     return *tensors, statistics, activation, mode, eps, bool(training)
 
 
