@@ -1,12 +1,9 @@
 """What holds for every op, so that it cannot decay."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 import recfast.ops
-from recfast.ops import _library
 from recfast.ops._library import REGISTRY
 
 
@@ -53,13 +50,3 @@ def test_a_second_derivative_raises(name):
         if gradient is not None:
             with pytest.raises(RuntimeError, match=f"{name}: is differentiable once, but its gradient"):
                 torch.autograd.grad(gradient.sum(), inputs, allow_unused=True)
-
-
-def test_kernels_without_torchs_openmp_take_every_argument(monkeypatch):
-    """Where torch has an OpenMP runtime of its own: the number of threads is told first, the call passed on whole."""
-    told = []
-    module = SimpleNamespace(some=lambda *arguments, **named: (arguments, named), set_threads=told.append)
-    monkeypatch.setattr(_library, "_C", module)
-    monkeypatch.setattr(_library, "shares_openmp", lambda: False)
-    assert _library.kernel("some")(1, 2, rows=3) == ((1, 2), {"rows": 3})
-    assert told == [torch.get_num_threads()]
