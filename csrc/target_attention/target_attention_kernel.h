@@ -131,10 +131,22 @@ struct Kernel : Dense<Simd> {
     std::int64_t n = 0;
     std::int64_t key_stride = 0;
     std::int64_t value_stride = 0;
+    std::int64_t next = 0;       // the row at which the tile after this one begins, of this user or of the next one,
+    std::int64_t next_rows = 0;  // and how many it has
   };
 
-  static void point(const Args<In>& a, std::int64_t first, std::int64_t n, Tile& tile) noexcept {
+  // The tile that begins at row `from` of a piece.
+  static void point(const Args<In>& a, const Piece& p, std::int64_t from, Tile& tile) noexcept {
+    const Shape& s = a.shape;
+    const std::int64_t n = std::min(kTile, p.to - from);
+    const std::int64_t first = s.begin[p.user] + from;
     tile.n = n;
+    tile.next = first + n;
+    tile.next_rows = std::min(kTile, s.length(p.user) - from - n);
+    if (tile.next_rows <= 0 && p.user + 1 < s.users) {
+      tile.next = s.begin[p.user + 1];
+      tile.next_rows = std::min(kTile, s.length(p.user + 1));
+    }
     tile.key_stride = n > 1 ? a.keys.stride : a.shape.heads * a.shape.dim;
     tile.value_stride = n > 1 ? a.values.stride : a.shape.heads * a.shape.value_dim;
     for (std::int64_t l = 0; l < n; ++l) {
@@ -278,9 +290,9 @@ struct Kernel : Dense<Simd> {
   static Pace pace_of(const Args<In>& a, const Tile& tile) noexcept {
     const Shape& s = a.shape;
     Pace pace;
-    if (tile.key_stride == 0) return pace;
-    pace.keys = ahead(tile.key[0] + tile.n * tile.key_stride, tile.n, tile.key_stride, s.heads * s.dim);
-    pace.values = ahead(tile.value[0] + tile.n * tile.value_stride, tile.n, tile.value_stride, s.heads * s.value_dim);
+    if (tile.key_stride == 0 || tile.next_rows <= 0) return pace;
+    pace.keys = ahead(a.keys[tile.next], tile.next_rows, a.keys.stride, s.heads * s.dim);
+    pace.values = ahead(a.values[tile.next], tile.next_rows, a.values.stride, s.heads * s.value_dim);
     return pace;
   }
 
@@ -393,9 +405,8 @@ struct Kernel : Dense<Simd> {
     if (a.shape.listed < 0) {
       load_turned(a.query, a.shape.heads, a.shape.dim, p.first, count, sign_of(a), w.query);
       start_block(a, w, count);
-      const std::int64_t begin = a.shape.begin[p.user];
       for (std::int64_t l = p.from; l < p.to; l += kTile) {
-        point(a, begin + l, std::min(kTile, p.to - l), tile);
+        point(a, p, l, tile);
         add_tile(a, w, tile, count, l == p.from);
       }
       finish_block(a, w, p.first, count, partial);
@@ -580,13 +591,12 @@ struct Kernel : Dense<Simd> {
   static void backward_shared(const Args<In>& a, const Gradients<In>& g, const Work<T>& w, const Piece& p,
                               T* dquery) noexcept {
     const Shape& s = a.shape;
-    const std::int64_t begin = s.begin[p.user];
     const std::int64_t row = s.heads * s.width();
     const std::int64_t candidates = p.last - p.first;
     const std::int64_t blocks = (candidates + kBlock - 1) / kBlock;
     Tile tile;
     for (std::int64_t l = p.from; l < p.to; l += kTile) {
-      point(a, begin + l, std::min(kTile, p.to - l), tile);
+      point(a, p, l, tile);
       const std::int64_t at = (g.begin[p.user] + l) * s.heads;
       In* keys = g.keys == nullptr ? nullptr : g.keys + at * s.dim;
       In* values = g.values == nullptr ? nullptr : g.values + at * s.value_dim;
