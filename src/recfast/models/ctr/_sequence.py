@@ -141,6 +141,23 @@ class SequenceRanker(nn.Module):
         return dict(self._config)
 
 
+def long_and_short(long: nn.Module, dim: int, heads: int, short: int) -> nn.ModuleDict:
+    """Return the unit of a model that searches the whole history and attends to its latest events beside it.
+
+    `long` reads the whole; the attention called `short` is left out where `short` is 0.
+    """
+    return nn.ModuleDict({"long": long, "short": MultiHeadTargetAttention(dim, heads)} if short else {"long": long})
+
+
+def long_and_short_interests(unit: nn.ModuleDict, history: History, short: int, **search: Any) -> list[torch.Tensor]:
+    """Return the interests [R, D] of such a unit: u_c of the whole history, then v_c of its `short` latest events.
+
+    `search` are further arguments of the part that reads the whole.
+    """
+    found = [unit["long"](*history, **search)]
+    return [*found, unit["short"](*history.last(short))] if short else found
+
+
 def check_least(model: str, least: Mapping[str, int], **values: int) -> None:
     """Refuse options that are not whole numbers, or are below what `least` says."""
     for name, value in values.items():

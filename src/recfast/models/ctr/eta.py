@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from recfast.models.ctr._sequence import History, SequenceRanker, check_least
+from recfast.models.ctr._sequence import (
+    History,
+    SequenceRanker,
+    check_least,
+    long_and_short,
+    long_and_short_interests,
+)
 from recfast.nn import ETA as HashSearch
-from recfast.nn import MLP, MultiHeadTargetAttention
+from recfast.nn import MLP
 
 if TYPE_CHECKING:
     import torch
@@ -80,19 +84,12 @@ class ETA(SequenceRanker):
     ) -> None:
         check_least("ETA", {"top_k": 1, "bits": 1, "short": 0}, top_k=top_k, bits=bits, short=short)
         self.short = short
-
-        def unit() -> nn.Module:
-            parts = {"long": HashSearch(dim, heads, bits, top_k, seed=seed)}
-            if short:
-                parts["short"] = MultiHeadTargetAttention(dim, heads)
-            return nn.ModuleDict(parts)
-
         super().__init__(
             schema,
             dim=dim,
             precision=precision,
             tables=tables,
-            unit=unit,
+            unit=lambda: long_and_short(HashSearch(dim, heads, bits, top_k, seed=seed), dim, heads, short),
             head=lambda width: MLP(width, hidden, activation=activation, dropout=dropout),
             parts=1 + bool(short),
             hidden=list(hidden),
@@ -107,6 +104,4 @@ class ETA(SequenceRanker):
 
     def interests(self, index: int, history: History) -> list[torch.Tensor]:
         """Return u_c and v_c [R, D] of one history."""
-        unit = self.attention[index]
-        found = [unit["long"](*history)]
-        return [*found, unit["short"](*history.last(self.short))] if self.short else found
+        return long_and_short_interests(self.attention[index], history, self.short)

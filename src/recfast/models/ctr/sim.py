@@ -14,7 +14,13 @@ from torch import nn
 
 from recfast.errors import InputError
 from recfast.models.ctr import _inputs
-from recfast.models.ctr._sequence import History, SequenceRanker, check_least
+from recfast.models.ctr._sequence import (
+    History,
+    SequenceRanker,
+    check_least,
+    long_and_short,
+    long_and_short_interests,
+)
 from recfast.nn import MLP, MultiHeadTargetAttention
 from recfast.ops import attention_top_k, category_top_k, target_attention
 
@@ -96,15 +102,13 @@ class SIM(SequenceRanker):
         self.search, self.category, self.top_k, self.short, self.auxiliary = search, category, top_k, short, auxiliary
 
         def unit() -> nn.Module:
-            parts: dict[str, nn.Module] = {"long": MultiHeadTargetAttention(dim, heads, fold=True)}
-            if short:
-                parts["short"] = MultiHeadTargetAttention(dim, heads)
+            parts = long_and_short(MultiHeadTargetAttention(dim, heads, fold=True), dim, heads, short)
             if search == "soft":
                 for name in ("query", "key"):
                     parts[name] = nn.Linear(dim, search_dim or dim, bias=False)
                     nn.init.eye_(parts[name].weight)  # as `SequenceRanker` does with the attention's
                 parts["auxiliary"] = MLP(3 * dim, hidden, activation=activation, dropout=dropout)
-            return nn.ModuleDict(parts)
+            return parts
 
         super().__init__(
             schema,
@@ -148,8 +152,7 @@ class SIM(SequenceRanker):
         """Return u_c and v_c [R, D] of one history."""
         whole, unit = history[0], self.attention[index]
         chosen = self._hard(index, *history) if self.search == "hard" else self._soft(index, whole)
-        found = [unit["long"](*whole, positions=chosen)]
-        return [*found, unit["short"](*whole.last(self.short))] if self.short else found
+        return long_and_short_interests(unit, whole, self.short, positions=chosen)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the logit of each row, float32 [R]; candidates of one user share that user's histories."""

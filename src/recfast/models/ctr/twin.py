@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from recfast.models.ctr._sequence import History, SequenceRanker, check_least
+from recfast.models.ctr._sequence import (
+    History,
+    SequenceRanker,
+    check_least,
+    long_and_short,
+    long_and_short_interests,
+)
 from recfast.nn import MLP, MultiHeadTargetAttention
 
 if TYPE_CHECKING:
@@ -76,19 +80,12 @@ class TWIN(SequenceRanker):
     ) -> None:
         check_least("TWIN", {"top_k": 1, "short": 0}, top_k=top_k, short=short)
         self.short = short
-
-        def unit() -> nn.Module:
-            parts = {"long": MultiHeadTargetAttention(dim, heads, top_k=top_k)}
-            if short:
-                parts["short"] = MultiHeadTargetAttention(dim, heads)
-            return nn.ModuleDict(parts)
-
         super().__init__(
             schema,
             dim=dim,
             precision=precision,
             tables=tables,
-            unit=unit,
+            unit=lambda: long_and_short(MultiHeadTargetAttention(dim, heads, top_k=top_k), dim, heads, short),
             head=lambda width: MLP(width, hidden, activation=activation, dropout=dropout),
             parts=1 + bool(short),
             hidden=list(hidden),
@@ -101,6 +98,4 @@ class TWIN(SequenceRanker):
 
     def interests(self, index: int, history: History) -> list[torch.Tensor]:
         """Return u_c and v_c [R, D] of one history."""
-        unit = self.attention[index]
-        found = [unit["long"](*history)]
-        return [*found, unit["short"](*history.last(self.short))] if self.short else found
+        return long_and_short_interests(self.attention[index], history, self.short)
