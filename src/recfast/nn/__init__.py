@@ -1,6 +1,8 @@
 """Torch modules over `recfast.ops`."""
 
+from recfast.nn._tokenizer import Tokenizer
 from recfast.nn.blocks import MLP, CrossNetV2, Dice, fm_interaction
+from recfast.nn.collisions import Assignment, Resolution, resolve_collisions
 from recfast.nn.compressed import (
     HashedTables,
     PostTrainingTables,
@@ -18,6 +20,8 @@ from recfast.nn.frozen_tables import FrozenTables
 from recfast.nn.hstu import HSTUBlock
 from recfast.nn.multi_head_target_attention import MultiHeadTargetAttention
 from recfast.nn.quantizer import ProductQuantizer
+from recfast.nn.residual_kmeans import ResidualKMeans
+from recfast.nn.residual_quantizer import ResidualQuantizer
 from recfast.nn.sdim import SDIM
 from recfast.nn.target_attention import TargetAttention
 from recfast.nn.transformer_block import TransformerBlock
@@ -27,6 +31,7 @@ __all__ = [
     "ETA",
     "MLP",
     "SDIM",
+    "Assignment",
     "CrossNetV2",
     "Dice",
     "DynamicTable",
@@ -39,11 +44,16 @@ __all__ = [
     "ProductQuantizer",
     "PrunedTables",
     "QuotientRemainderTables",
+    "ResidualKMeans",
+    "ResidualQuantizer",
+    "Resolution",
     "RobeTables",
     "SparseTables",
     "TargetAttention",
+    "Tokenizer",
     "TransformerBlock",
     "best_step",
     "fm_interaction",
+    "resolve_collisions",
     "second_pass",
 ]
