@@ -280,9 +280,9 @@ def test_truncated_and_foreign_files_are_refused(stored, tmp_path):
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(InputError, match=r"must hold a recfast\.CodeIndex, found pt"):
         CodeIndex.load(path)
-    header = json.dumps({"__metadata__": {"format": "recfast.CodeIndex", "version": "2"}}).encode()
+    header = json.dumps({"__metadata__": {"format": "recfast.CodeIndex", "version": "3"}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(InputError, match="has format version 2, this recfast reads version 1"):
+    with pytest.raises(InputError, match="has format version 3, this recfast reads versions 1 and 2"):
         CodeIndex.load(path)
 
 
