@@ -305,11 +305,14 @@ class Tokenizer(nn.Module):
         return x
 
 
-def kmeans(x: np.ndarray, n_codes: int, seed: int, iterations: int) -> tuple[np.ndarray, int]:
+def kmeans(
+    x: np.ndarray, n_codes: int, seed: int, iterations: int, *, spherical: bool = False
+) -> tuple[np.ndarray, int]:
     """Centroids [K, D] of the rows of `x`, by FAISS, and how many of them are in use.
 
     Where there are no more than K distinct rows, they are the centroids themselves, in lexicographic order; the places
-    left over repeat the first.
+    left over repeat the first. `spherical` keeps the centroids at length 1: the mean of scattered directions is short,
+    near to all of them, and would draw everything to itself.
     """
     import faiss
 
@@ -323,6 +326,7 @@ def kmeans(x: np.ndarray, n_codes: int, seed: int, iterations: int) -> tuple[np.
         n_codes,
         niter=iterations,
         seed=seed,
+        spherical=spherical,
         min_points_per_centroid=1,
         max_points_per_centroid=max(256, -(-len(x) // n_codes)),
     )

@@ -21,9 +21,10 @@ class ResidualKMeans(Tokenizer):
         r_{i,m+1} = r_{i,m} - v_{m,c_{i,m}}, \\qquad
         \\hat x_i = \\sum_m v_{m,c_{i,m}}
 
-    With `normalize`, s is the length of the residual at every level but the first: residuals are told apart by their
-    direction, so that the many items near their centroid, whose residuals are short, do not all fall to one code.
-    Otherwise s is 1. A common factor for a whole level would change nothing, since k-means does not depend on the unit.
+    With `normalize`, s is the length of the residual at every level but the first, and mu has length 1 there: residuals
+    are told apart by their direction (spherical k-means), so that the many items near their centroid, whose residuals
+    are short, do not all fall to one code. Otherwise s is 1. A common factor for a whole level would change nothing,
+    since k-means does not depend on the unit.
     v is the mean of the residuals that have the code, in the vectors' own unit: the best it can be for these codes,
     so that no level makes the squared error of `fit` larger, and scores stay sums over codes (`score_table`).
 
@@ -107,7 +108,13 @@ class ResidualKMeans(Tokenizer):
         residual, lengths = x.clone(), x.norm(dim=1)
         for level in range(self.n_codebooks):
             scaled = self._scaled(level, residual, lengths)
-            centroids, used = kmeans(sample(scaled, self.n_codes, seed).numpy(), self.n_codes, seed + level, iterations)
+            centroids, used = kmeans(
+                sample(scaled, self.n_codes, seed).numpy(),
+                self.n_codes,
+                seed + level,
+                iterations,
+                spherical=self.normalize and level > 0,
+            )
             self.centroids[level] = torch.from_numpy(centroids)
             self.n_used[level] = used
             codes = torch.empty(len(x), dtype=torch.int64)
