@@ -242,7 +242,7 @@ class DenseIndex:
         k = scores.shape[1]
         todo = np.arange(len(queries))
         # One more than asked for shows whether a tie crosses the k-th place.
-        depth = min(max(k + 1, self._refine * k), self.n_slots)
+        depth = min((k + 1) * max(self._refine, 1), self.n_slots)
         while len(todo):
             found_scores, slots = self._find_slots(queries[todo], depth, allowed)
             # FAISS pads with -1 and the lowest float.
@@ -292,8 +292,22 @@ class DenseIndex:
         if self._slots is not None:
             found = np.where(found < 0, -1, self._slots[found])
         if self._vectors is not None:
-            scores = np.einsum("qd,qkd->qk", queries, self._vectors[found])
+            return self._refined(queries, found)
         return scores, found
+
+    def _refined(self, queries: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The candidates by their exact scores, the best k of them; padded with slot -1."""
+        keep = -(-found.shape[1] // self._refine)
+        scores, slots = [], []
+        # A few queries at a time, whose candidates stay in the cache.
+        for begin in range(0, len(queries), 8):
+            part = torch.from_numpy(found[begin : begin + 8])
+            vectors = torch.from_numpy(self._vectors)[part.clamp(min=0)]
+            exact = torch.bmm(vectors, torch.from_numpy(queries[begin : begin + 8, :, None]))[..., 0]
+            best = exact.masked_fill_(part < 0, -torch.inf).topk(keep, dim=1)
+            scores.append(best.values)
+            slots.append(part.gather(1, best.indices))
+        return torch.cat(scores).numpy(), torch.cat(slots).numpy()
 
     def _search_codes(
         self, index: Any, queries: np.ndarray, depth: int, allowed: np.ndarray | None
