@@ -2,6 +2,7 @@
 
 from recfast.ops import embedding_tables  # noqa: F401  (its op is for modules)
 from recfast.ops.category_top_k import category_top_k
+from recfast.ops.code_postings import PostingLists, code_postings, posting_counts, posting_lists
 from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
 from recfast.ops.din_attention import DiceWeights, DINWeights, din_attention
@@ -35,11 +36,13 @@ __all__ = [
     "Features",
     "IdMap",
     "Pending",
+    "PostingLists",
     "QuantizedTable",
     "RowsIndex",
     "UpdateState",
     "attention_top_k",
     "category_top_k",
+    "code_postings",
     "code_rows_search",
     "code_search",
     "din_attention",
@@ -53,6 +56,8 @@ __all__ = [
     "hamming_top_k",
     "hstu_attention",
     "initial_rows",
+    "posting_counts",
+    "posting_lists",
     "quantize",
     "requantize_",
     "round_to",
