@@ -22,6 +22,18 @@ from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.packed_codes import (
+    PackedCodes,
+    SparseTable,
+    pack_codes,
+    pack_mask,
+    packed_append,
+    packed_remove,
+    packed_restore,
+    packed_write,
+    permute_mask,
+    unpack_codes,
+)
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.sequence_attention import sequence_attention
 from recfast.ops.simhash import simhash
@@ -34,9 +46,11 @@ __all__ = [
     "DiceWeights",
     "Features",
     "IdMap",
+    "PackedCodes",
     "Pending",
     "QuantizedTable",
     "RowsIndex",
+    "SparseTable",
     "UpdateState",
     "attention_top_k",
     "category_top_k",
@@ -53,6 +67,13 @@ __all__ = [
     "hamming_top_k",
     "hstu_attention",
     "initial_rows",
+    "pack_codes",
+    "pack_mask",
+    "packed_append",
+    "packed_remove",
+    "packed_restore",
+    "packed_write",
+    "permute_mask",
     "quantize",
     "requantize_",
     "round_to",
@@ -63,4 +84,5 @@ __all__ = [
     "sequence_attention",
     "simhash",
     "target_attention",
+    "unpack_codes",
 ]
