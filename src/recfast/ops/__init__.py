@@ -22,17 +22,17 @@ from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
-from recfast.ops.packed_codes import (
+from recfast.ops.packed_codes import (  # the edits of what is packed, which are no ops, are for index
     PackedCodes,
     SparseTable,
     pack_codes,
     pack_mask,
-    packed_append,
-    packed_remove,
-    packed_restore,
-    packed_write,
+    packed_append,  # noqa: F401
+    packed_remove,  # noqa: F401
+    packed_restore,  # noqa: F401
+    packed_write,  # noqa: F401
     permute_mask,
-    unpack_codes,
+    unpack_codes,  # noqa: F401
 )
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.sequence_attention import sequence_attention
@@ -69,10 +69,6 @@ __all__ = [
     "initial_rows",
     "pack_codes",
     "pack_mask",
-    "packed_append",
-    "packed_remove",
-    "packed_restore",
-    "packed_write",
     "permute_mask",
     "quantize",
     "requantize_",
@@ -84,5 +80,4 @@ __all__ = [
     "sequence_attention",
     "simhash",
     "target_attention",
-    "unpack_codes",
 ]

@@ -185,6 +185,64 @@ def pack_codes(
     return packed
 
 
+def _pack_reference(
+    codes: torch.Tensor,
+    *,
+    n_codes: int,
+    bias: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
+    live: torch.Tensor | None = None,
+    order: str = "none",
+) -> PackedCodes:
+    """The same item by item."""
+    rows = codes.tolist()
+    size, books = codes.shape
+    slots = sorted(range(size), key=lambda slot: rows[slot]) if order == "lex" else list(range(size))
+    blocks = _blocks_of(size)
+    planes = torch.zeros((blocks, books, _ITEMS), dtype=torch.int32)
+    rows_of_bits = books + (bias is not None)
+    held = {
+        unit: torch.zeros((-(-blocks // unit), rows_of_bits, _LEVELS), dtype=torch.bool) for unit in (_GROUP, _SUPER)
+    }
+    edges = levels = lives = None
+    if bias is not None:
+        edges, levels = torch.from_numpy(_edges(bias.numpy())), torch.zeros((blocks, _ITEMS), dtype=torch.uint8)
+    if live is not None:
+        lives = torch.zeros((blocks, _ITEMS), dtype=torch.bool)
+    shift = 0 if codes.dtype == torch.uint8 else max((n_codes - 1).bit_length() - 8, 0)
+    for position, slot in enumerate(slots):
+        block, lane = divmod(position, _ITEMS)
+        planes[block, :, lane] = torch.tensor(rows[slot], dtype=torch.int32)
+        bits = [code >> shift for code in rows[slot]]
+        if bias is not None:
+            levels[block, lane] = int((edges < bias[slot]).sum())
+            bits.append(int(levels[block, lane]))
+        if live is not None:
+            lives[block, lane] = live[slot]
+        for unit, present in held.items():
+            present[block // unit, range(rows_of_bits), bits] = True
+    as_slots = torch.tensor(slots, dtype=torch.int32)
+    lex = order == "lex"
+    words = {unit: _mask_reference(present.flatten(1)).view(-1, rows_of_bits, 4) for unit, present in held.items()}
+    return PackedCodes(
+        planes.to(codes.dtype),
+        size,
+        n_codes,
+        as_slots if lex else None,
+        as_slots.argsort().int() if lex else None,
+        None if bias is None else bias[as_slots.long()],
+        levels,
+        edges,
+        ids,
+        None if live is None else _mask_reference(lives).flatten(),
+        words[_GROUP] if lex else None,
+        words[_SUPER] if lex else None,
+    )
+
+
+pack_codes.reference = _pack_reference
+
+
 def _refuse_codes(op: str, rows: np.ndarray, n_codes: int) -> None:
     if rows.size and n_codes <= np.iinfo(rows.dtype).max and int(rows.max()) >= n_codes:
         item, book = map(int, np.argwhere(rows >= n_codes)[0])
@@ -452,6 +510,15 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     return words
 
 
+def _mask_reference(mask: torch.Tensor) -> torch.Tensor:
+    """The same in plain torch."""
+    padded = torch.nn.functional.pad(mask.long(), (0, -mask.shape[-1] % _ITEMS))
+    return (padded.unflatten(-1, (-1, _ITEMS)) << torch.arange(_ITEMS)).sum(-1)
+
+
+pack_mask.reference = _mask_reference
+
+
 def permute_mask(words: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
     """Words of a mask by slot as words by position. The same where `packed` keeps the order of slots."""
     if packed.slots is None:
@@ -463,6 +530,17 @@ def permute_mask(words: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
         words.data_ptr(), rows, packed.size, packed.slots.data_ptr(), packed.positions.data_ptr(), ordered.data_ptr()
     )
     return ordered
+
+
+def _permute_reference(words: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
+    """The same in plain torch."""
+    if packed.slots is None:
+        return words
+    bits = (words.unsqueeze(-1) >> torch.arange(_ITEMS) & 1).flatten(-2)
+    return _mask_reference(bits[..., packed.slots[: packed.size].long()])
+
+
+permute_mask.reference = _permute_reference
 
 
 def mask_words(op: str, mask: Any, queries: int, size: int) -> torch.Tensor:
@@ -480,4 +558,4 @@ def mask_words(op: str, mask: Any, queries: int, size: int) -> torch.Tensor:
         return pack_mask(mask)
     words = torch.zeros((*mask.shape[:-1], width * 8), dtype=torch.uint8)
     words[..., :length] = mask
-    return words.view(torch.int64)
+    return words.view(torch.int64) if size else words.new_empty(words.shape, dtype=torch.int64)
