@@ -23,6 +23,18 @@ from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.packed_codes import (  # the edits of what is packed, which are no ops, are for index
+    PackedCodes,
+    SparseTable,
+    pack_codes,
+    pack_mask,
+    packed_append,  # noqa: F401
+    packed_remove,  # noqa: F401
+    packed_restore,  # noqa: F401
+    packed_write,  # noqa: F401
+    permute_mask,
+    unpack_codes,  # noqa: F401
+)
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.sequence_attention import sequence_attention
 from recfast.ops.simhash import simhash
@@ -35,10 +47,12 @@ __all__ = [
     "DiceWeights",
     "Features",
     "IdMap",
+    "PackedCodes",
     "Pending",
     "PostingLists",
     "QuantizedTable",
     "RowsIndex",
+    "SparseTable",
     "UpdateState",
     "attention_top_k",
     "category_top_k",
@@ -58,6 +72,9 @@ __all__ = [
     "initial_rows",
     "posting_counts",
     "posting_lists",
+    "pack_codes",
+    "pack_mask",
+    "permute_mask",
     "quantize",
     "requantize_",
     "round_to",
