@@ -64,16 +64,17 @@ def posting_lists(packed: Any, n_codes: int) -> PostingLists:
 
 
 def _order(packed: Any) -> torch.Tensor | None:
+    size = packed.size
     if packed.bias is None and packed.ids is None:
         if packed.slots is None:
             return None
-        order = torch.empty(packed.size, dtype=torch.int32)
-        order[packed.slots.long()] = torch.arange(packed.size, dtype=torch.int32)
+        order = torch.empty(size, dtype=torch.int32)
+        order[packed.slots[:size].long()] = torch.arange(size, dtype=torch.int32)
         return order
-    names = np.arange(packed.size) if packed.slots is None else packed.slots.numpy()
+    names = np.arange(size) if packed.slots is None else packed.slots.numpy()[:size]
     if packed.ids is not None:
         names = packed.ids.numpy()[names]
-    keys = (names,) if packed.bias is None else (names, -packed.bias.numpy())
+    keys = (names,) if packed.bias is None else (names, -packed.bias.numpy()[:size])
     return torch.from_numpy(np.lexsort(keys).astype(np.int32))
 
 
@@ -282,50 +283,43 @@ def code_postings(
     _check.tensor(_NAME, "positions", lists.positions, dtypes=[torch.int32], shape=[books * size])
     if size > 64 * blocks or (len(lists.indptr) - 1) % books:
         raise ValueError(f"{_NAME}: planes must have {-(-size // 64)} blocks, got shape {list(planes.shape)}")
-    for name, value, kind, shape in (
-        ("order", lists.order, torch.int32, [size]),
-        ("slots", packed.slots, torch.int32, [size]),
-        ("bias", packed.bias, torch.float32, [size]),
-        ("ids", packed.ids, torch.int64, [size]),
-        ("live", packed.live, torch.int64, [-(-size // 64)]),
+    parts = []
+    for name, value, kind, length in (
+        ("order", lists.order, torch.int32, size),
+        ("slots", packed.slots, torch.int32, size),
+        ("bias", packed.bias, torch.float32, size),
+        ("ids", packed.ids, torch.int64, size),
+        ("live", packed.live, torch.int64, -(-size // 64)),
     ):
         if value is not None:
-            _check.tensor(_NAME, name, value, dtypes=[kind], shape=shape)
+            value = value[:length]  # there may be room for more
+            _check.tensor(_NAME, name, value, dtypes=[kind], shape=[length])
+        parts.append(value)
+    order, *rest = parts
     if check:
-        _refuse_faults(codes.contiguous(), values.contiguous(), offsets.contiguous(), len(lists.indptr) - 1)
+        refuse_faults(_NAME, table, len(lists.indptr) - 1)
     words = _mask_words(mask, len(offsets) - 1, size)
-    return _op(
-        planes,
-        *lists,
-        codes,
-        values.detach(),
-        offsets,
-        k,
-        size,
-        packed.slots,
-        packed.bias,
-        packed.ids,
-        packed.live,
-        words,
-    )
+    return _op(planes, lists.indptr, lists.positions, order, codes, values.detach(), offsets, k, size, *rest, words)
 
 
-def _refuse_faults(codes: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, limit: int) -> None:
+def refuse_faults(op: str, table: Any, limit: int, owner: str = "") -> None:
+    """Raise where a sparse table has an entry outside [0, limit) or out of order, NaN or +inf, or wrong offsets."""
+    codes, values, offsets = (part.contiguous() for part in table)
     wrong, _ = _C.check_offsets(offsets.data_ptr(), len(offsets), len(codes))
     if wrong >= 0 or len(offsets) == 0:
-        raise ValueError(f"{_NAME}: offsets must rise from 0 to {len(codes)}")
+        raise ValueError(f"{op}: {owner}offsets must rise from 0 to {len(codes)}")
     outside, unsorted, bad = _check_entries(
         codes.data_ptr(), values.data_ptr(), len(codes), offsets.data_ptr(), len(offsets) - 1, limit
     )
     if outside >= 0:
-        raise _check.outside(_NAME, "codes", outside, int(codes[outside]), limit)
+        raise _check.outside(op, f"{owner}codes", outside, int(codes[outside]), limit)
     if unsorted >= 0:
         raise ValueError(
-            f"{_NAME}: codes[{unsorted}] must be above {int(codes[unsorted - 1])}, the one before it,"
+            f"{op}: {owner}codes[{unsorted}] must be above {int(codes[unsorted - 1])}, the one before it,"
             f" got {int(codes[unsorted])}"
         )
     if bad >= 0:
-        raise ValueError(f"{_NAME}: values[{bad}] must be finite or -inf, got {float(values[bad])}")
+        raise ValueError(f"{op}: {owner}values[{bad}] must be finite or -inf, got {float(values[bad])}")
 
 
 def reference(
@@ -334,8 +328,9 @@ def reference(
     """The same in plain torch."""
     codes, values, offsets = table
     words = None if mask is None else getattr(mask, "words", mask)
-    parts = (packed.slots, packed.bias, packed.ids, packed.live)
-    return _expected(packed.planes, *lists, codes, values, offsets, k, packed.size, *parts, words)
+    size = packed.size
+    parts = (None if part is None else part[:size] for part in (packed.slots, packed.bias, packed.ids))
+    return _expected(packed.planes, *lists, codes, values, offsets, k, size, *parts, packed.live, words)
 
 
 code_postings.reference = reference
