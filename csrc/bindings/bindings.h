@@ -67,6 +67,7 @@ class Fields {
 };
 
 void bind_category_top_k(py::module_& m);
+void bind_code_postings(py::module_& m);
 void bind_code_rows(py::module_& m);
 void bind_code_search(py::module_& m);
 void bind_din_attention(py::module_& m);

@@ -65,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace recfast::bindings;
   bind_runtime(m);
   bind_category_top_k(m);
+  bind_code_postings(m);
   bind_code_rows(m);
   bind_code_search(m);
   bind_din_attention(m);

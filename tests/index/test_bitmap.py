@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recfast import ops
 from recfast.index import Bitmap
 from recfast.index._arrays import as_mask
 
@@ -35,11 +36,12 @@ def test_is_the_set_that_the_mask_is(seed, size, queries):
         np.testing.assert_array_equal(made.to_mask().numpy(), wanted)
         np.testing.assert_array_equal(np.asarray(made.count()), wanted.sum(-1))
         assert made == Bitmap.from_mask(wanted)
-    slots = torch.from_numpy(random.permutation(size).astype(np.int32))
-    words = bitmap.permuted(slots)
-    np.testing.assert_array_equal(Bitmap(words, size).to_mask().numpy(), mask[..., slots.numpy()])
-    assert bitmap.permuted(slots) is words
-    assert bitmap.permuted(None) is bitmap.words
+    codes = torch.from_numpy(random.integers(0, 256, (size, 2)).astype(np.uint8))
+    packed = ops.pack_codes(codes, n_codes=256, order="lex")
+    words = bitmap.by_position(packed)
+    np.testing.assert_array_equal(Bitmap(words, size).to_mask().numpy(), mask[..., packed.slots.numpy()])
+    assert bitmap.by_position(packed) is words
+    assert bitmap.by_position(ops.pack_codes(codes, n_codes=256)) is bitmap.words
 
 
 def test_lists_of_slots():
@@ -57,9 +59,10 @@ def test_lists_of_slots():
 def test_a_new_order_is_permuted_anew():
     bitmap = Bitmap.allow(3, [0])
     for order in ([1, 0, 2], [2, 1, 0], [0, 1, 2]):
-        slots = torch.tensor(order, dtype=torch.int32)
-        assert Bitmap(bitmap.permuted(slots), 3).to_mask().tolist() == [slot == 0 for slot in order]
-        del slots
+        codes = torch.tensor(order, dtype=torch.uint8)[:, None]
+        packed = ops.pack_codes(codes, n_codes=4, order="lex")
+        assert Bitmap(bitmap.by_position(packed), 3).to_mask().tolist() == [slot == 0 for slot in packed.slots]
+        del packed
         gc.collect()
 
 

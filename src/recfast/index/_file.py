@@ -16,7 +16,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -77,9 +77,14 @@ def save(path: str | os.PathLike[str], kind: str, config: Mapping[str, Any], arr
     start = len(text).to_bytes(8, "little") + text
     at = start.index(_KEY) + len(_KEY)
     start = start[:at] + b"%08x" % zlib.crc32(start) + start[at + len(_BLANK) :]
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path) as temporary:
+        _write(temporary, start, parts.values())
+
+
+def _write(path: os.PathLike[str], start: bytes, arrays: Iterable[np.ndarray]) -> None:
+    with open(path, "wb") as file:
         file.write(start)
-        for array in parts.values():
+        for array in arrays:
             file.write(_bytes(array))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from recfast.ops import permute_mask
+
 
 class Epoch:
     """The time from one renumbering of an index's slots to the next; `over` once they have been renumbered."""
@@ -223,22 +225,21 @@ class Bitmap:
 
     __hash__ = None
 
-    def permuted(self, slots: torch.Tensor | None) -> torch.Tensor:
-        """The words in the order of positions: bit p is that of slot `slots[p]`. None is the order of slots itself.
+    def by_position(self, packed: Any) -> torch.Tensor:
+        """The words in the order in which a `PackedCodes` lays out its items: bit p is that of slot `packed.slots[p]`.
 
-        The last result is kept for as long as the same tensor is asked for. `slots` (int32 or int64 [size]) must not be
-        written to while it serves: whoever changes an order makes a new tensor.
+        What was made last is kept for as long as the same `slots` come, which nobody writes to below `size`: whoever
+        lays items out anew makes a new tensor.
         """
+        slots = packed.slots
         if slots is None:
             return self.words
         kept = self._permuted
         if kept is not None and kept[0]() is slots:
             return kept[1]
-        if tuple(slots.shape) != (self.size,):
-            raise ValueError(f"Bitmap: slots must have shape [{self.size}], got {list(slots.shape)}")
-        mask = self.to_mask().numpy()
-        packed = np.packbits(np.take(mask, slots.numpy(), axis=-1), axis=-1, bitorder="little")
-        words = self._from_bytes(packed, self.size).words
+        if packed.size != self.size:
+            raise ValueError(f"Bitmap: there must be {self.size} items, got {packed.size}")
+        words = permute_mask(self.words, packed)
         # One assignment, so that threads that come at the same time see the old pair or the new one.
         self._permuted = (weakref.ref(slots), words)
         return words

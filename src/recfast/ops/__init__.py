@@ -2,6 +2,7 @@
 
 from recfast.ops import embedding_tables  # noqa: F401  (its op is for modules)
 from recfast.ops.category_top_k import category_top_k
+from recfast.ops.code_postings import PostingLists, code_postings, posting_counts, posting_lists
 from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
 from recfast.ops.din_attention import DiceWeights, DINWeights, din_attention
@@ -22,6 +23,18 @@ from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.packed_codes import (  # the edits of what is packed, which are no ops, are for index
+    PackedCodes,
+    SparseTable,
+    pack_codes,
+    pack_mask,
+    packed_append,  # noqa: F401
+    packed_remove,  # noqa: F401
+    packed_restore,  # noqa: F401
+    packed_write,  # noqa: F401
+    permute_mask,
+    unpack_codes,  # noqa: F401
+)
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.sequence_attention import sequence_attention
 from recfast.ops.simhash import simhash
@@ -34,12 +47,16 @@ __all__ = [
     "DiceWeights",
     "Features",
     "IdMap",
+    "PackedCodes",
     "Pending",
+    "PostingLists",
     "QuantizedTable",
     "RowsIndex",
+    "SparseTable",
     "UpdateState",
     "attention_top_k",
     "category_top_k",
+    "code_postings",
     "code_rows_search",
     "code_search",
     "din_attention",
@@ -53,6 +70,11 @@ __all__ = [
     "hamming_top_k",
     "hstu_attention",
     "initial_rows",
+    "pack_codes",
+    "pack_mask",
+    "permute_mask",
+    "posting_counts",
+    "posting_lists",
     "quantize",
     "requantize_",
     "round_to",
