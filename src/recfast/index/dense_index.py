@@ -244,7 +244,7 @@ class DenseIndex:
         # One more than asked for shows whether a tie crosses the k-th place.
         depth = min((k + 1) * max(self._refine, 1), self.n_slots)
         while len(todo):
-            found_scores, slots = self._find_slots(queries[todo], depth, allowed)
+            found_scores, slots = self._find_slots(queries[todo], depth, allowed, k + 1)
             # FAISS pads with -1 and the lowest float.
             found_scores = np.where(slots < 0, -np.inf, found_scores)
             tied = np.zeros(len(todo), dtype=bool)
@@ -260,8 +260,10 @@ class DenseIndex:
             todo = todo[tied]
             depth = min(4 * depth, self.n_slots)
 
-    def _find_slots(self, queries: np.ndarray, depth: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and slots of the best, padded with slot -1."""
+    def _find_slots(
+        self, queries: np.ndarray, depth: int, allowed: np.ndarray | None, keep: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and slots of the best, padded with slot -1; those refined are the best `keep` of `depth`."""
         import faiss
 
         index = self._index
@@ -292,12 +294,12 @@ class DenseIndex:
         if self._slots is not None:
             found = np.where(found < 0, -1, self._slots[found])
         if self._vectors is not None:
-            return self._refined(queries, found)
+            return self._refined(queries, found, keep)
         return scores, found
 
-    def _refined(self, queries: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The candidates by their exact scores, the best k of them; padded with slot -1."""
-        keep = -(-found.shape[1] // self._refine)
+    def _refined(self, queries: np.ndarray, found: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:
+        """The candidates by their exact scores, the best `keep` of them; padded with slot -1."""
+        keep = min(keep, found.shape[1])
         scores, slots = [], []
         # A few queries at a time, whose candidates stay in the cache.
         for begin in range(0, len(queries), 8):
