@@ -277,13 +277,18 @@ class Assignment(nn.Module):
         resolved = table.copy()
         first = 0
         while first < len(blocks):
-            end = first + 1
-            while end < len(blocks) and (end + 1 - first) * (len(blocks[end][0]) + 1) * self.n_codes <= _CELLS:
+            end, rows = first + 1, len(blocks[first][0])
+            while end < len(blocks) and self._cells(end + 1 - first, len(blocks[end][0]), rows) <= _CELLS:
+                rows += len(blocks[end][0])
                 end += 1
             for block, chosen in self._assign(place, blocks[first:end], distances):
                 resolved[block[chosen >= 0], -1] = chosen[chosen >= 0]
             first = end
         return resolved
+
+    def _cells(self, blocks: int, size: int, rows: int) -> int:
+        """Numbers held at once for so many blocks, the largest of `size` items, `rows` items in all."""
+        return max((rows + size) * self.n_codes, blocks * (size + 1) * min(size**2, self.n_codes))
 
     def _last_codes_taken(self, prefix: np.ndarray) -> np.ndarray:
         known = self._known()
@@ -293,21 +298,28 @@ class Assignment(nn.Module):
 
     def _assign(self, place: str, blocks: list[tuple[np.ndarray, np.ndarray]], distances: Distances):
         """The last codes of the items of each block, distinct and unused; -1 where none is left."""
-        size = max(len(block) for block, _ in blocks)
-        cost = np.full((len(blocks), size, self.n_codes), np.inf)
-        for index, (block, used) in enumerate(blocks):
-            found = np.asarray(torch.as_tensor(distances(block)).detach().cpu(), dtype=np.float64)
-            if found.shape != (len(block), self.n_codes):
-                raise ValueError(
-                    f"{place}: distances must have shape [{len(block)}, {self.n_codes}], got {list(found.shape)}"
-                )
-            found[:, used] = np.inf
-            # Those of the first items: who came later goes without where there are too few codes.
-            places = int(np.isfinite(found[0]).sum())
-            cost[index, : min(len(block), places)] = found[:places]
+        rows = np.concatenate([block for block, _ in blocks])
+        found = np.asarray(torch.as_tensor(distances(rows)).detach().cpu(), dtype=np.float64)
+        if found.shape != (len(rows), self.n_codes):
+            raise ValueError(
+                f"{place}: distances must have shape [{len(rows)}, {self.n_codes}], got {list(found.shape)}"
+            )
+        problems, begin = [], 0
+        for block, used in blocks:
+            here = np.where(used, np.inf, found[begin : begin + len(block)])
+            begin += len(block)
+            # Who came later goes without where there are too few codes.
+            here = here[: int(np.isfinite(here[0]).sum())]
+            # The best assignment of n items never sends one further than to its n-th nearest code.
+            columns = np.unique(np.argsort(here, axis=1, kind="stable")[:, : len(here)])
+            problems.append((here[:, columns], columns))
+        size, width = (max(max(cost.shape[axis] for cost, _ in problems), 1) for axis in (0, 1))
+        cost = np.full((len(blocks), size, width), np.inf)
+        for index, (here, columns) in enumerate(problems):
+            cost[index, : len(here), : len(columns)] = here
         weights = _sinkhorn(torch.from_numpy(cost), self.epsilon, self.iterations).numpy()
         chosen = np.full((len(blocks), size), -1, dtype=np.int32)
-        rows = np.arange(len(blocks))[:, None]
+        places = np.arange(len(blocks))[:, None]
         waiting = np.isfinite(weights).any(2)
         while waiting.any():
             # Each item that waits names its best code; the one that wants it most gets it, of equals the first.
@@ -317,8 +329,8 @@ class Assignment(nn.Module):
             order = np.argsort(-wish, axis=1, kind="stable")
             named = np.take_along_axis(best, order, 1)
             hopeful = np.isfinite(np.take_along_axis(wish, order, 1))
-            sizes = np.where(hopeful, named + rows * self.n_codes, -1 - np.arange(size))
-            _, winners = np.unique(sizes, return_index=True)
+            wanted = np.where(hopeful, named + places * width, -1)
+            _, winners = np.unique(wanted, return_index=True)
             winners = winners[hopeful.ravel()[winners]]
             block, item = winners // size, order.ravel()[winners]
             chosen[block, item] = best[block, item]
@@ -326,13 +338,17 @@ class Assignment(nn.Module):
             waiting[block, item] = False
             waiting &= np.isfinite(weights).any(2)
         for index, (block, _) in enumerate(blocks):
-            yield block, chosen[index, : len(block)]
+            mine = np.full(len(block), -1, dtype=np.int32)
+            columns = problems[index][1]
+            got = chosen[index, : len(block)]
+            mine[: len(got)] = np.where(got >= 0, columns[got] if len(columns) else -1, -1)
+            yield block, mine
 
 
 def _sinkhorn(cost: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:
     """The logarithm of the entropic assignment: rows sum to one, columns to one at most.
 
-    cost : [G, B, K] float64, +inf where forbidden; a row that is forbidden altogether is no row. Each of G problems has
+    cost : [G, B, W] float64, +inf where forbidden; a row that is forbidden altogether is no row. Each of G problems has
     as many codes allowed as rows, or more.
     """
     allowed = torch.isfinite(cost)

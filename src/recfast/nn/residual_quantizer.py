@@ -301,7 +301,7 @@ class ResidualQuantizer(Tokenizer):
     @torch.no_grad()
     def _learn(self, codes: torch.Tensor, residuals: list[torch.Tensor]) -> None:
         """Move averages on, and dead codes to where rows are."""
-        generator = torch.Generator().manual_seed((int(self.seed) << 32) + int(self.steps))
+        generator = torch.Generator().manual_seed((1_000_003 * int(self.seed) + int(self.steps)) % 2**63)
         share = self.n_codes / len(codes)
         for level, residual in enumerate(residuals):
             # In units of the uniform use, so that batches of any size count alike.
