@@ -1,3 +1,6 @@
+import pickle
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -176,6 +179,59 @@ def test_a_bitmap_from_before_compact_is_refused(kind):
     index.add(vectors[:1])
     with pytest.raises(ValueError, match="mask was made before compact"):
         index.search(queries, 2, mask=bitmap)
+
+
+@EVERY
+def test_allow_and_deny(kind):
+    vectors, queries, _ = problem(300, 8, whole=False)
+    index = make(kind, vectors, np.arange(300) + 1000)
+    items = dict(zip(range(1000, 1300), vectors, strict=True))
+    same_answers(index, {name: items[name] for name in (1003, 1200)}, queries, mask=index.allow([1003, 1200]))
+    kept = {name: items[name] for name in items if name not in (1003, 1200)}
+    same_answers(index, kept, queries, mask=index.deny([1003, 1200]))
+    packed = np.packbits(index.allow([1003]).to_mask().numpy(), bitorder="little")
+    same_answers(index, {1003: items[1003]}, queries, mask=packed)
+    with pytest.raises(ValueError, match=r"DenseIndex\.allow: ids\[1\] = 3 is not in the index"):
+        index.allow([1003, 3])
+
+
+def test_searches_see_items_before_or_after_a_change():
+    """Threads search while others add and remove: every answer is the first item, which never leaves."""
+    vectors, _, _ = problem(400, 8, whole=False)
+    vectors[0] = 100.0
+    index = make("ivf", vectors[:100])
+    failures = []
+
+    def look():
+        for _ in range(100):
+            scores, found = index.search(vectors[:1], 3)
+            if found[0, 0] != 0 or not bool(torch.isfinite(scores).all()):
+                failures.append(found)
+
+    def change():
+        for start in range(100, 400, 20):
+            index.remove(index.add(vectors[start : start + 20])[:10])
+        index.compact()
+
+    threads = [threading.Thread(target=work) for work in (look, look, look, change)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert (len(index), index.n_slots) == (250, 250)
+
+
+@EVERY
+def test_pickles(kind, tmp_path):
+    vectors, queries, _ = problem(300, 8, whole=False)
+    make(kind, vectors).save(tmp_path / "index")
+    index = DenseIndex.load(tmp_path / "index", mmap=True)
+    again = pickle.loads(pickle.dumps(index))
+    for got, wanted in zip(again.search(queries, 5), index.search(queries, 5), strict=True):
+        assert torch.equal(got, wanted)
+    again.remove([3])
+    assert (len(again), len(index)) == (299, 300)
 
 
 @EVERY

@@ -12,7 +12,8 @@ import torch
 from recfast.errors import InputError
 from recfast.index import _file
 from recfast.index._arrays import as_ids, as_mask, as_tensor, refuse_repeats
-from recfast.index.bitmap import Epoch
+from recfast.index._guard import Guard
+from recfast.index.bitmap import Bitmap, Epoch
 
 _KINDS = ("flat", "ivf", "hnsw", "pq", "ivfpq")
 _CODED = ("pq", "ivfpq")
@@ -64,8 +65,8 @@ class DenseIndex:
 
     An index of one of the learned kinds that starts empty, or has lost all its items, learns from the first `add`.
 
-    Searches may run at the same time in many threads. A change (`add`, `update`, `remove`, `compact`) must not run at
-    the same time as anything else.
+    Any number of threads may search at the same time. A change (`add`, `update`, `remove`, `compact`) waits until the
+    searches under way have ended, and what is called meanwhile waits for the change.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class DenseIndex:
         self._next_id = size if self._ids is None else int(self._ids.max(initial=-1)) + 1
         self._sorted: tuple[np.ndarray, np.ndarray] | None = None
         self.epoch = Epoch()
+        self._guard = Guard()
         # A mapped file that the FAISS index looks into, and must not be changed through.
         self._mapped: np.ndarray | None = None
         # Of the kinds without ids of their own: the slot of each vector, rising; None where it is the position.
@@ -159,6 +161,16 @@ class DenseIndex:
     def _enough(self, size: int) -> None:
         if size < 256:
             raise ValueError(f"DenseIndex: {self.kind} needs at least 256 items to learn its codes, got {size}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a mapped file the vectors travel, not the map; locks stay behind.
+        with self._guard.changing:
+            self._own()
+            return {name: value for name, value in self.__dict__.items() if name not in ("_guard", "epoch")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.epoch, self._guard = Epoch(), Guard()
 
     def __len__(self) -> int:
         """The number of items, without the removed ones."""
@@ -224,18 +236,19 @@ class DenseIndex:
         queries = _vectors(place, "queries", queries, self._width)
         if k < 0:
             raise ValueError(f"{place}: k must be at least 0, got {k}")
-        allowed = as_mask(place, mask, len(queries), self.n_slots, form="bool", epoch=self.epoch)
-        allowed = None if allowed is None else allowed.numpy()
-        _threads(faiss)
-        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        ids = np.full((len(queries), k), -1, dtype=np.int64)
-        if len(queries) and k and len(self):
-            if allowed is not None and allowed.ndim == 2:
-                for row in range(len(queries)):
-                    self._best(queries[row : row + 1], scores[row : row + 1], ids[row : row + 1], allowed[row])
-            else:
-                self._best(queries, scores, ids, allowed)
-        return torch.from_numpy(scores), torch.from_numpy(ids)
+        with self._guard.reading:
+            allowed = as_mask(place, mask, len(queries), self.n_slots, form="bool", epoch=self.epoch)
+            allowed = None if allowed is None else allowed.numpy()
+            scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+            ids = np.full((len(queries), k), -1, dtype=np.int64)
+            if len(queries) and k and len(self):
+                _threads(faiss)
+                if allowed is not None and allowed.ndim == 2:
+                    for row in range(len(queries)):
+                        self._best(queries[row : row + 1], scores[row : row + 1], ids[row : row + 1], allowed[row])
+                else:
+                    self._best(queries, scores, ids, allowed)
+            return torch.from_numpy(scores), torch.from_numpy(ids)
 
     def _best(self, queries: np.ndarray, scores: np.ndarray, ids: np.ndarray, allowed: np.ndarray | None) -> None:
         """Fill `scores` and `ids` in place."""
@@ -336,19 +349,28 @@ class DenseIndex:
         TypeError, ValueError
             An id that is not in the index; something else than integers.
         """
-        return self._slots_of("DenseIndex.slots_of", as_ids("DenseIndex.slots_of", ids))
+        with self._guard.reading:
+            return self._slots_of("DenseIndex.slots_of", as_ids("DenseIndex.slots_of", ids))
 
-    def allow(self, ids: Any) -> torch.Tensor:
-        """Make the mask [n_slots] that allows the items `ids` alone.
+    def allow(self, ids: Any) -> Bitmap:
+        """The mask that allows the items `ids` alone. `compact` makes it void, `add` too: it has as many slots as now.
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             An id that is not in the index.
         """
-        mask = torch.zeros(self.n_slots, dtype=torch.bool)
-        mask[torch.from_numpy(self._slots_of("DenseIndex.allow", as_ids("DenseIndex.allow", ids)))] = True
-        return mask
+        return self._bitmap("DenseIndex.allow", ids)
+
+    def deny(self, ids: Any) -> Bitmap:
+        """The mask that allows all items but `ids`; see `allow`."""
+        return ~self._bitmap("DenseIndex.deny", ids)
+
+    def _bitmap(self, place: str, ids: Any) -> Bitmap:
+        with self._guard.reading:
+            bitmap = Bitmap.allow(self.n_slots, self._slots_of(place, as_ids(place, ids)))
+            bitmap.epoch = self.epoch
+            return bitmap
 
     def add(self, vectors: Any, ids: Any = None) -> torch.Tensor:
         """Append items. What "ivf", "pq" and "ivfpq" have learned stays as it is.
@@ -370,6 +392,10 @@ class DenseIndex:
         """
         place = "DenseIndex.add"
         vectors = _vectors(place, "vectors", vectors, self._width)
+        with self._guard.changing:
+            return self._add(place, vectors, ids)
+
+    def _add(self, place: str, vectors: np.ndarray, ids: Any) -> torch.Tensor:
         automatic = ids is None
         if automatic and self._next_id + len(vectors) > 2**63:
             raise ValueError(f"{place}: ids must be given, since the highest id there can be is taken")
@@ -405,10 +431,15 @@ class DenseIndex:
         if len(ids) != len(vectors):
             raise ValueError(f"{place}: vectors must have shape [{len(ids)}, D], got {list(vectors.shape)}")
         refuse_repeats(place, ids)
+        with self._guard.changing:
+            self._update(place, ids, vectors)
+
+    def _update(self, place: str, ids: np.ndarray, vectors: np.ndarray) -> None:
         slots = self._slots_of(place, ids)
         if self.kind == "hnsw":
-            self.remove(ids)
-            self.add(vectors, ids)
+            self._live[slots] = False
+            self._sorted = None
+            self._add(place, vectors, ids)
             return
         self._own()
         if self._lists():
@@ -431,15 +462,20 @@ class DenseIndex:
         place = "DenseIndex.remove"
         ids = as_ids(place, ids)
         refuse_repeats(place, ids)
-        slots = self._slots_of(place, ids)
-        if self.kind != "hnsw":
-            self._own()
-            self._discard(slots)
-        self._live[slots] = False
-        self._sorted = None
+        with self._guard.changing:
+            slots = self._slots_of(place, ids)
+            if self.kind != "hnsw":
+                self._own()
+                self._discard(slots)
+            self._live[slots] = False
+            self._sorted = None
 
     def compact(self) -> None:
         """Close the gaps that `remove` left. Ids stay, slots change. "hnsw" is built again where it has gaps."""
+        with self._guard.changing:
+            self._compact()
+
+    def _compact(self) -> None:
         keep = self._live.nonzero()[0]
         if len(keep) == self.n_slots:
             return
@@ -467,26 +503,27 @@ class DenseIndex:
         """Write the index to one file, whole or not at all: what FAISS writes, with checksums over every byte."""
         import faiss
 
-        arrays = {"faiss": faiss.serialize_index(self._index), "live": self._live}
-        for name, array in (("ids", self._ids), ("slots", self._slots), ("vectors", self._vectors)):
-            if array is not None:
-                arrays[name] = array
-        config = {
-            "kind": self.kind,
-            "width": self._width,
-            "n_lists": self._n_lists,
-            "n_probe": self.n_probe,
-            "n_links": self._n_links,
-            "ef_construction": self._ef_construction,
-            "ef_search": self.ef_search,
-            "n_codebooks": self._n_codebooks,
-            "refine": self._refine,
-            "next_id": self._next_id,
-        }
-        _file.save(path, "DenseIndex", config, arrays)
+        with self._guard.reading:
+            arrays = {"faiss": faiss.serialize_index(self._index), "live": self._live}
+            for name, array in (("ids", self._ids), ("slots", self._slots), ("vectors", self._vectors)):
+                if array is not None:
+                    arrays[name] = array
+            config = {
+                "kind": self.kind,
+                "width": self._width,
+                "n_lists": self._n_lists,
+                "n_probe": self.n_probe,
+                "n_links": self._n_links,
+                "ef_construction": self._ef_construction,
+                "ef_search": self.ef_search,
+                "n_codebooks": self._n_codebooks,
+                "refine": self._refine,
+                "next_id": self._next_id,
+            }
+            _file.save(path, "DenseIndex", config, arrays)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], mmap: bool = False) -> DenseIndex:
+    def load(cls, path: str | os.PathLike[str], mmap: bool = False, verify: bool = True) -> DenseIndex:
         """Read what `save` wrote.
 
         Parameters
@@ -496,6 +533,9 @@ class DenseIndex:
             Map the file instead of reading it, so that processes share the memory of vectors, codes and links
             ("ivf" and "ivfpq" copy their lists all the same). The first change copies what it must; the file itself
             never changes.
+        verify : bool
+            Compare the checksums, for which the file is read through once. False is for files that are known to be
+            whole: a damaged one could give wrong answers or end the process.
 
         Raises
         ------
@@ -504,7 +544,7 @@ class DenseIndex:
         """
         import faiss
 
-        config, arrays = _file.load(path, "DenseIndex", mmap=mmap)
+        config, arrays = _file.load(path, "DenseIndex", mmap=mmap, verify=verify)
         try:
             options = {name: value for name, value in config.items() if name not in ("width", "next_id")}
             index = cls(np.empty((0, config["width"]), dtype=np.float32), **options)
