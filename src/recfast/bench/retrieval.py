@@ -338,13 +338,13 @@ def _search_coded(indexes: _PerSetting, queries: Tensor, k: int, setting: int) -
 for _contender in (
     Contender("FAISS flat", _dense("flat"), _search_dense),
     Contender("FAISS IVF", _dense("ivf"), _search_lists, _probes, "n_probe={}"),
-    Contender("FAISS PQ", _faiss_codes(0), _search_faiss_codes, _books, "M={}"),
-    Contender("FAISS PQ, best 10 k re-scored", _faiss_codes(10), _search_faiss_codes, _books, "M={}"),
     Contender("CodeIndex PQ, plain", _product("none"), _search_coded, _books, "M={}"),
     Contender("CodeIndex PQ, block-max", _product("lex"), _search_coded, _books, "M={}"),
     Contender("CodeIndex PQ, best 10 k re-scored", _product("lex", 10), _search_coded, _books, "M={}"),
     Contender("CodeIndex residual, plain", _residual("none"), _search_coded, lambda problem: (4, 8), "M={}"),
     Contender("CodeIndex residual, block-max", _residual("lex"), _search_coded, lambda problem: (4, 8), "M={}"),
+    Contender("FAISS PQ", _faiss_codes(0), _search_faiss_codes, _books, "M={}"),
+    Contender("FAISS PQ, best 10 k re-scored", _faiss_codes(10), _search_faiss_codes, _books, "M={}"),
     # Last, since it takes longest to build.
     Contender(
         "FAISS HNSW",

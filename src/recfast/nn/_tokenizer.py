@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import nn
 
 from recfast.nn.collisions import Assignment, Method, _keys, group_sizes, shared
 
-# Distances [rows, K] of a piece of the rows: 16 MiB of float32.
-_CELLS = 1 << 22
+# Distances [rows, K] of a piece of the rows: 1 MiB of float32, which stays in the cache.
+_CELLS = 1 << 18
 
 
 class Tokenizer(nn.Module):
@@ -62,8 +63,11 @@ class Tokenizer(nn.Module):
         """The codes [n, M] of a piece of the rows."""
         raise NotImplementedError
 
-    def _decode(self, codes: torch.Tensor, levels: int, mean: torch.Tensor) -> torch.Tensor:
-        """What the first `levels` codes say; `mean` [D] stands for what is not said at all."""
+    def _decodings(self, codes: torch.Tensor, mean: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What the first code says, the first two, ..., all of them; `mean` [D] stands for what is not said at all.
+
+        Each [n, D], and may be the same memory as the one before.
+        """
         raise NotImplementedError
 
     def _last_distances(self, x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -127,7 +131,10 @@ class Tokenizer(nn.Module):
             raise IndexError(
                 f"{place}: codes[{item}, {book}] = {int(codes[item, book])} is outside [0, {self.n_codes})"
             )
-        return self._decode(codes, self.n_codebooks, torch.zeros(self.dim, device=codes.device))
+        return self._decode(codes)
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return deque(self._decodings(codes, torch.zeros(self.dim, device=codes.device)), maxlen=1)[0]
 
     def assign(self, x: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Give items codes of their own, and remember them: at first all items, then new ones as they come.
@@ -218,11 +225,10 @@ class Tokenizer(nn.Module):
         filler = mean.float().to(self._device)
         errors, spread = np.zeros(self.n_codebooks), 0.0
         for rows in self._pieces(len(x)):
-            piece, said = x[rows].double(), codes[rows].long().to(self._device)
-            spread += float((piece - mean).square().sum())
-            for level in range(self.n_codebooks):
-                found = self._decode(said, level + 1, filler).cpu()
-                errors[level] += float((found.double() - piece).square().sum())
+            said = codes[rows].long().to(self._device)
+            spread += float((x[rows] - mean).square_().sum())
+            for level, found in enumerate(self._decodings(said, filler)):
+                errors[level] += float((found.cpu() - x[rows]).square_().sum(dtype=torch.float64))
         relative = [float(error) / spread if spread > 0 else float("nan") for error in errors]
         report = {
             "items": len(x),

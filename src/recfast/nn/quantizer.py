@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -127,10 +129,12 @@ class ProductQuantizer(Tokenizer):
             dim=1,
         )
 
-    def _decode(self, codes: torch.Tensor, levels: int, mean: torch.Tensor) -> torch.Tensor:
-        books = torch.arange(levels, device=codes.device)
-        said = self.centroids[books, codes[:, :levels]].flatten(1)
-        return torch.cat([said, mean[said.shape[1] :].expand(len(codes), -1)], dim=1)
+    def _decodings(self, codes: torch.Tensor, mean: torch.Tensor) -> Iterator[torch.Tensor]:
+        out = mean.expand(len(codes), -1).clone()
+        parts = out.unflatten(1, (self.n_codebooks, -1))
+        for book in range(self.n_codebooks):
+            parts[:, book] = self.centroids[book][codes[:, book]]
+            yield out
 
     def _last_distances(self, x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         part = x[:, -self.centroids.shape[2] :]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -174,14 +176,16 @@ class ResidualKMeans(Tokenizer):
             residual -= self.values[level][codes[-1]]
         return torch.stack(codes, dim=1)
 
-    def _decode(self, codes: torch.Tensor, levels: int, mean: torch.Tensor) -> torch.Tensor:
+    def _decodings(self, codes: torch.Tensor, mean: torch.Tensor) -> Iterator[torch.Tensor]:
         out = self.values[0][codes[:, 0]]
-        for level in range(1, levels):
-            out = out + self.values[level][codes[:, level]]
-        return out
+        yield out
+        for level in range(1, self.n_codebooks):
+            out += self.values[level][codes[:, level]]
+            yield out
 
     def _last_distances(self, x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        last = self.n_codebooks - 1
-        residual = x - self._decode(codes, last, x[0]) if last else x
-        scaled = self._scaled(last, residual, x.norm(dim=1))
-        return squared_distances(scaled, self.centroids[last], self.n_codes) + scaled.square().sum(1, keepdim=True)
+        residual = x.clone()
+        for level in range(self.n_codebooks - 1):
+            residual -= self.values[level][codes[:, level]]
+        scaled = self._scaled(self.n_codebooks - 1, residual, x.norm(dim=1))
+        return squared_distances(scaled, self.centroids[-1], self.n_codes) + scaled.square().sum(1, keepdim=True)

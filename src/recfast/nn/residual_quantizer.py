@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -328,11 +328,11 @@ class ResidualQuantizer(Tokenizer):
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         return self._levels(self.encoder((x - self.mean) / self.scale))[0]
 
-    def _decode(self, codes: torch.Tensor, levels: int, mean: torch.Tensor) -> torch.Tensor:
-        said = self.centroids[0][codes[:, 0]]
-        for level in range(1, levels):
-            said = said + self.centroids[level][codes[:, level]]
-        return self.decoder(said) * self.scale + self.mean
+    def _decodings(self, codes: torch.Tensor, mean: torch.Tensor) -> Iterator[torch.Tensor]:
+        said = torch.zeros(len(codes), self.centroids.shape[2], device=codes.device)
+        for level in range(self.n_codebooks):
+            said += self.centroids[level][codes[:, level]]
+            yield self.decoder(said) * self.scale + self.mean
 
     def _last_distances(self, x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         last = self._levels(self.encoder((x - self.mean) / self.scale))[1][-1]
