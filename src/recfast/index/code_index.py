@@ -119,10 +119,17 @@ class CodeIndex:
     def __getstate__(self) -> dict[str, Any]:
         with self._guard.reading:
             left_out = ("_guard", "_building", "epoch", "_sorted", "_counts", "_lists", "_sparse_queries")
-            return {name: value for name, value in self.__dict__.items() if name not in left_out}
+            state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+            # As arrays: torch does not pickle all dtypes.
+            parts = {name: part.numpy() for name, part in self._trimmed().items()}
+            return {**state, "_packed": (self._packed.size, self._packed.n_codes, parts)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        size, n_codes, parts = state["_packed"]
+        # Copied, as copy.deepcopy hands the arrays over as they are in this process.
+        tensors = {name: torch.from_numpy(part.copy()) for name, part in parts.items()}
+        self._packed = PackedCodes(size=size, n_codes=n_codes, **tensors)
         self._start()
 
     def _pack(
@@ -294,7 +301,12 @@ class CodeIndex:
             mask = as_mask(place, mask, queries, self._packed.size, epoch=self.epoch)
             if isinstance(table, SparseTable) and plan in ("auto", "postings"):
                 return self._search_sparse(table, k, mask, plan)
-            return ops.code_search(self._packed, table, k, mask=mask, plan=plan, check=False)
+            return self._scan(table, k, mask, plan)
+
+    def _scan(self, table: Any, k: int, mask: Any, plan: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(mask, Bitmap):
+            mask = mask.serving(self._packed)
+        return ops.code_search(self._packed, table, k, mask=mask, plan=plan, check=False)
 
     def _search_sparse(self, table: SparseTable, k: int, mask: Any, plan: str) -> tuple[torch.Tensor, torch.Tensor]:
         if mask is not None and not isinstance(mask, Bitmap):
@@ -309,7 +321,7 @@ class CodeIndex:
                 if self._sparse_queries < _POSTINGS_AFTER:
                     by_lists[:] = False
         if not by_lists.any():
-            return ops.code_search(self._packed, table, k, mask=mask, plan="auto", check=False)
+            return self._scan(table, k, mask, "auto")
         lists = self._posting_lists()
         if by_lists.all():
             return ops.code_postings(lists, self._packed, table, k, mask=mask, check=False)
@@ -322,7 +334,7 @@ class CodeIndex:
             if chosen is by_lists:
                 found = ops.code_postings(lists, self._packed, part, k, mask=only, check=False)
             else:
-                found = ops.code_search(self._packed, part, k, mask=only, plan="auto", check=False)
+                found = self._scan(part, k, only, "auto")
             scores[rows], ids[rows] = found
         return scores, ids
 
@@ -336,7 +348,7 @@ class CodeIndex:
         offsets = table.offsets.numpy()
         touched = sums[offsets[1:]] - sums[offsets[:-1]]
         # Items in no list are tried in turn until k of them are allowed.
-        allowed = len(self) if mask is None else mask.count()
+        allowed = np.asarray(len(self) if mask is None else mask.count())
         touched = touched + np.minimum(min(k, size) * (size / np.maximum(allowed, 1)), size)
         return touched * _POSTINGS_SHARE < size
 
