@@ -25,9 +25,10 @@ _PLANS = ("auto", "scan", "block_max", "scalar", "postings")
 
 # Below this many items there are too few groups to skip.
 _LEAST_SORTED = 16384
-# "auto" sorts where a group of 256 neighbours holds, over all codebooks, at most this share of the codes that 256 items
-# drawn at random hold. Uniform codes come to about three quarters: sorting always settles the first codebooks.
-_CLUSTERED = 0.5
+# "auto" sorts where groups of 256 neighbours hold at most this share of the different codes that they would hold if
+# codebooks had nothing to do with each other. Measured: independent codes come to 1.00 and above, the product-quantised
+# vectors of clusters to 0.90 and below.
+_CLUSTERED = 0.95
 # Lists are read where they hold fewer than one in this many of the items; see benchmarks/bench_code_index.py.
 _POSTINGS_SHARE = 40
 # So many queries of few entries are scanned before "auto" builds lists for those that follow.
@@ -56,9 +57,10 @@ class CodeIndex:
     order : "auto", "none" or "lex"
         "lex" lays items out in lexicographic order of their codes, so that neighbours share codes and a search can
         skip groups of items that cannot reach the answer; it costs the sort and 8 + M / 7 bytes an item. "none" keeps
-        the order given. "auto" sorts where items cluster: at least 16,384 items, and 256 neighbours hold, over all
-        codebooks, at most half of the different codes that 256 items drawn at random would hold (codes drawn uniformly
-        come to about three quarters). It is decided when the index is made and again by `compact`.
+        the order given. "auto" sorts where items cluster, which it measures: there are 16,384 items or more, and groups
+        of 256 neighbours in sorted order hold at most 0.95 of the different codes that they would hold were the
+        codebooks independent of each other, with codes as frequent as they are. Decided when the index is made and
+        again by `compact`.
 
     Raises
     ------
@@ -732,8 +734,13 @@ def _clusters(packed: PackedCodes) -> bool:
     counts = ops.posting_counts(packed, packed.n_codes).view(books, -1).double()
     # Bitmaps have 256 bits: neighbouring codes share one where there are more.
     share = 1 << max((packed.n_codes - 1).bit_length() - 8, 0)
-    counts = torch.nn.functional.pad(counts, (0, -packed.n_codes % share)).view(books, -1, share).sum(2)
-    expected = (1 - (1 - counts / packed.size) ** 256).sum()
+    shared = torch.nn.functional.pad(counts, (0, -packed.n_codes % share)).view(books, -1, share).sum(2)
+    drawn = (1 - (1 - shared / packed.size) ** 256).sum(1)
+    # Sorting walks through the codes of the first codebooks: a group passes `span` of them, and draws from the others.
+    often = counts / packed.size
+    perplexity = torch.exp(-torch.special.xlogy(often, often).sum(1))
+    span = 256 / packed.size * perplexity.cumprod(0) / share
+    expected = (drawn * (1 - torch.exp(-span / drawn))).clamp(min=1).sum()
     return bool(held <= _CLUSTERED * expected)
 
 
