@@ -70,8 +70,14 @@ void bounds_scalar(const std::uint64_t* bitmaps, std::int64_t count, std::int64_
   }
 }
 
+std::int64_t reach_scalar(const std::int32_t* keys, std::int64_t count, std::int32_t key) noexcept {
+  std::int32_t found = 0;
+  for (std::int64_t i = 0; i < count; ++i) found += keys[i] >= key ? 1 : 0;
+  return found;
+}
+
 template <class Code>
-constexpr Forms<Code> kScalarForms{seek_none<Code>, deficits_scalar, top_scalar, bounds_scalar};
+constexpr Forms<Code> kScalarForms{seek_none<Code>, deficits_scalar, top_scalar, bounds_scalar, reach_scalar};
 
 template <class Code>
 [[nodiscard]] Forms<Code> pick(Plan plan) noexcept {
@@ -154,7 +160,7 @@ struct State {
     }
     const std::int64_t room = Collector::room(job.kept);
     auto* const kept = carve.template take<Scored>(room);
-    best = Collector(kept, carve.template take<std::int32_t>(room), job.kept);
+    best = Collector(kept, carve.template take<std::int32_t>(room), job.kept, job.forms.reach);
   }
 };
 
@@ -367,35 +373,30 @@ class Searcher {
   }
 
   void look(State<Code>& s, const std::int32_t* list, std::int64_t first, std::int64_t last) const noexcept {
-    std::uint64_t masks[kGroup];
     Sight<Code> sight{.planes = items_.planes,
                       .levels = items_.levels,
                       .lut = s.lut,
                       .list = list,
                       .books = items_.books,
                       .entries = items_.entries,
-                      .limit = s.limit,
+                      .limit = 0,
                       .table = s.table,
                       .bias = items_.bias,
                       .size = items_.size,
-                      .theta = s.best.theta()};
-    const bool any = s.inverse == 0;
-    for (std::int64_t at = first; at < last; at += kGroup) {
-      if (any && s.inverse == 0) {
-        std::fill_n(masks, kGroup, ~std::uint64_t{0});
-      } else {
-        at = job_.forms.seek(sight, at, last, masks);
-        if (at >= last) return;
-      }
-      bool moved = false;
-      for (std::int64_t i = 0; i < std::min(kGroup, last - at); ++i) {
-        if (masks[i] == 0) continue;
-        const std::int64_t block = sight.block(at + i);
-        moved |= consider(s, block, masks[i] & word(s, block));
-      }
-      if (moved) {
-        sight.limit = s.limit;
-        sight.theta = s.best.theta();
+                      .theta = 0};
+    Hit hits[kHits];
+    for (std::int64_t at = first; at < last;) {
+      sight.limit = s.limit;
+      sight.theta = s.best.theta();
+      // Without a threshold yet everything is looked into.
+      const std::int64_t count = s.inverse > 0 ? job_.forms.seek(sight, at, last, hits, &at)
+                                               : seek_none(sight, at, std::min(at + kGroup, last), hits, &at);
+      for (std::int64_t h = 0; h < count; ++h) {
+        for (std::int64_t i = 0; i < std::min(kGroup, last - hits[h].at); ++i) {
+          if (hits[h].masks[i] == 0) continue;
+          const std::int64_t block = sight.block(hits[h].at + i);
+          consider(s, block, hits[h].masks[i] & word(s, block));
+        }
       }
     }
   }
@@ -407,11 +408,10 @@ class Searcher {
     return total;
   }
 
-  // Scores the items of `bits` and keeps what is good enough; whether theta has moved.
-  bool consider(State<Code>& s, std::int64_t block, std::uint64_t bits) const noexcept {
+  // Scores the items of `bits` and keeps what is good enough.
+  void consider(State<Code>& s, std::int64_t block, std::uint64_t bits) const noexcept {
     const Code* planes = items_.planes + block * items_.books * kItems;
     const std::uint64_t* by_slot = s.mask != nullptr && !job_.request.mask_by_position ? s.mask : nullptr;
-    bool moved = false;
     for (; bits != 0; bits &= bits - 1) {
       const std::int64_t item = std::countr_zero(bits);
       const std::int64_t position = block * kItems + item;
@@ -422,12 +422,10 @@ class Searcher {
       // Both comparisons are false for the NaN that -inf makes of an overflowed sum.
       if (!(score >= s.best.theta() && score > -kInfinity)) continue;
       if (s.best.offer(score, items_.ids == nullptr ? slot : items_.ids[slot])) {
-        moved = true;
         tell(s);
         aim(s);
       }
     }
-    return moved;
   }
 
   static void tell(State<Code>& s) noexcept {

@@ -111,11 +111,19 @@ struct Sight {
   [[nodiscard]] std::int64_t block(std::int64_t at) const noexcept { return list == nullptr ? at : list[at]; }
 };
 
-// The first place at or after `first`, a multiple of kGroup away, where one of kGroup blocks (fewer at `last`) has items
-// that may reach theta: one bit each in masks[0:kGroup]. `last` or beyond where there is none.
+// kGroup blocks from place `at` of a stretch, with items that may reach theta: one bit each.
+struct Hit {
+  std::int64_t at;
+  std::uint64_t masks[kGroup];
+};
+// So many are noted before they are looked into, with one limit for all: what is looked for rarely should not interrupt.
+inline constexpr std::int64_t kHits = 16;
+
+// Looks through places [first, last), kGroup at a time (fewer at the end), until there are kHits hits; how many there are.
+// `next` becomes the place to go on from.
 template <class Code>
-using Seek = std::int64_t(const Sight<Code>& sight, std::int64_t first, std::int64_t last,
-                          std::uint64_t* masks) noexcept;
+using Seek = std::int64_t(const Sight<Code>& sight, std::int64_t first, std::int64_t last, Hit* hits,
+                          std::int64_t* next) noexcept;
 // out[c] = min(255, floor((top - values[c]) * inverse)) for c < count, 255 for the rest of 256.
 using Deficits = void(const float* values, std::int64_t count, float top, float inverse, std::uint8_t* out) noexcept;
 // The largest of count values.
@@ -124,19 +132,28 @@ using Top = float(const float* values, std::int64_t count) noexcept;
 using Bounds = void(const std::uint64_t* bitmaps, std::int64_t count, std::int64_t rows, const std::uint8_t* lut,
                     std::uint16_t* out) noexcept;
 
+// How many of `count` keys are at least `key`.
+using Reach = std::int64_t(const std::int32_t* keys, std::int64_t count, std::int32_t key) noexcept;
+
 template <class Code>
 struct Forms {
   Seek<Code>* seek;
   Deficits* deficits;
   Top* top;
   Bounds* bounds;
+  Reach* reach;
 };
 
 // The seek that leaves everything to the exact sum.
 template <class Code>
-std::int64_t seek_none(const Sight<Code>&, std::int64_t first, std::int64_t, std::uint64_t* masks) noexcept {
-  for (std::int64_t i = 0; i < kGroup; ++i) masks[i] = ~std::uint64_t{0};
-  return first;
+std::int64_t seek_none(const Sight<Code>&, std::int64_t first, std::int64_t last, Hit* hits,
+                       std::int64_t* next) noexcept {
+  std::int64_t count = 0;
+  for (; first < last && count < kHits; first += kGroup) {
+    hits[count++] = {.at = first, .masks = {~std::uint64_t{0}, ~std::uint64_t{0}, ~std::uint64_t{0}, ~std::uint64_t{0}}};
+  }
+  *next = first;
+  return count;
 }
 
 [[nodiscard]] Forms<std::uint8_t> forms_avx2(std::uint8_t) noexcept;

@@ -12,13 +12,21 @@
 namespace recfast::code_search {
 namespace {
 
+// The value is in a register from here on. Without it the compiler loads codes anew for each permutation that overwrites
+// them, and carries the rows of all codebooks around the loop, most of them spilled: loads then take half the time.
+[[nodiscard]] __m512i pinned(__m512i value) noexcept {
+  __asm__ volatile("" : "+v"(value));
+  return value;
+}
+
 // A row of deficits in registers: Tables * 64 entries of it.
 template <int Tables>
 struct Row {
   __m512i part[Tables];
 
   explicit Row(const std::uint8_t* lut) noexcept {
-    for (int i = 0; i < Tables; ++i) part[i] = _mm512_loadu_si512(lut + i * 64);
+#pragma GCC unroll 4
+    for (int i = 0; i < Tables; ++i) part[i] = pinned(_mm512_loadu_si512(lut + i * 64));
   }
 
   [[nodiscard]] __m512i operator[](__m512i codes) const noexcept {
@@ -39,75 +47,84 @@ void add(const std::uint8_t* lut, const std::uint8_t* const* codes, std::int64_t
   const Row<Tables> row(lut);
 #pragma GCC unroll 4
   for (int i = 0; i < kGroup; ++i) {
-    sums[i] = _mm512_adds_epu8(sums[i], row[_mm512_loadu_si512(codes[i] + offset)]);
+    sums[i] = _mm512_adds_epu8(sums[i], row[pinned(_mm512_loadu_si512(codes[i] + offset))]);
   }
 }
 
 template <int Tables, int Books, bool Listed>
 std::int64_t seek(const Sight<std::uint8_t>& sight, std::int64_t first, std::int64_t last,
-                  std::uint64_t* masks) noexcept {
+                  Hit* hits, std::int64_t* next) noexcept {
   const __m512i limit = _mm512_set1_epi8(static_cast<char>(sight.limit));
   const std::int64_t books = Books > 0 ? Books : sight.books;
   const std::int64_t stride = books * kItems;
+  std::int64_t count = 0;
   for (std::int64_t at = first; at < last; at += kGroup) {
-    const std::uint8_t* planes[kGroup];
+    std::int64_t blocks[kGroup];
     for (std::int64_t i = 0; i < kGroup; ++i) {
       // Beyond the end the last block stands in.
       const std::int64_t place = std::min(at + i, last - 1);
-      planes[i] = sight.planes + (Listed ? sight.list[place] : place) * stride;
+      blocks[i] = Listed ? sight.list[place] : place;
     }
+    const std::uint8_t* planes[kGroup];
+    for (std::int64_t i = 0; i < kGroup; ++i) planes[i] = sight.planes + blocks[i] * stride;
     __m512i sums[kGroup] = {};
 #pragma GCC unroll 16
     for (std::int64_t m = 0; m < books; ++m) add<Tables>(sight.lut + m * kLevels, planes, m * kItems, sums);
     if (sight.levels != nullptr) {
       const std::uint8_t* levels[kGroup];
-      for (std::int64_t i = 0; i < kGroup; ++i) {
-        const std::int64_t place = std::min(at + i, last - 1);
-        levels[i] = sight.levels + (Listed ? sight.list[place] : place) * kItems;
-      }
+      for (std::int64_t i = 0; i < kGroup; ++i) levels[i] = sight.levels + blocks[i] * kItems;
       add<4>(sight.lut + books * kLevels, levels, 0, sums);
     }
     const __m512i least = _mm512_min_epu8(_mm512_min_epu8(sums[0], sums[1]), _mm512_min_epu8(sums[2], sums[3]));
     if (_mm512_cmple_epu8_mask(least, limit) == 0) continue;
-    for (int i = 0; i < kGroup; ++i) masks[i] = _mm512_cmple_epu8_mask(sums[i], limit);
-    return at;
+    Hit& hit = hits[count++];
+    hit.at = at;
+    for (int i = 0; i < kGroup; ++i) hit.masks[i] = _mm512_cmple_epu8_mask(sums[i], limit);
+    if (count == kHits) {
+      *next = at + kGroup;
+      return count;
+    }
   }
-  return last;
+  *next = last;
+  return count;
 }
 
 template <int Tables>
 std::int64_t seek(const Sight<std::uint8_t>& sight, std::int64_t first, std::int64_t last,
-                  std::uint64_t* masks) noexcept {
+                  Hit* hits, std::int64_t* next) noexcept {
   const bool listed = sight.list != nullptr;
   switch (sight.books) {
     case 4:
-      return listed ? seek<Tables, 4, true>(sight, first, last, masks)
-                    : seek<Tables, 4, false>(sight, first, last, masks);
+      return listed ? seek<Tables, 4, true>(sight, first, last, hits, next)
+                    : seek<Tables, 4, false>(sight, first, last, hits, next);
     case 8:
-      return listed ? seek<Tables, 8, true>(sight, first, last, masks)
-                    : seek<Tables, 8, false>(sight, first, last, masks);
+      return listed ? seek<Tables, 8, true>(sight, first, last, hits, next)
+                    : seek<Tables, 8, false>(sight, first, last, hits, next);
     default:
-      return listed ? seek<Tables, 0, true>(sight, first, last, masks)
-                    : seek<Tables, 0, false>(sight, first, last, masks);
+      return listed ? seek<Tables, 0, true>(sight, first, last, hits, next)
+                    : seek<Tables, 0, false>(sight, first, last, hits, next);
   }
 }
 
-std::int64_t seek8(const Sight<std::uint8_t>& sight, std::int64_t first, std::int64_t last,
-                   std::uint64_t* masks) noexcept {
-  if (sight.entries <= 64) return seek<1>(sight, first, last, masks);
-  if (sight.entries <= 128) return seek<2>(sight, first, last, masks);
-  return seek<4>(sight, first, last, masks);
+std::int64_t seek8(const Sight<std::uint8_t>& sight, std::int64_t first, std::int64_t last, Hit* hits,
+                   std::int64_t* next) noexcept {
+  if (sight.entries <= 64) return seek<1>(sight, first, last, hits, next);
+  if (sight.entries <= 128) return seek<2>(sight, first, last, hits, next);
+  return seek<4>(sight, first, last, hits, next);
 }
 
 // Two bytes a code: the rounded sums themselves.
-std::int64_t seek16(const Sight<std::uint16_t>& sight, std::int64_t first, std::int64_t last,
-                    std::uint64_t* masks) noexcept {
+std::int64_t seek16(const Sight<std::uint16_t>& sight, std::int64_t first, std::int64_t last, Hit* hits,
+                    std::int64_t* next) noexcept {
   const __m512 theta = _mm512_set1_ps(sight.theta);
+  std::int64_t count = 0;
   for (std::int64_t at = first; at < last; at += kGroup) {
+    Hit& hit = hits[count];
+    hit.at = at;
     std::uint64_t any = 0;
     for (std::int64_t i = 0; i < std::min(kGroup, last - at); ++i) {
       const std::int64_t block = sight.block(at + i);
-      masks[i] = 0;
+      hit.masks[i] = 0;
       for (std::int64_t lane = 0; lane < kItems; lane += 16) {
         const std::uint16_t* const codes = sight.planes + block * sight.books * kItems + lane;
         __m512 sum = _mm512_setzero_ps();
@@ -122,13 +139,18 @@ std::int64_t seek16(const Sight<std::uint16_t>& sight, std::int64_t first, std::
           const auto present = static_cast<__mmask16>(rest >= 16 ? 0xffff : rest <= 0 ? 0 : (1 << rest) - 1);
           sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(present, sight.bias + block * kItems + lane));
         }
-        masks[i] |= static_cast<std::uint64_t>(_mm512_cmp_ps_mask(sum, theta, _CMP_GE_OQ)) << lane;
+        hit.masks[i] |= static_cast<std::uint64_t>(_mm512_cmp_ps_mask(sum, theta, _CMP_GE_OQ)) << lane;
       }
-      any |= masks[i];
+      any |= hit.masks[i];
     }
-    if (any != 0) return at;
+    count += any != 0 ? 1 : 0;
+    if (count == kHits) {
+      *next = at + kGroup;
+      return count;
+    }
   }
-  return last;
+  *next = last;
+  return count;
 }
 
 void deficits(const float* values, std::int64_t count, float top, float inverse, std::uint8_t* out) noexcept {
@@ -178,10 +200,21 @@ void bounds(const std::uint64_t* bitmaps, std::int64_t count, std::int64_t rows,
   }
 }
 
+std::int64_t reach(const std::int32_t* keys, std::int64_t count, std::int32_t key) noexcept {
+  const __m512i least = _mm512_set1_epi32(key);
+  std::int64_t found = 0;
+  for (std::int64_t i = 0; i < count; i += 16) {
+    const std::int64_t rest = count - i;
+    const auto present = static_cast<__mmask16>(rest >= 16 ? 0xffff : (1 << rest) - 1);
+    found += _mm_popcnt_u32(_mm512_mask_cmpge_epi32_mask(present, _mm512_maskz_loadu_epi32(present, keys + i), least));
+  }
+  return found;
+}
+
 }  // namespace
 
-Forms<std::uint8_t> forms_avx512(std::uint8_t) noexcept { return {seek8, deficits, top, bounds}; }
-Forms<std::uint16_t> forms_avx512(std::uint16_t) noexcept { return {seek16, deficits, top, bounds}; }
+Forms<std::uint8_t> forms_avx512(std::uint8_t) noexcept { return {seek8, deficits, top, bounds, reach}; }
+Forms<std::uint16_t> forms_avx512(std::uint16_t) noexcept { return {seek16, deficits, top, bounds, reach}; }
 
 }  // namespace recfast::code_search
 
