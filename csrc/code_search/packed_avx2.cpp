@@ -7,7 +7,7 @@
 #include <limits>
 
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,popcnt")
 
 namespace recfast::code_search {
 namespace {
@@ -65,6 +65,7 @@ std::int64_t seek(const Sight<std::uint8_t>& sight, std::int64_t first, std::int
         return static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_min_epu8(sum, limit), sum)));
       };
       hit.masks[i] = near(left) | static_cast<std::uint64_t>(near(right)) << 32;
+      if (sight.list != nullptr) hit.masks[i] &= sight.allowed[at + i];
       any |= hit.masks[i];
     }
     count += any != 0 ? 1 : 0;
@@ -145,6 +146,22 @@ std::int64_t reach(const std::int32_t* keys, std::int64_t count, std::int32_t ke
 }
 
 }  // namespace
+
+void pack_words_avx2(const std::uint8_t* mask, std::int64_t words, std::uint64_t* out) noexcept {
+  const auto bits = [](const std::uint8_t* bytes) {
+    // 0 or 1 moves to the highest bit of its byte.
+    return static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(load(bytes), 7)));
+  };
+  for (std::int64_t w = 0; w < words; ++w) {
+    out[w] = bits(mask + w * kItems) | static_cast<std::uint64_t>(bits(mask + w * kItems + 32)) << 32;
+  }
+}
+
+std::int64_t count_bits_avx2(const std::uint64_t* words, std::int64_t count) noexcept {
+  std::int64_t bits = 0;
+  for (std::int64_t w = 0; w < count; ++w) bits += _mm_popcnt_u64(words[w]);
+  return bits;
+}
 
 Forms<std::uint8_t> forms_avx2(std::uint8_t) noexcept { return {seek8, deficits, top, bounds, reach}; }
 Forms<std::uint16_t> forms_avx2(std::uint16_t) noexcept {
