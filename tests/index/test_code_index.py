@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from recfast import ops
 from recfast.errors import InputError
-from recfast.index import Bitmap, CodeIndex, _file
+from recfast.index import Bitmap, CodeIndex, _file, code_index
 from recfast.index._guard import Guard
 
 OLD_FILE = Path(__file__).parent / "files" / "code_index_1.safetensors"
@@ -62,6 +62,14 @@ def sparse(table):
     return ops.SparseTable(codes, flat[rows, codes], offsets)
 
 
+@pytest.fixture(scope="module")
+def ids_are_sorted_often():
+    """After every few new ids, as a large index does after many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_index, "_MOST_RECENT", 2)
+        yield
+
+
 STEPS = ["add", "add named", "update", "remove", "compact", "save", "mmap", "copy"]
 
 
@@ -74,7 +82,9 @@ STEPS = ["add", "add named", "update", "remove", "compact", "save", "mmap", "cop
     with_bias=st.booleans(),
     steps=st.lists(st.sampled_from(STEPS), max_size=8),
 )
-def test_changes_equal_a_rebuilt_index(seed, items, order, n_codes, named, with_bias, steps, tmp_path_factory):
+def test_changes_equal_a_rebuilt_index(
+    seed, items, order, n_codes, named, with_bias, steps, tmp_path_factory, ids_are_sorted_often
+):
     random = np.random.default_rng(seed)
     kind = np.uint8 if n_codes <= 256 else np.uint16
 

@@ -108,17 +108,18 @@ class Bitmap:
         else:
             size, slots = index.n_slots, np.asarray(index.slots_of(ids))
         wide = -(-size // 64)
-        words = slots >> 6
-        rows = ()
         if offsets is not None:
             offsets = as_ids(place, offsets)
             if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(slots) or (np.diff(offsets) < 0).any():
                 raise ValueError(f"{place}: offsets must rise from 0 to {len(slots)}")
-            rows = (len(offsets) - 1,)
-            words = words + np.repeat(np.arange(rows[0]) * wide, np.diff(offsets))
-        bits = np.zeros((*rows, wide), dtype=np.uint64)
-        np.bitwise_or.at(bits.reshape(-1), words, np.uint64(1) << (slots & 63).astype(np.uint64))
-        bitmap = cls(torch.from_numpy(bits.view(np.int64)), size)
+            words = (slots >> 6) + np.repeat(np.arange(len(offsets) - 1) * wide, np.diff(offsets))
+            bits = np.zeros((len(offsets) - 1, wide), dtype=np.uint64)
+            np.bitwise_or.at(bits.reshape(-1), words, np.uint64(1) << (slots & 63).astype(np.uint64))
+            bitmap = cls(torch.from_numpy(bits.view(np.int64)), size)
+        else:
+            mask = np.zeros(size, dtype=np.bool_)
+            mask[slots] = True
+            bitmap = cls._from_bytes(np.packbits(mask, bitorder="little"), size)
         bitmap.epoch = getattr(index, "epoch", None)
         return bitmap
 

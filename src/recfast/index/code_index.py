@@ -29,8 +29,10 @@ _LEAST_SORTED = 16384
 # codebooks had nothing to do with each other. Measured: independent codes come to 1.00 and above, the product-quantised
 # vectors of clusters to 0.90 and below.
 _CLUSTERED = 0.95
+# So many ids may have come since ids were last sorted, or an eighth of all.
+_MOST_RECENT = 4096
 # Lists are read where they hold fewer than one in this many of the items; see benchmarks/bench_code_index.py.
-_POSTINGS_SHARE = 40
+_POSTINGS_SHARE = 20
 # So many queries of few entries are scanned before "auto" builds lists for those that follow.
 _POSTINGS_AFTER = 64
 
@@ -113,14 +115,21 @@ class CodeIndex:
 
     def _forget(self) -> None:
         """Drop what was made from the items and is made again where it is wanted."""
-        self._sorted: tuple[np.ndarray, np.ndarray] | None = None
+        self._forget_ids()
         self._counts: np.ndarray | None = None
         self._lists: ops.PostingLists | None = None
         self._sparse_queries = 0
 
+    def _forget_ids(self) -> None:
+        # The ids in rising order with their slots, as they were once; and what has been added since, by id.
+        self._sorted: tuple[np.ndarray, np.ndarray] | None = None
+        self._recent: dict[int, int] = {}
+
     def __getstate__(self) -> dict[str, Any]:
         with self._guard.reading:
-            left_out = ("_guard", "_building", "epoch", "_sorted", "_counts", "_lists", "_sparse_queries")
+            left_out = (
+                "_guard", "_building", "epoch", "_sorted", "_recent", "_counts", "_lists", "_sparse_queries",
+            )  # fmt: skip
             state = {name: value for name, value in self.__dict__.items() if name not in left_out}
             # As arrays: torch does not pickle all dtypes.
             parts = {name: part.numpy() for name, part in self._trimmed().items()}
@@ -238,12 +247,15 @@ class CodeIndex:
             return self._live()
 
     def _live(self) -> torch.Tensor | None:
+        return torch.from_numpy(self._alive(np.arange(self._packed.size))) if self._removed else None
+
+    def _alive(self, slots: np.ndarray) -> np.ndarray:
+        """Which of `slots` hold an item, bool."""
         if not self._removed:
-            return None
+            return np.ones(len(slots), dtype=np.bool_)
         words = self._packed.live.numpy().view(np.uint64)
-        places = self._positions(np.arange(self._packed.size)).numpy()
-        bits = words[places >> 6] >> (places & 63).astype(np.uint64) & np.uint64(1)
-        return torch.from_numpy(bits.astype(np.bool_))
+        places = self._positions(slots).numpy()
+        return (words[places >> 6] >> (places & 63).astype(np.uint64) & np.uint64(1)).astype(np.bool_)
 
     def _positions(self, slots: np.ndarray) -> torch.Tensor:
         """Where the items of `slots` lie, int64."""
@@ -270,7 +282,7 @@ class CodeIndex:
             How, which never changes the answer. "scan" reads all codes; "block_max" skips groups that cannot reach the
             answer, where the items are in lexicographic order; "scalar" is the plain loop. "postings" (for sparse
             tables) reads the lists of items of the codes named, and builds them first where there are none. "auto"
-            reads lists for queries whose codes are those of fewer than N / 40 items; it builds them once 64 such
+            reads lists for queries whose codes are those of fewer than N / 20 items; it builds them once 64 such
             queries have come since the items last changed.
 
         Returns
@@ -438,15 +450,14 @@ class CodeIndex:
                     at = int(present.argmax())
                     raise ValueError(f"{place}: ids[{at}] = {names[at]} is in the index already")
             if packed.ids is None and not np.array_equal(names, np.arange(start, end)):
-                self._sorted = None
+                self._forget_ids()
                 packed = packed._replace(ids=torch.arange(start))
             given = None if packed.ids is None else torch.from_numpy(names)
             self._packed = packed_append(packed, codes, bias=bias, ids=given)
-            if self._sorted is not None and given is not None:
-                by_id = np.argsort(names, kind="stable")
-                known, slots = self._sorted
-                places = np.searchsorted(known, names[by_id])
-                self._sorted = np.insert(known, places, names[by_id]), np.insert(slots, places, start + by_id)
+            if self._sorted is not None:
+                self._recent.update(zip(names.tolist(), range(start, end), strict=True))
+                if len(self._recent) > max(_MOST_RECENT, end // 8):
+                    self._forget_ids()
             self._recount(codes, 1)
             self._drop_lists()
             self._next_id = max(self._next_id, int(names.max(initial=-1)) + 1)
@@ -494,10 +505,8 @@ class CodeIndex:
             # Lists keep their removed items, which searches leave out by the same bits.
             self._packed = packed_remove(self._packed, self._positions(slots))
             self._removed += len(slots)
-            if self._sorted is not None:
-                known, order = self._sorted
-                places = np.searchsorted(known, names)
-                self._sorted = np.delete(known, places), np.delete(order, places)
+            for name in names.tolist() if self._recent else ():
+                self._recent.pop(name, None)
 
     def compact(self) -> None:
         """Close the gaps that `remove` left, sort anew and give spare memory back. Ids stay, slots change.
@@ -543,10 +552,7 @@ class CodeIndex:
         """The slot of each id, or -1."""
         size = self._packed.size
         if self._packed.ids is None:
-            inside = ids < size
-            if self._removed:
-                inside[inside] &= self._live().numpy()[ids[inside]]
-            return np.where(inside, ids, -1)
+            return self._if_alive(np.where(ids < size, ids, -1))
         if self._sorted is None:
             slots = np.arange(size) if not self._removed else self._live().numpy().nonzero()[0]
             names = self._packed.ids.numpy()[slots]
@@ -557,7 +563,21 @@ class CodeIndex:
         places = np.searchsorted(known, ids)
         found = places < len(known)
         found[found] &= known[places[found]] == ids[found]
-        return np.where(found, slots[np.where(found, places, 0)] if len(slots) else -1, -1)
+        answer = np.full(len(ids), -1)
+        answer[found] = slots[places[found]]
+        # A removed item is still among the sorted ones, and may have come back under another slot since.
+        answer = self._if_alive(answer)
+        if self._recent:
+            for at in (answer < 0).nonzero()[0].tolist():
+                answer[at] = self._recent.get(int(ids[at]), -1)
+        return answer
+
+    def _if_alive(self, slots: np.ndarray) -> np.ndarray:
+        """`slots`, -1 in place of those that hold no item."""
+        if self._removed:
+            some = (slots >= 0).nonzero()[0]
+            slots[some[~self._alive(slots[some])]] = -1
+        return slots
 
     def _slots(self, place: str, ids: np.ndarray) -> np.ndarray:
         slots = self._find(ids)
