@@ -132,6 +132,9 @@ void bind_code_search(py::module_& m) {
     py::gil_scoped_release unlocked;
     recfast::code_search::pack_mask(at<const std::uint8_t>(mask), rows, items, at<std::uint64_t>(out));
   });
+  m.def("code_search_count_bits", [](Address words, std::int64_t count) {
+    return recfast::code_search::count_bits(at<const std::uint64_t>(words), count);
+  });
   m.def("code_search_order_mask", [](Address mask, std::int64_t rows, std::int64_t items, Address slots,
                                      Address positions, Address out) {
     py::gil_scoped_release unlocked;

@@ -57,26 +57,61 @@ class Search {
       if (next == args_.items) return;
       const std::int64_t base = next / kTile * kTile;
       const std::int64_t end = std::min(base + kTile, args_.items);
-      std::int64_t highest = next;
-      for (std::int64_t j = 0; j < count_; ++j) {
-        const float value = values_[j];
-        const std::int64_t begin = scratch_.cursors[j];
-        const std::int64_t stop = args_.indptr[codes_[j] + 1];
-        std::int64_t at = begin;
-        for (; at < stop && args_.positions[at] < end; ++at) {
-          const std::int64_t place = args_.positions[at] - base;
-          scratch_.sums[place] += value;
-          scratch_.touched[place / 64] |= std::uint64_t{1} << (place % 64);
-        }
-        if (at > begin) highest = std::max<std::int64_t>(highest, args_.positions[at - 1]);
-        scratch_.cursors[j] = at;
+      // Where a sum of 0 is too low to be kept, it can mark the items that have been looked at.
+      if (args_.bias == nullptr && best_.threshold() > 0.0f) {
+        positive_tile(base, end);
+      } else {
+        any_tile(base, end, next);
       }
-      tile(base, (next - base) / 64, (highest - base) / 64);
     }
   }
 
+  // body(place) for each place of list j within the tile, from its cursor on; the cursor's end.
+  template <class Body>
+  std::int64_t for_places(std::int64_t j, std::int64_t base, std::int64_t end, const Body& body) const noexcept {
+    const std::int64_t stop = args_.indptr[codes_[j] + 1];
+    std::int64_t at = scratch_.cursors[j];
+    for (; at < stop && args_.positions[at] < end; ++at) body(args_.positions[at] - base);
+    return at;
+  }
+
+  // Adds the lists, then walks them again: most sums are below the threshold, and one comparison each is all they cost.
+  void positive_tile(std::int64_t base, std::int64_t end) noexcept {
+    for (std::int64_t j = 0; j < count_; ++j) {
+      const float value = values_[j];
+      for_places(j, base, end, [&](std::int64_t place) { scratch_.sums[place] += value; });
+    }
+    float threshold = best_.threshold();
+    for (std::int64_t j = 0; j < count_; ++j) {
+      scratch_.cursors[j] = for_places(j, base, end, [&](std::int64_t place) {
+        const float total = scratch_.sums[place];
+        scratch_.sums[place] = 0.0f;
+        if (!(total >= threshold)) return;
+        const std::int64_t slot = allowed_slot(base + place);
+        if (slot < 0) return;
+        best_.offer(total, name(slot));
+        threshold = best_.threshold();
+      });
+    }
+  }
+
+  void any_tile(std::int64_t base, std::int64_t end, std::int64_t next) noexcept {
+    std::int64_t highest = next;
+    for (std::int64_t j = 0; j < count_; ++j) {
+      const float value = values_[j];
+      const std::int64_t begin = scratch_.cursors[j];
+      const std::int64_t at = for_places(j, base, end, [&](std::int64_t place) {
+        scratch_.sums[place] += value;
+        scratch_.touched[place / 64] |= std::uint64_t{1} << (place % 64);
+      });
+      if (at > begin) highest = std::max<std::int64_t>(highest, args_.positions[at - 1]);
+      scratch_.cursors[j] = at;
+    }
+    offer_touched(base, (next - base) / 64, (highest - base) / 64);
+  }
+
   // Offers the touched items of a tile, leaving the scratch as it was found.
-  void tile(std::int64_t base, std::int64_t first, std::int64_t last) noexcept {
+  void offer_touched(std::int64_t base, std::int64_t first, std::int64_t last) noexcept {
     float threshold = best_.threshold();
     for (std::int64_t word = first; word <= last; ++word) {
       for (std::uint64_t bits = scratch_.touched[word]; bits != 0; bits &= bits - 1) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "code_search/packed.h"
 #include "common/top_k.h"
 
 namespace recfast::code_search {
@@ -16,8 +17,8 @@ class Collector {
  public:
   Collector() = default;
   // Scratch of room(k) values each.
-  Collector(Scored* kept, std::int32_t* keys, std::int64_t k) noexcept
-      : kept_(kept), keys_(keys), k_(k), room_(room(k)) {}
+  Collector(Scored* kept, std::int32_t* keys, std::int64_t k, Reach* reach) noexcept
+      : kept_(kept), keys_(keys), reach_(reach), k_(k), room_(room(k)) {}
 
   [[nodiscard]] static std::int64_t room(std::int64_t k) noexcept { return k + std::max<std::int64_t>(k, 64); }
 
@@ -88,9 +89,7 @@ class Collector {
     }
     while (low < high) {  // the largest key that k entries reach
       const auto middle = static_cast<std::int32_t>((static_cast<std::int64_t>(low) + high + 1) >> 1);
-      std::int32_t reach = 0;
-      for (std::int64_t i = 0; i < size_; ++i) reach += keys_[i] >= middle ? 1 : 0;
-      if (reach >= k_) {
+      if (reach_(keys_, size_, middle) >= k_) {
         low = middle;
       } else {
         high = middle - 1;
@@ -115,6 +114,7 @@ class Collector {
 
   Scored* kept_ = nullptr;
   std::int32_t* keys_ = nullptr;
+  Reach* reach_ = nullptr;
   std::int64_t k_ = 0;
   std::int64_t room_ = 0;
   std::int64_t size_ = 0;

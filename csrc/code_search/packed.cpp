@@ -70,8 +70,14 @@ void bounds_scalar(const std::uint64_t* bitmaps, std::int64_t count, std::int64_
   }
 }
 
+std::int64_t reach_scalar(const std::int32_t* keys, std::int64_t count, std::int32_t key) noexcept {
+  std::int32_t found = 0;
+  for (std::int64_t i = 0; i < count; ++i) found += keys[i] >= key ? 1 : 0;
+  return found;
+}
+
 template <class Code>
-constexpr Forms<Code> kScalarForms{seek_none<Code>, deficits_scalar, top_scalar, bounds_scalar};
+constexpr Forms<Code> kScalarForms{seek_none<Code>, deficits_scalar, top_scalar, bounds_scalar, reach_scalar};
 
 template <class Code>
 [[nodiscard]] Forms<Code> pick(Plan plan) noexcept {
@@ -82,6 +88,27 @@ template <class Code>
   }
 #endif
   return kScalarForms<Code>;
+}
+
+void pack_words_scalar(const std::uint8_t* mask, std::int64_t words, std::uint64_t* out) noexcept {
+  for (std::int64_t w = 0; w < words; ++w) {
+    std::uint64_t bits = 0;
+    for (std::int64_t j = 0; j < kItems; j += 8) {
+      std::uint64_t bytes;
+      std::memcpy(&bytes, mask + w * kItems + j, 8);
+      // The lowest bits of eight bytes meet in the highest byte.
+      bits |= (bytes * 0x0102040810204080u >> 56) << j;
+    }
+    out[w] = bits;
+  }
+}
+
+[[nodiscard]] PackWords* pick_pack_words() noexcept {
+#if defined(__x86_64__)
+  if (has_vbmi()) return pack_words_avx512;
+  if (active_isa() >= Isa::kAvx2) return pack_words_avx2;
+#endif
+  return pack_words_scalar;
 }
 
 // --- one query ---
@@ -154,7 +181,7 @@ struct State {
     }
     const std::int64_t room = Collector::room(job.kept);
     auto* const kept = carve.template take<Scored>(room);
-    best = Collector(kept, carve.template take<std::int32_t>(room), job.kept);
+    best = Collector(kept, carve.template take<std::int32_t>(room), job.kept, job.forms.reach);
   }
 };
 
@@ -251,32 +278,38 @@ class Searcher {
         aim(s);
       }
     }
-    const bool words = items_.live != nullptr || (s.mask != nullptr && job_.request.mask_by_position);
     bounded = bounded && s.inverse > 0;
-    if (!bounded && !words) {
-      look(s, nullptr, first, last);
+    const bool masked = items_.live != nullptr || (s.mask != nullptr && job_.request.mask_by_position);
+    if (!bounded && !masked) {
+      look(s, nullptr, nullptr, first, last);
       return 0;
     }
+    // Blocks of which something may be found, and what.
     std::int32_t list[kSuper];
+    std::uint64_t allowed[kSuper];
     std::int64_t listed = 0;
-    std::int64_t skipped = 0;
-    std::uint16_t bounds[kGroups] = {};
-    const std::int64_t groups = ceil_div(last - first, kGroup);
-    if (bounded) {
-      job_.forms.bounds(items_.groups + super * kGroups * job_.rows * kBits, groups, job_.rows, s.lut, bounds);
+    const std::int64_t blocks = last - first;
+    for (std::int64_t i = 0; i < blocks; ++i) {
+      allowed[listed] = word(s, first + i);
+      list[listed] = static_cast<std::int32_t>(first + i);
+      listed += allowed[listed] != 0 ? 1 : 0;
     }
-    for (std::int64_t g = 0; g < groups; ++g) {
-      if (bounds[g] > s.limit) {
-        ++skipped;
-        continue;
-      }
-      for (std::int64_t block = first + g * kGroup; block < std::min(first + (g + 1) * kGroup, last); ++block) {
-        list[listed] = static_cast<std::int32_t>(block);
-        listed += word(s, block) != 0 ? 1 : 0;
-      }
+    // To bound a group takes about as long as to scan half of it.
+    if (!bounded || listed <= blocks / 4) {
+      look(s, list, allowed, 0, listed);
+      return bounded ? 256 : 0;
     }
-    look(s, list, 0, listed);
-    return static_cast<int>(skipped * 256 / groups);
+    std::uint16_t bounds[kGroups];
+    const std::int64_t groups = ceil_div(blocks, kGroup);
+    job_.forms.bounds(items_.groups + super * kGroups * job_.rows * kBits, groups, job_.rows, s.lut, bounds);
+    std::int64_t kept = 0;
+    for (std::int64_t i = 0; i < listed; ++i) {
+      list[kept] = list[i];
+      allowed[kept] = allowed[i];
+      kept += bounds[(list[i] - first) / kGroup] <= s.limit ? 1 : 0;
+    }
+    look(s, list, allowed, 0, kept);
+    return static_cast<int>((listed - kept) * 256 / listed);
   }
 
   void write(State<Code>& s, std::int64_t query) const noexcept {
@@ -366,36 +399,33 @@ class Searcher {
     return bits;
   }
 
-  void look(State<Code>& s, const std::int32_t* list, std::int64_t first, std::int64_t last) const noexcept {
-    std::uint64_t masks[kGroup];
+  void look(State<Code>& s, const std::int32_t* list, const std::uint64_t* allowed, std::int64_t first,
+            std::int64_t last) const noexcept {
     Sight<Code> sight{.planes = items_.planes,
                       .levels = items_.levels,
                       .lut = s.lut,
                       .list = list,
+                      .allowed = allowed,
                       .books = items_.books,
                       .entries = items_.entries,
-                      .limit = s.limit,
+                      .limit = 0,
                       .table = s.table,
                       .bias = items_.bias,
                       .size = items_.size,
-                      .theta = s.best.theta()};
-    const bool any = s.inverse == 0;
-    for (std::int64_t at = first; at < last; at += kGroup) {
-      if (any && s.inverse == 0) {
-        std::fill_n(masks, kGroup, ~std::uint64_t{0});
-      } else {
-        at = job_.forms.seek(sight, at, last, masks);
-        if (at >= last) return;
-      }
-      bool moved = false;
-      for (std::int64_t i = 0; i < std::min(kGroup, last - at); ++i) {
-        if (masks[i] == 0) continue;
-        const std::int64_t block = sight.block(at + i);
-        moved |= consider(s, block, masks[i] & word(s, block));
-      }
-      if (moved) {
-        sight.limit = s.limit;
-        sight.theta = s.best.theta();
+                      .theta = 0};
+    Hit hits[kHits];
+    for (std::int64_t at = first; at < last;) {
+      sight.limit = s.limit;
+      sight.theta = s.best.theta();
+      // Without a threshold yet everything is looked into.
+      const std::int64_t count = s.inverse > 0 ? job_.forms.seek(sight, at, last, hits, &at)
+                                               : seek_none(sight, at, std::min(at + kGroup, last), hits, &at);
+      for (std::int64_t h = 0; h < count; ++h) {
+        for (std::int64_t i = 0; i < std::min(kGroup, last - hits[h].at); ++i) {
+          if (hits[h].masks[i] == 0) continue;
+          const std::int64_t block = sight.block(hits[h].at + i);
+          consider(s, block, list == nullptr ? hits[h].masks[i] & word(s, block) : hits[h].masks[i]);
+        }
       }
     }
   }
@@ -407,11 +437,10 @@ class Searcher {
     return total;
   }
 
-  // Scores the items of `bits` and keeps what is good enough; whether theta has moved.
-  bool consider(State<Code>& s, std::int64_t block, std::uint64_t bits) const noexcept {
+  // Scores the items of `bits` and keeps what is good enough.
+  void consider(State<Code>& s, std::int64_t block, std::uint64_t bits) const noexcept {
     const Code* planes = items_.planes + block * items_.books * kItems;
     const std::uint64_t* by_slot = s.mask != nullptr && !job_.request.mask_by_position ? s.mask : nullptr;
-    bool moved = false;
     for (; bits != 0; bits &= bits - 1) {
       const std::int64_t item = std::countr_zero(bits);
       const std::int64_t position = block * kItems + item;
@@ -422,12 +451,10 @@ class Searcher {
       // Both comparisons are false for the NaN that -inf makes of an overflowed sum.
       if (!(score >= s.best.theta() && score > -kInfinity)) continue;
       if (s.best.offer(score, items_.ids == nullptr ? slot : items_.ids[slot])) {
-        moved = true;
         tell(s);
         aim(s);
       }
     }
-    return moved;
   }
 
   static void tell(State<Code>& s) noexcept {
@@ -582,23 +609,35 @@ SparseFault check_sparse(const Request& request, std::int64_t count, std::int64_
 
 void pack_mask(const std::uint8_t* mask, std::int64_t rows, std::int64_t items, std::uint64_t* out) noexcept {
   const std::int64_t words = ceil_div(items, kItems);
+  const std::int64_t whole = items / kItems;
+  PackWords* const pack = pick_pack_words();
   parallel_for(rows * words, 4096, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t first = i % words * kItems;
-      const std::uint8_t* const from = mask + i / words * items + first;
-      std::uint64_t bits = 0;
-      const std::int64_t count = std::min(kItems, items - first);
-      std::int64_t j = 0;
-      for (; j + 8 <= count; j += 8) {
-        std::uint64_t bytes;
-        std::memcpy(&bytes, from + j, 8);
-        // The lowest bits of eight bytes meet in the highest byte.
-        bits |= (bytes * 0x0102040810204080u >> 56) << j;
+    for (std::int64_t i = begin; i < end;) {
+      const std::int64_t row = i / words;
+      const std::int64_t first = i - row * words;
+      const std::int64_t last = std::min(words, first + end - i);
+      const std::uint8_t* const from = mask + row * items;
+      if (first < whole) pack(from + first * kItems, std::min(last, whole) - first, out + i);
+      if (last > whole) {
+        std::uint64_t bits = 0;
+        for (std::int64_t j = whole * kItems; j < items; ++j) {
+          bits |= static_cast<std::uint64_t>(from[j]) << (j % kItems);
+        }
+        out[row * words + whole] = bits;
       }
-      for (; j < count; ++j) bits |= static_cast<std::uint64_t>(from[j]) << j;
-      out[i] = bits;
+      i += last - first;
     }
   });
+}
+
+std::int64_t count_bits(const std::uint64_t* words, std::int64_t count) noexcept {
+#if defined(__x86_64__)
+  if (has_vbmi()) return count_bits_avx512(words, count);
+  if (active_isa() >= Isa::kAvx2) return count_bits_avx2(words, count);
+#endif
+  std::int64_t bits = 0;
+  for (std::int64_t w = 0; w < count; ++w) bits += std::popcount(words[w]);
+  return bits;
 }
 
 void order_mask(const std::uint64_t* mask, std::int64_t rows, std::int64_t items, const std::int32_t* slots,
@@ -608,8 +647,7 @@ void order_mask(const std::uint64_t* mask, std::int64_t rows, std::int64_t items
     for (std::int64_t row = begin; row < end; ++row) {
       const std::uint64_t* const from = mask + row * words;
       std::uint64_t* const to = out + row * words;
-      std::int64_t allowed = 0;
-      for (std::int64_t w = 0; w < words; ++w) allowed += std::popcount(from[w]);
+      const std::int64_t allowed = count_bits(from, words);
       if (allowed > items / 2) {
         for (std::int64_t w = 0; w < words; ++w) {
           std::uint64_t bits = 0;

@@ -83,6 +83,8 @@ void search(const Items<Code>& items, const Request& request) noexcept;
 
 // One byte an item, 0 or 1, to one bit: row r to words out + r * ceil(items / 64). Threaded.
 void pack_mask(const std::uint8_t* mask, std::int64_t rows, std::int64_t items, std::uint64_t* out) noexcept;
+// How many bits are set.
+[[nodiscard]] std::int64_t count_bits(const std::uint64_t* words, std::int64_t count) noexcept;
 // Bits by slot to bits by position: out[i] = mask[slots[i]]; positions is the inverse of slots.
 void order_mask(const std::uint64_t* mask, std::int64_t rows, std::int64_t items, const std::int32_t* slots,
                 const std::int32_t* positions, std::uint64_t* out) noexcept;
@@ -99,7 +101,8 @@ struct Sight {
   const Code* planes;
   const std::uint8_t* levels;   // or null
   const std::uint8_t* lut;      // [books + 1, 256] deficits; the last row is of the levels
-  const std::int32_t* list;     // positions of a stretch count in this list of blocks; null: they are blocks
+  const std::int32_t* list;     // places of a stretch count in this list of blocks; null: they are blocks
+  const std::uint64_t* allowed;  // with a list: the items of each of its blocks that may be found
   std::int64_t books;
   std::int64_t entries;
   int limit;
@@ -111,11 +114,19 @@ struct Sight {
   [[nodiscard]] std::int64_t block(std::int64_t at) const noexcept { return list == nullptr ? at : list[at]; }
 };
 
-// The first place at or after `first`, a multiple of kGroup away, where one of kGroup blocks (fewer at `last`) has items
-// that may reach theta: one bit each in masks[0:kGroup]. `last` or beyond where there is none.
+// kGroup blocks from place `at` of a stretch, with items that may reach theta: one bit each.
+struct Hit {
+  std::int64_t at;
+  std::uint64_t masks[kGroup];
+};
+// So many are noted before they are looked into, with one limit for all: what is looked for rarely should not interrupt.
+inline constexpr std::int64_t kHits = 16;
+
+// Looks through places [first, last), kGroup at a time (fewer at the end), until there are kHits hits; how many there are.
+// `next` becomes the place to go on from.
 template <class Code>
-using Seek = std::int64_t(const Sight<Code>& sight, std::int64_t first, std::int64_t last,
-                          std::uint64_t* masks) noexcept;
+using Seek = std::int64_t(const Sight<Code>& sight, std::int64_t first, std::int64_t last, Hit* hits,
+                          std::int64_t* next) noexcept;
 // out[c] = min(255, floor((top - values[c]) * inverse)) for c < count, 255 for the rest of 256.
 using Deficits = void(const float* values, std::int64_t count, float top, float inverse, std::uint8_t* out) noexcept;
 // The largest of count values.
@@ -124,20 +135,40 @@ using Top = float(const float* values, std::int64_t count) noexcept;
 using Bounds = void(const std::uint64_t* bitmaps, std::int64_t count, std::int64_t rows, const std::uint8_t* lut,
                     std::uint16_t* out) noexcept;
 
+// How many of `count` keys are at least `key`.
+using Reach = std::int64_t(const std::int32_t* keys, std::int64_t count, std::int32_t key) noexcept;
+
 template <class Code>
 struct Forms {
   Seek<Code>* seek;
   Deficits* deficits;
   Top* top;
   Bounds* bounds;
+  Reach* reach;
 };
 
 // The seek that leaves everything to the exact sum.
 template <class Code>
-std::int64_t seek_none(const Sight<Code>&, std::int64_t first, std::int64_t, std::uint64_t* masks) noexcept {
-  for (std::int64_t i = 0; i < kGroup; ++i) masks[i] = ~std::uint64_t{0};
-  return first;
+std::int64_t seek_none(const Sight<Code>& sight, std::int64_t first, std::int64_t last, Hit* hits,
+                       std::int64_t* next) noexcept {
+  std::int64_t count = 0;
+  for (; first < last && count < kHits; first += kGroup) {
+    Hit& hit = hits[count++];
+    hit.at = first;
+    for (std::int64_t i = 0; i < kGroup && first + i < last; ++i) {
+      hit.masks[i] = sight.list == nullptr ? ~std::uint64_t{0} : sight.allowed[first + i];
+    }
+  }
+  *next = first;
+  return count;
 }
+
+using PackWords = void(const std::uint8_t* mask, std::int64_t words, std::uint64_t* out) noexcept;
+PackWords pack_words_avx2;
+PackWords pack_words_avx512;
+using CountBits = std::int64_t(const std::uint64_t* words, std::int64_t count) noexcept;
+CountBits count_bits_avx2;
+CountBits count_bits_avx512;
 
 [[nodiscard]] Forms<std::uint8_t> forms_avx2(std::uint8_t) noexcept;
 [[nodiscard]] Forms<std::uint16_t> forms_avx2(std::uint16_t) noexcept;

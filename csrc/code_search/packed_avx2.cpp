@@ -7,7 +7,7 @@
 #include <limits>
 
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,popcnt")
 
 namespace recfast::code_search {
 namespace {
@@ -38,10 +38,13 @@ __m256i look(const std::uint8_t* lut, __m256i codes) noexcept {
 
 template <int Tables>
 std::int64_t seek(const Sight<std::uint8_t>& sight, std::int64_t first, std::int64_t last,
-                  std::uint64_t* masks) noexcept {
+                  Hit* hits, std::int64_t* next) noexcept {
   const __m256i limit = _mm256_set1_epi8(static_cast<char>(sight.limit));
   const std::int64_t stride = sight.books * kItems;
+  std::int64_t count = 0;
   for (std::int64_t at = first; at < last; at += kGroup) {
+    Hit& hit = hits[count];
+    hit.at = at;
     std::uint64_t any = 0;
     for (std::int64_t i = 0; i < std::min(kGroup, last - at); ++i) {
       const std::int64_t block = sight.block(at + i);
@@ -61,19 +64,25 @@ std::int64_t seek(const Sight<std::uint8_t>& sight, std::int64_t first, std::int
       const auto near = [&](__m256i sum) {
         return static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_min_epu8(sum, limit), sum)));
       };
-      masks[i] = near(left) | static_cast<std::uint64_t>(near(right)) << 32;
-      any |= masks[i];
+      hit.masks[i] = near(left) | static_cast<std::uint64_t>(near(right)) << 32;
+      if (sight.list != nullptr) hit.masks[i] &= sight.allowed[at + i];
+      any |= hit.masks[i];
     }
-    if (any != 0) return at;
+    count += any != 0 ? 1 : 0;
+    if (count == kHits) {
+      *next = at + kGroup;
+      return count;
+    }
   }
-  return last;
+  *next = last;
+  return count;
 }
 
-std::int64_t seek8(const Sight<std::uint8_t>& sight, std::int64_t first, std::int64_t last,
-                   std::uint64_t* masks) noexcept {
-  if (sight.entries <= 16) return seek<1>(sight, first, last, masks);
-  if (sight.entries <= 64) return seek<4>(sight, first, last, masks);
-  return seek<16>(sight, first, last, masks);
+std::int64_t seek8(const Sight<std::uint8_t>& sight, std::int64_t first, std::int64_t last, Hit* hits,
+                   std::int64_t* next) noexcept {
+  if (sight.entries <= 16) return seek<1>(sight, first, last, hits, next);
+  if (sight.entries <= 64) return seek<4>(sight, first, last, hits, next);
+  return seek<16>(sight, first, last, hits, next);
 }
 
 void deficits(const float* values, std::int64_t count, float top, float inverse, std::uint8_t* out) noexcept {
@@ -130,11 +139,33 @@ void bounds(const std::uint64_t* bitmaps, std::int64_t count, std::int64_t rows,
   }
 }
 
+std::int64_t reach(const std::int32_t* keys, std::int64_t count, std::int32_t key) noexcept {
+  std::int32_t found = 0;
+  for (std::int64_t i = 0; i < count; ++i) found += keys[i] >= key ? 1 : 0;
+  return found;
+}
+
 }  // namespace
 
-Forms<std::uint8_t> forms_avx2(std::uint8_t) noexcept { return {seek8, deficits, top, bounds}; }
+void pack_words_avx2(const std::uint8_t* mask, std::int64_t words, std::uint64_t* out) noexcept {
+  const auto bits = [](const std::uint8_t* bytes) {
+    // 0 or 1 moves to the highest bit of its byte.
+    return static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(load(bytes), 7)));
+  };
+  for (std::int64_t w = 0; w < words; ++w) {
+    out[w] = bits(mask + w * kItems) | static_cast<std::uint64_t>(bits(mask + w * kItems + 32)) << 32;
+  }
+}
+
+std::int64_t count_bits_avx2(const std::uint64_t* words, std::int64_t count) noexcept {
+  std::int64_t bits = 0;
+  for (std::int64_t w = 0; w < count; ++w) bits += _mm_popcnt_u64(words[w]);
+  return bits;
+}
+
+Forms<std::uint8_t> forms_avx2(std::uint8_t) noexcept { return {seek8, deficits, top, bounds, reach}; }
 Forms<std::uint16_t> forms_avx2(std::uint16_t) noexcept {
-  return {seek_none<std::uint16_t>, deficits, top, bounds};
+  return {seek_none<std::uint16_t>, deficits, top, bounds, reach};
 }
 
 }  // namespace recfast::code_search

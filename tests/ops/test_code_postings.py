@@ -160,14 +160,19 @@ def test_known_values():
 
 
 @pytest.mark.parametrize("items", [32768, 100_000])
-def test_several_tiles(items):
+@pytest.mark.parametrize("extras", [False, True])
+def test_several_tiles(items, extras):
     random = np.random.default_rng(items)
     codes = random.integers(0, 200, (items, 4)).astype(np.uint8)
     table = np.where(random.random((5, 4, 200)) < 0.02, random.integers(-1, 3, (5, 4, 200)), 0).astype(np.float32)
     table[0, 0, 7] = 5
-    packed = packed_codes(codes, slots=random.permutation(items))
-    answer = ops.code_postings(ops.posting_lists(packed, 200), packed, sparse(table), 500)
-    equal_bits(answer, oracle(codes, table, 500))
+    table[1] = np.abs(table[1]) * random.random(table[1].shape, dtype=np.float32)
+    live = random.random(items) < 0.9 if extras else None
+    mask = random.random((5, items)) < 0.5 if extras else None
+    packed = packed_codes(codes, slots=random.permutation(items), live=live)
+    bits = words(mask) if extras else None
+    answer = ops.code_postings(ops.posting_lists(packed, 200), packed, sparse(table), 500, mask=bits)
+    equal_bits(answer, oracle(codes, table, 500, allowed=mask & live if extras else None))
 
 
 def test_same_for_any_batch_and_threads():

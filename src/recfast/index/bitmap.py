@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,16 @@ class Epoch:
 
     def __init__(self) -> None:
         self.over = False
+
+
+class BySlot(NamedTuple):
+    """The words of a bitmap for a search that is to look bits up by slot."""
+
+    words: torch.Tensor
+
+
+# Bits are few where they are at most one in this many.
+_FEW = 32
 
 
 class Bitmap:
@@ -41,7 +51,7 @@ class Bitmap:
         Another dtype; a shape that does not fit; a bit set at or above `size`.
     """
 
-    __slots__ = ("_permuted", "epoch", "size", "words")
+    __slots__ = ("_asked", "_permuted", "epoch", "size", "words")
 
     def __init__(self, words: torch.Tensor, size: int):
         if not isinstance(words, torch.Tensor) or words.dtype != torch.int64:
@@ -59,6 +69,7 @@ class Bitmap:
         # Where it was made from ids: an index that has renumbered its slots since refuses it.
         self.epoch: Epoch | None = None
         self._permuted: tuple[Any, torch.Tensor] | None = None
+        self._asked = False
 
     @classmethod
     def allow(cls, index: Any, ids: Any, offsets: Any = None) -> Bitmap:
@@ -97,17 +108,18 @@ class Bitmap:
         else:
             size, slots = index.n_slots, np.asarray(index.slots_of(ids))
         wide = -(-size // 64)
-        words = slots >> 6
-        rows = ()
         if offsets is not None:
             offsets = as_ids(place, offsets)
             if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(slots) or (np.diff(offsets) < 0).any():
                 raise ValueError(f"{place}: offsets must rise from 0 to {len(slots)}")
-            rows = (len(offsets) - 1,)
-            words = words + np.repeat(np.arange(rows[0]) * wide, np.diff(offsets))
-        bits = np.zeros((*rows, wide), dtype=np.uint64)
-        np.bitwise_or.at(bits.reshape(-1), words, np.uint64(1) << (slots & 63).astype(np.uint64))
-        bitmap = cls(torch.from_numpy(bits.view(np.int64)), size)
+            words = (slots >> 6) + np.repeat(np.arange(len(offsets) - 1) * wide, np.diff(offsets))
+            bits = np.zeros((len(offsets) - 1, wide), dtype=np.uint64)
+            np.bitwise_or.at(bits.reshape(-1), words, np.uint64(1) << (slots & 63).astype(np.uint64))
+            bitmap = cls(torch.from_numpy(bits.view(np.int64)), size)
+        else:
+            mask = np.zeros(size, dtype=np.bool_)
+            mask[slots] = True
+            bitmap = cls._from_bytes(np.packbits(mask, bitorder="little"), size)
         bitmap.epoch = getattr(index, "epoch", None)
         return bitmap
 
@@ -239,10 +251,27 @@ class Bitmap:
             return kept[1]
         if packed.size != self.size:
             raise ValueError(f"Bitmap: there must be {self.size} items, got {packed.size}")
-        words = permute_mask(self.words, packed)
+        # What it costs is the bits that are set, so the smaller side is permuted.
+        total = self.size * (1 if self.queries is None else self.queries)
+        inverted = 2 * int(torch.as_tensor(self.count()).sum()) > total
+        words = permute_mask((~self).words, packed) if inverted else permute_mask(self.words, packed)
+        words = (~Bitmap(words, self.size)).words if inverted else words
         # One assignment, so that threads that come at the same time see the old pair or the new one.
         self._permuted = (weakref.ref(slots), words)
         return words
+
+    def serving(self, packed: Any) -> Bitmap | BySlot:
+        """What a search of `packed` is given: this bitmap, or its words by slot alone where these serve better.
+
+        To lay the bits out by position takes about as long for each bit as a search takes for each item, so it is done
+        where few bits are set or few are not, and otherwise when the bitmap comes a second time.
+        """
+        if packed.slots is None or self._asked:
+            return self
+        self._asked = True
+        count = torch.as_tensor(self.count())
+        few = torch.minimum(count, self.size - count)
+        return self if bool((few * _FEW <= self.size).all()) else BySlot(self.words)
 
     def _like(self, words: torch.Tensor) -> Bitmap:
         made = Bitmap(words, self.size)
@@ -268,7 +297,7 @@ class Bitmap:
 
     def __setstate__(self, state: tuple[torch.Tensor, int]) -> None:
         self.words, self.size = state
-        self.epoch, self._permuted = None, None
+        self.epoch, self._permuted, self._asked = None, None, False
 
 
 def _popcount(words: np.ndarray) -> np.ndarray:

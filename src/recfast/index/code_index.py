@@ -25,11 +25,14 @@ _PLANS = ("auto", "scan", "block_max", "scalar", "postings")
 
 # Below this many items there are too few groups to skip.
 _LEAST_SORTED = 16384
-# "auto" sorts where a group of 256 neighbours holds, over all codebooks, at most this share of the codes that 256 items
-# drawn at random hold. Uniform codes come to about three quarters: sorting always settles the first codebooks.
-_CLUSTERED = 0.5
+# "auto" sorts where groups of 256 neighbours hold at most this share of the different codes that they would hold if
+# codebooks had nothing to do with each other. Measured: independent codes come to 1.00 and above, the product-quantised
+# vectors of clusters to 0.90 and below.
+_CLUSTERED = 0.95
+# So many ids may have come since ids were last sorted, or an eighth of all.
+_MOST_RECENT = 4096
 # Lists are read where they hold fewer than one in this many of the items; see benchmarks/bench_code_index.py.
-_POSTINGS_SHARE = 40
+_POSTINGS_SHARE = 20
 # So many queries of few entries are scanned before "auto" builds lists for those that follow.
 _POSTINGS_AFTER = 64
 
@@ -56,9 +59,10 @@ class CodeIndex:
     order : "auto", "none" or "lex"
         "lex" lays items out in lexicographic order of their codes, so that neighbours share codes and a search can
         skip groups of items that cannot reach the answer; it costs the sort and 8 + M / 7 bytes an item. "none" keeps
-        the order given. "auto" sorts where items cluster: at least 16,384 items, and 256 neighbours hold, over all
-        codebooks, at most half of the different codes that 256 items drawn at random would hold (codes drawn uniformly
-        come to about three quarters). It is decided when the index is made and again by `compact`.
+        the order given. "auto" sorts where items cluster, which it measures: there are 16,384 items or more, and groups
+        of 256 neighbours in sorted order hold at most 0.95 of the different codes that they would hold were the
+        codebooks independent of each other, with codes as frequent as they are. Decided when the index is made and
+        again by `compact`.
 
     Raises
     ------
@@ -111,18 +115,32 @@ class CodeIndex:
 
     def _forget(self) -> None:
         """Drop what was made from the items and is made again where it is wanted."""
-        self._sorted: tuple[np.ndarray, np.ndarray] | None = None
+        self._forget_ids()
         self._counts: np.ndarray | None = None
         self._lists: ops.PostingLists | None = None
         self._sparse_queries = 0
 
+    def _forget_ids(self) -> None:
+        # The ids in rising order with their slots, as they were once; and what has been added since, by id.
+        self._sorted: tuple[np.ndarray, np.ndarray] | None = None
+        self._recent: dict[int, int] = {}
+
     def __getstate__(self) -> dict[str, Any]:
         with self._guard.reading:
-            left_out = ("_guard", "_building", "epoch", "_sorted", "_counts", "_lists", "_sparse_queries")
-            return {name: value for name, value in self.__dict__.items() if name not in left_out}
+            left_out = (
+                "_guard", "_building", "epoch", "_sorted", "_recent", "_counts", "_lists", "_sparse_queries",
+            )  # fmt: skip
+            state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+            # As arrays: torch does not pickle all dtypes.
+            parts = {name: part.numpy() for name, part in self._trimmed().items()}
+            return {**state, "_packed": (self._packed.size, self._packed.n_codes, parts)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        size, n_codes, parts = state["_packed"]
+        # Copied, as copy.deepcopy hands the arrays over as they are in this process.
+        tensors = {name: torch.from_numpy(part.copy()) for name, part in parts.items()}
+        self._packed = PackedCodes(size=size, n_codes=n_codes, **tensors)
         self._start()
 
     def _pack(
@@ -229,12 +247,15 @@ class CodeIndex:
             return self._live()
 
     def _live(self) -> torch.Tensor | None:
+        return torch.from_numpy(self._alive(np.arange(self._packed.size))) if self._removed else None
+
+    def _alive(self, slots: np.ndarray) -> np.ndarray:
+        """Which of `slots` hold an item, bool."""
         if not self._removed:
-            return None
+            return np.ones(len(slots), dtype=np.bool_)
         words = self._packed.live.numpy().view(np.uint64)
-        places = self._positions(np.arange(self._packed.size)).numpy()
-        bits = words[places >> 6] >> (places & 63).astype(np.uint64) & np.uint64(1)
-        return torch.from_numpy(bits.astype(np.bool_))
+        places = self._positions(slots).numpy()
+        return (words[places >> 6] >> (places & 63).astype(np.uint64) & np.uint64(1)).astype(np.bool_)
 
     def _positions(self, slots: np.ndarray) -> torch.Tensor:
         """Where the items of `slots` lie, int64."""
@@ -261,7 +282,7 @@ class CodeIndex:
             How, which never changes the answer. "scan" reads all codes; "block_max" skips groups that cannot reach the
             answer, where the items are in lexicographic order; "scalar" is the plain loop. "postings" (for sparse
             tables) reads the lists of items of the codes named, and builds them first where there are none. "auto"
-            reads lists for queries whose codes are those of fewer than N / 40 items; it builds them once 64 such
+            reads lists for queries whose codes are those of fewer than N / 20 items; it builds them once 64 such
             queries have come since the items last changed.
 
         Returns
@@ -294,7 +315,12 @@ class CodeIndex:
             mask = as_mask(place, mask, queries, self._packed.size, epoch=self.epoch)
             if isinstance(table, SparseTable) and plan in ("auto", "postings"):
                 return self._search_sparse(table, k, mask, plan)
-            return ops.code_search(self._packed, table, k, mask=mask, plan=plan, check=False)
+            return self._scan(table, k, mask, plan)
+
+    def _scan(self, table: Any, k: int, mask: Any, plan: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(mask, Bitmap):
+            mask = mask.serving(self._packed)
+        return ops.code_search(self._packed, table, k, mask=mask, plan=plan, check=False)
 
     def _search_sparse(self, table: SparseTable, k: int, mask: Any, plan: str) -> tuple[torch.Tensor, torch.Tensor]:
         if mask is not None and not isinstance(mask, Bitmap):
@@ -309,7 +335,7 @@ class CodeIndex:
                 if self._sparse_queries < _POSTINGS_AFTER:
                     by_lists[:] = False
         if not by_lists.any():
-            return ops.code_search(self._packed, table, k, mask=mask, plan="auto", check=False)
+            return self._scan(table, k, mask, "auto")
         lists = self._posting_lists()
         if by_lists.all():
             return ops.code_postings(lists, self._packed, table, k, mask=mask, check=False)
@@ -322,7 +348,7 @@ class CodeIndex:
             if chosen is by_lists:
                 found = ops.code_postings(lists, self._packed, part, k, mask=only, check=False)
             else:
-                found = ops.code_search(self._packed, part, k, mask=only, plan="auto", check=False)
+                found = self._scan(part, k, only, "auto")
             scores[rows], ids[rows] = found
         return scores, ids
 
@@ -336,7 +362,7 @@ class CodeIndex:
         offsets = table.offsets.numpy()
         touched = sums[offsets[1:]] - sums[offsets[:-1]]
         # Items in no list are tried in turn until k of them are allowed.
-        allowed = len(self) if mask is None else mask.count()
+        allowed = np.asarray(len(self) if mask is None else mask.count())
         touched = touched + np.minimum(min(k, size) * (size / np.maximum(allowed, 1)), size)
         return touched * _POSTINGS_SHARE < size
 
@@ -424,15 +450,14 @@ class CodeIndex:
                     at = int(present.argmax())
                     raise ValueError(f"{place}: ids[{at}] = {names[at]} is in the index already")
             if packed.ids is None and not np.array_equal(names, np.arange(start, end)):
-                self._sorted = None
+                self._forget_ids()
                 packed = packed._replace(ids=torch.arange(start))
             given = None if packed.ids is None else torch.from_numpy(names)
             self._packed = packed_append(packed, codes, bias=bias, ids=given)
-            if self._sorted is not None and given is not None:
-                by_id = np.argsort(names, kind="stable")
-                known, slots = self._sorted
-                places = np.searchsorted(known, names[by_id])
-                self._sorted = np.insert(known, places, names[by_id]), np.insert(slots, places, start + by_id)
+            if self._sorted is not None:
+                self._recent.update(zip(names.tolist(), range(start, end), strict=True))
+                if len(self._recent) > max(_MOST_RECENT, end // 8):
+                    self._forget_ids()
             self._recount(codes, 1)
             self._drop_lists()
             self._next_id = max(self._next_id, int(names.max(initial=-1)) + 1)
@@ -480,10 +505,8 @@ class CodeIndex:
             # Lists keep their removed items, which searches leave out by the same bits.
             self._packed = packed_remove(self._packed, self._positions(slots))
             self._removed += len(slots)
-            if self._sorted is not None:
-                known, order = self._sorted
-                places = np.searchsorted(known, names)
-                self._sorted = np.delete(known, places), np.delete(order, places)
+            for name in names.tolist() if self._recent else ():
+                self._recent.pop(name, None)
 
     def compact(self) -> None:
         """Close the gaps that `remove` left, sort anew and give spare memory back. Ids stay, slots change.
@@ -529,10 +552,7 @@ class CodeIndex:
         """The slot of each id, or -1."""
         size = self._packed.size
         if self._packed.ids is None:
-            inside = ids < size
-            if self._removed:
-                inside[inside] &= self._live().numpy()[ids[inside]]
-            return np.where(inside, ids, -1)
+            return self._if_alive(np.where(ids < size, ids, -1))
         if self._sorted is None:
             slots = np.arange(size) if not self._removed else self._live().numpy().nonzero()[0]
             names = self._packed.ids.numpy()[slots]
@@ -543,7 +563,21 @@ class CodeIndex:
         places = np.searchsorted(known, ids)
         found = places < len(known)
         found[found] &= known[places[found]] == ids[found]
-        return np.where(found, slots[np.where(found, places, 0)] if len(slots) else -1, -1)
+        answer = np.full(len(ids), -1)
+        answer[found] = slots[places[found]]
+        # A removed item is still among the sorted ones, and may have come back under another slot since.
+        answer = self._if_alive(answer)
+        if self._recent:
+            for at in (answer < 0).nonzero()[0].tolist():
+                answer[at] = self._recent.get(int(ids[at]), -1)
+        return answer
+
+    def _if_alive(self, slots: np.ndarray) -> np.ndarray:
+        """`slots`, -1 in place of those that hold no item."""
+        if self._removed:
+            some = (slots >= 0).nonzero()[0]
+            slots[some[~self._alive(slots[some])]] = -1
+        return slots
 
     def _slots(self, place: str, ids: np.ndarray) -> np.ndarray:
         slots = self._find(ids)
@@ -720,8 +754,13 @@ def _clusters(packed: PackedCodes) -> bool:
     counts = ops.posting_counts(packed, packed.n_codes).view(books, -1).double()
     # Bitmaps have 256 bits: neighbouring codes share one where there are more.
     share = 1 << max((packed.n_codes - 1).bit_length() - 8, 0)
-    counts = torch.nn.functional.pad(counts, (0, -packed.n_codes % share)).view(books, -1, share).sum(2)
-    expected = (1 - (1 - counts / packed.size) ** 256).sum()
+    shared = torch.nn.functional.pad(counts, (0, -packed.n_codes % share)).view(books, -1, share).sum(2)
+    drawn = (1 - (1 - shared / packed.size) ** 256).sum(1)
+    # Sorting walks through the codes of the first codebooks: a group passes `span` of them, and draws from the others.
+    often = counts / packed.size
+    perplexity = torch.exp(-torch.special.xlogy(often, often).sum(1))
+    span = 256 / packed.size * perplexity.cumprod(0) / share
+    expected = (drawn * (1 - torch.exp(-span / drawn))).clamp(min=1).sum()
     return bool(held <= _CLUSTERED * expected)
 
 

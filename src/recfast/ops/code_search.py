@@ -19,6 +19,7 @@ from recfast.ops.packed_codes import (
     permute_mask,
     unpack_codes,
     unpack_live,
+    worth_permuting,
 )
 
 _NAME = "code_search"
@@ -433,6 +434,8 @@ def _search_packed(packed: PackedCodes, table: Any, k: int, mask: Any, plan: str
             words, by_position = ordered(packed), True
         else:
             words = mask_words(_NAME, mask, queries, packed.size)
+            if not by_position and worth_permuting(words, packed):
+                words, by_position = permute_mask(words, packed), True
     if packed.blocks is None and plan == "block_max":
         raise ValueError(f"{_NAME}: plan block_max needs the bitmaps of pack_codes(order='lex'), and these have none")
     if plan == "auto":

@@ -22,6 +22,10 @@ _PLANES = {
 }
 _pack_mask = kernel("code_search_pack_mask")
 _order_mask = kernel("code_search_order_mask")
+_count_bits = kernel("code_search_count_bits")
+# Masks that allow at most one item in so many are put in the order of positions for one search; with more, a bit is
+# looked up for each candidate instead, and there are few of these.
+_SPARSE = 32
 
 
 class PackedCodes(NamedTuple):
@@ -541,6 +545,12 @@ def _permute_reference(words: torch.Tensor, packed: PackedCodes) -> torch.Tensor
 
 
 permute_mask.reference = _permute_reference
+
+
+def worth_permuting(words: torch.Tensor, packed: PackedCodes) -> bool:
+    """Whether a mask that serves one search is worth `permute_mask`."""
+    allowed = _count_bits(words.data_ptr(), words.numel())
+    return allowed * _SPARSE <= packed.size * (words.shape[0] if words.dim() == 2 else 1)
 
 
 def mask_words(op: str, mask: Any, queries: int, size: int) -> torch.Tensor:
