@@ -268,6 +268,7 @@ def test_values_are_the_means_of_what_they_stand_for():
         residual = residual - tokenizer.values[level][codes[:, level]].double()
 
 
+@pytest.mark.filterwarnings("ignore:ResidualKMeans.fit. the codes of level")
 def test_normalising_tells_near_items_apart():
     """Most items sit close to a centroid, a few far off: without normalisation the far ones take the second level."""
     generator = torch.Generator().manual_seed(0)
