@@ -116,6 +116,16 @@ def test_codes_of_two_bytes_in_order():
     assert assignment.add(codes[5:])[:, 2].tolist() == [1]
 
 
+def test_state_of_an_empty_assignment_fits_any_method():
+    again = Assignment(2, 8, "sinkhorn")
+    again.load_state_dict(Assignment(2, 8, "digit").state_dict())
+    assert len(again) == 0
+    full = Assignment(2, 8, "digit")
+    full.add(np.array([[1, 2]]))
+    with pytest.raises(RuntimeError, match="size mismatch for codes"):
+        again.load_state_dict(full.state_dict())
+
+
 @pytest.mark.parametrize(
     ("call", "error", "sentence"),
     [
@@ -135,6 +145,11 @@ def test_codes_of_two_bytes_in_order():
             r"distances must have shape \[2, 4\], got \[1, 4\]",
         ),
         (lambda c: resolve_collisions(c, epsilon=0), ValueError, "epsilon must be positive"),
+        (
+            lambda c: resolve_collisions(np.zeros((65537, 1), dtype=np.int64)),
+            ValueError,
+            r"codes\[65536\] is shared by 65537 items, more than a digit can tell",
+        ),
         (lambda c: Assignment(3, 4).add(c), ValueError, r"codes must have shape \[N, 3\], got \[2, 2\]"),
     ],
 )

@@ -44,6 +44,8 @@ class Problem:
         Of whatever is drawn at random in building.
     name : str
         Where they come from, in words.
+    also : tuple of Contender
+        Who takes part beside `CONTENDERS`.
     """
 
     items: Tensor
@@ -51,6 +53,7 @@ class Problem:
     k: int = 100
     seed: int = 0
     name: str = ""
+    also: tuple[Contender, ...] = ()
     _kept: dict[Any, tuple[Any, float]] = field(default_factory=dict, repr=False, compare=False)
     _spared: list[float] = field(default_factory=list, repr=False, compare=False)
 
@@ -91,7 +94,10 @@ class Problem:
 
 
 def from_run(folder: str | os.PathLike[str], n_queries: int, k: int, seed: int) -> Problem:
-    """The item vectors of a finished run's retriever, and users drawn at random from those who liked anything."""
+    """The item vectors of a finished run's retriever, and users drawn at random from those who liked anything.
+
+    The run's own index takes part too.
+    """
     from recfast.pipeline import Pipeline
 
     pipeline = Pipeline.load(Path(folder) / "pipeline")
@@ -100,7 +106,26 @@ def from_run(folder: str | os.PathLike[str], n_queries: int, k: int, seed: int) 
         raise InputError(f"bench retrieval: no user in {folder} has a history, expected one at least")
     drawn = torch.from_numpy(np.random.default_rng(seed).permutation(len(warm))[:n_queries])
     queries = pipeline.user_vectors(warm[drawn].sort().values)
-    return Problem(pipeline.item_vectors, queries, k, seed, f"{type(pipeline.retriever).__name__} in {folder}")
+    name = f"{type(pipeline.retriever).__name__} in {folder}"
+
+    def search(run: _Run, queries: Tensor, k: int, _: Any) -> Tensor:
+        table = run.quantizer.score_table(_widened(queries, run.quantizer.dim))
+        # Item 1 of a run is in place 0; -1 stays.
+        return (run.index.search(table, k)[1] - 1).clamp(min=-1)
+
+    own = Contender("CodeIndex of the run", lambda _: _Run(pipeline), search)
+    return Problem(pipeline.item_vectors, queries, k, seed, name, (own,))
+
+
+class _Run:
+    """The index that a run serves, and how it codes queries."""
+
+    def __init__(self, pipeline: Any):
+        self.quantizer, self.index = pipeline.quantizer, pipeline.index
+
+    @property
+    def nbytes(self) -> int:
+        return self.index.nbytes + sum(value.nbytes for value in self.quantizer.state_dict().values())
 
 
 def from_files(items: str | os.PathLike[str], queries: str | os.PathLike[str], k: int, seed: int) -> Problem:
@@ -404,7 +429,7 @@ def run(
     only: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure every contender.
+    """Measure every contender: `CONTENDERS` and those of the problem.
 
     Parameters
     ----------
@@ -437,11 +462,12 @@ def run(
     """
     if batch < 1 or (threads is not None and threads < 1) or not limit > 0 or not seconds > 0:
         raise InputError("bench retrieval: batch, threads, limit and seconds must be positive")
+    everybody = [*CONTENDERS, *problem.also]
     for name in only:
-        if not any(name.lower() in one.name.lower() for one in CONTENDERS):
-            known = ", ".join(one.name for one in CONTENDERS)
+        if not any(name.lower() in one.name.lower() for one in everybody):
+            known = ", ".join(one.name for one in everybody)
             raise InputError(f"bench retrieval: nothing is called {name!r}, expected part of one of: {known}")
-    chosen = [one for one in CONTENDERS if not only or any(name.lower() in one.name.lower() for name in only)]
+    chosen = [one for one in everybody if not only or any(name.lower() in one.name.lower() for name in only)]
     before = torch.get_num_threads()
     every = before if threads is None else threads
     machine = doctor.config()
@@ -600,6 +626,7 @@ _STYLES = {
     "CodeIndex PQ, best 10 k re-scored": ("#d55e00", "o", "-"),
     "CodeIndex residual, plain": ("#56b4e9", "v", "--"),
     "CodeIndex residual, block-max": ("#56b4e9", "v", "-"),
+    "CodeIndex of the run": ("#000000", "P", "none"),
 }
 
 

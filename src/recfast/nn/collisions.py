@@ -218,7 +218,10 @@ class Assignment(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         # Saved before there was such a thing: nothing had been given out. The number of rows is the saved one's.
-        saved = state_dict.setdefault(prefix + "codes", self.codes)
+        saved = state_dict.setdefault(prefix + "codes", self.codes[:0])
+        if len(saved) == 0:
+            # Saved with another method, perhaps: no codes are as wide as one likes.
+            saved = state_dict[prefix + "codes"] = self.codes[:0]
         if saved.dim() == 2 and saved.shape[1] == self.codes.shape[1]:
             self.codes = self.codes.new_empty(saved.shape)
         self._sorted = None
