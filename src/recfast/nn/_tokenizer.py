@@ -169,7 +169,7 @@ class Tokenizer(nn.Module):
 
         Returns
         -------
-        dict
+        dict, JSON-able
             items
             unique_codes
                 Distinct rows of codes.
@@ -182,13 +182,14 @@ class Tokenizer(nn.Module):
                 which it reaches where all of them are used alike.
             error_by_level
                 The error after the first, the first two, ... codebooks: sum of squared errors over the sum of squared
-                deviations from the mean of `x`, 0 for perfect and 1 for what the mean alone gives (nan where all
+                deviations from the mean of `x`, 0 for perfect and 1 for what the mean alone gives (None where all
                 vectors are equal).
             reconstruction_error
                 The last of them.
             drift
                 Mean squared error of these vectors over that of the vectors of `fit`: about 1 for more of the same,
-                more for items the codes were not made for (nan where the codes of `fit` lose nothing).
+                more for items the codes were not made for (None where the codes of `fit` lose nothing, or their
+                error is not known).
             assigned
                 `assignment.report()`, once `assign` has been called.
 
@@ -201,7 +202,7 @@ class Tokenizer(nn.Module):
         if x is not None:
             report, error = self._measure(self._vectors("report", x).cpu())
             before = float(self.fit_error)
-            report["drift"] = error / before if before > 0 else float("nan")
+            report["drift"] = error / before if before > 0 else None
         elif self._report is not None:
             report = dict(self._report)
         else:
@@ -229,7 +230,7 @@ class Tokenizer(nn.Module):
             spread += float((x[rows] - mean).square_().sum())
             for level, found in enumerate(self._decodings(said, filler)):
                 errors[level] += float((found.cpu() - x[rows]).square_().sum(dtype=torch.float64))
-        relative = [float(error) / spread if spread > 0 else float("nan") for error in errors]
+        relative = [float(error) / spread if spread > 0 else None for error in errors]
         report = {
             "items": len(x),
             "unique_codes": len(sizes),
@@ -246,7 +247,7 @@ class Tokenizer(nn.Module):
         self.assignment.clear()
         report, error = self._measure(x)
         self.fit_error.fill_(error)
-        self._report = {**report, "drift": 1.0 if error > 0 else float("nan")}
+        self._report = {**report, "drift": 1.0 if error > 0 else None}
 
     def _warn_of_collapse(self, items: int) -> None:
         """Say so where a level uses few of its codes, and items share theirs."""
