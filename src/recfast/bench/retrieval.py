@@ -507,7 +507,7 @@ def run(
                 continue
             result["results"].append(measured)
             if measured.pop("cut"):
-                why = f"the limit of {limit:g} seconds was reached after {len(measured['points'])} settings"
+                why = f"the limit of {limit:g} seconds was reached before its other settings"
                 result["left_out"].append({"name": contender.name, "why": why})
     finally:
         torch.set_num_threads(before)
