@@ -27,8 +27,10 @@ constexpr std::int64_t kMinPiece = 4;
 // One superblock in this many is scanned first.
 constexpr std::int64_t kAhead = 16;
 
-// Queries that take turns on a superblock, so that its codes are read once for all of them.
+// Queries that take turns, so that codes are read once from far away for all of them.
 constexpr std::int64_t kTile = 16;
+// What one of them reads in its turn: it stays in the second level of the cache for the others.
+constexpr std::int64_t kTurnBytes = 256 * 1024;
 
 // Groups are bounded while at least this share (in 256) of them was skipped of late; elsewhere one superblock in kProbe.
 constexpr int kWorthwhile = 96;
@@ -181,7 +183,7 @@ struct State {
     }
     const std::int64_t room = Collector::room(job.kept);
     auto* const kept = carve.template take<Scored>(room);
-    best = Collector(kept, carve.template take<std::int32_t>(room), job.kept, job.forms.reach);
+    best = Collector(kept, carve.template take<std::int32_t>(room), job.kept, job.forms.reach, items.slots, items.ids);
   }
 };
 
@@ -235,11 +237,18 @@ class Searcher {
     aim(s);
   }
 
-  // Some of the superblocks: those of one piece.
-  void scan_stretch(State<Code>& s, std::int64_t first, std::int64_t last) const noexcept {
-    for (std::int64_t super = first; super < last; super += kAhead) visit(s, super, false);
-    for (std::int64_t super = first; super < last; ++super) {
-      if ((super - first) % kAhead != 0) visit(s, super, false);
+  // Superblocks [first, last), of which one in kAhead comes first, for queries that take turns.
+  void scan(State<Code>* states, std::int64_t count, std::int64_t first, std::int64_t last) const noexcept {
+    for (std::int64_t super = first; super < last; super += kAhead) {
+      for (std::int64_t i = 0; i < count; ++i) run(states[i], super, super + 1);
+    }
+    const std::int64_t bytes = kSuperItems * items_.books * static_cast<std::int64_t>(sizeof(Code));
+    const std::int64_t turn = count == 1 ? kAhead : std::clamp<std::int64_t>(kTurnBytes / bytes, 1, kAhead);
+    for (std::int64_t super = first + 1; super < last;) {
+      if ((super - first) % kAhead == 0) ++super;
+      const std::int64_t stop = std::min({super + turn, last, first + ceil_div(super - first, kAhead) * kAhead});
+      for (std::int64_t i = 0; i < count; ++i) run(states[i], super, stop);
+      super = std::max(stop, super);
     }
   }
 
@@ -266,33 +275,41 @@ class Searcher {
     }
   }
 
+  // Neighbouring superblocks, all of their groups.
+  void run(State<Code>& s, std::int64_t first, std::int64_t last) const noexcept {
+    if (s.nothing) return;
+    if (!masked(s)) {
+      look(s, nullptr, nullptr, first * kSuper, std::min(last * kSuper, job_.blocks));
+      return;
+    }
+    for (std::int64_t super = first; super < last; ++super) visit(s, super, false);
+  }
+
   // All that may be among the k best of a superblock's blocks. Returns which share of groups, in 256, was skipped unseen.
   int visit(State<Code>& s, std::int64_t super, bool bounded) const noexcept {
     if (s.nothing) return 256;
     const std::int64_t first = super * kSuper;
     const std::int64_t last = std::min(first + kSuper, job_.blocks);
-    if (s.theta_of_all != nullptr) {
-      const float theta = s.theta_of_all->load(std::memory_order_relaxed);
-      if (theta > s.best.theta()) {
-        s.best.raise(theta);
-        aim(s);
-      }
-    }
     bounded = bounded && s.inverse > 0;
-    const bool masked = items_.live != nullptr || (s.mask != nullptr && job_.request.mask_by_position);
-    if (!bounded && !masked) {
+    if (!bounded && !masked(s)) {
       look(s, nullptr, nullptr, first, last);
       return 0;
     }
     // Blocks of which something may be found, and what.
     std::int32_t list[kSuper];
-    std::uint64_t allowed[kSuper];
-    std::int64_t listed = 0;
+    std::uint64_t allowed[kSuper] = {};
     const std::int64_t blocks = last - first;
+    words(s, first, blocks, allowed);
+    std::int64_t listed = 0;
     for (std::int64_t i = 0; i < blocks; ++i) {
-      allowed[listed] = word(s, first + i);
+      const std::uint64_t bits = allowed[i];
+      allowed[listed] = bits;
       list[listed] = static_cast<std::int32_t>(first + i);
-      listed += allowed[listed] != 0 ? 1 : 0;
+      listed += bits != 0 ? 1 : 0;
+    }
+    if (!bounded && listed == blocks) {
+      look(s, nullptr, nullptr, first, last);
+      return 0;
     }
     // To bound a group takes about as long as to scan half of it.
     if (!bounded || listed <= blocks / 4) {
@@ -389,6 +406,20 @@ class Searcher {
     return within;
   }
 
+  [[nodiscard]] bool masked(const State<Code>& s) const noexcept {
+    return items_.live != nullptr || (s.mask != nullptr && job_.request.mask_by_position);
+  }
+
+  // Takes over what another thread has found out.
+  void hear(State<Code>& s) const noexcept {
+    if (s.theta_of_all == nullptr) return;
+    const float theta = s.theta_of_all->load(std::memory_order_relaxed);
+    if (theta > s.best.theta()) {
+      s.best.raise(theta);
+      aim(s);
+    }
+  }
+
   // Positions of a block that exist and are allowed, as far as bits by position say.
   [[nodiscard]] std::uint64_t word(const State<Code>& s, std::int64_t block) const noexcept {
     std::uint64_t bits = ~std::uint64_t{0};
@@ -397,6 +428,15 @@ class Searcher {
     if (items_.live != nullptr) bits &= items_.live[block];
     if (s.mask != nullptr && job_.request.mask_by_position) bits &= s.mask[block];
     return bits;
+  }
+
+  void words(const State<Code>& s, std::int64_t first, std::int64_t count, std::uint64_t* out) const noexcept {
+    std::fill_n(out, count, ~std::uint64_t{0});
+    if (items_.live != nullptr) std::copy_n(items_.live + first, count, out);
+    if (s.mask != nullptr && job_.request.mask_by_position) {
+      for (std::int64_t i = 0; i < count; ++i) out[i] &= s.mask[first + i];
+    }
+    out[count - 1] &= word(s, first + count - 1);
   }
 
   void look(State<Code>& s, const std::int32_t* list, const std::uint64_t* allowed, std::int64_t first,
@@ -415,6 +455,7 @@ class Searcher {
                       .theta = 0};
     Hit hits[kHits];
     for (std::int64_t at = first; at < last;) {
+      hear(s);
       sight.limit = s.limit;
       sight.theta = s.best.theta();
       // Without a threshold yet everything is looked into.
@@ -444,13 +485,15 @@ class Searcher {
     for (; bits != 0; bits &= bits - 1) {
       const std::int64_t item = std::countr_zero(bits);
       const std::int64_t position = block * kItems + item;
-      const std::int64_t slot = items_.slots == nullptr ? position : items_.slots[position];
-      if (by_slot != nullptr && (by_slot[slot / 64] >> (slot % 64) & 1) == 0) continue;
+      if (by_slot != nullptr) {
+        const auto slot = static_cast<std::uint64_t>(items_.slots == nullptr ? position : items_.slots[position]);
+        if ((by_slot[slot / 64] >> (slot % 64) & 1) == 0) continue;
+      }
       float score = sum(s.table, planes, item);
       if (items_.bias != nullptr) score += items_.bias[position];
       // Both comparisons are false for the NaN that -inf makes of an overflowed sum.
       if (!(score >= s.best.theta() && score > -kInfinity)) continue;
-      if (s.best.offer(score, items_.ids == nullptr ? slot : items_.ids[slot])) {
+      if (s.best.offer(score, position)) {
         tell(s);
         aim(s);
       }
@@ -520,15 +563,8 @@ void run(const Job<Code>& job) noexcept {
       if (job.kept == 0) {
       } else if (job.block_max) {
         searcher.search_best_first(state[0], 0, 1);
-      } else if (count == 1) {
-        searcher.scan_stretch(state[0], 0, job.supers);
       } else {
-        for (std::int64_t turn = 0; turn < 2; ++turn) {
-          for (std::int64_t super = 0; super < job.supers; ++super) {
-            if ((super % kAhead == 0) != (turn == 0)) continue;
-            for (std::int64_t i = 0; i < count; ++i) searcher.visit(state[i], super, false);
-          }
-        }
+        searcher.scan(state, count, 0, job.supers);
       }
       for (std::int64_t i = 0; i < count; ++i) searcher.write(state[i], first + i);
     });
@@ -548,7 +584,7 @@ void run(const Job<Code>& job) noexcept {
     if (job.block_max) {
       searcher.search_best_first(state, piece, pieces);
     } else {
-      searcher.scan_stretch(state, job.supers * piece / pieces, job.supers * (piece + 1) / pieces);
+      searcher.scan(&state, 1, job.supers * piece / pieces, job.supers * (piece + 1) / pieces);
     }
   });
   parallel_for_each(r.queries, [&](std::int64_t query, int) {

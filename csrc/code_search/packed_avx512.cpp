@@ -182,7 +182,7 @@ void deficits(const float* values, std::int64_t count, float top, float inverse,
     const __m512 value =
         _mm512_mask_loadu_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), present, values + c);
     const __m512 steps = _mm512_maskz_min_ps(0xffff, _mm512_mul_ps(_mm512_sub_ps(tops, value), scale), most);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(steps)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c), _mm512_cvtepi32_epi8(_mm512_maskz_cvttps_epi32(0xffff, steps)));
   }
 }
 
@@ -193,9 +193,9 @@ float top(const float* values, std::int64_t count) noexcept {
     const auto present = static_cast<__mmask16>(rest >= 16 ? 0xffff : (1 << rest) - 1);
     most = _mm512_mask_max_ps(most, present, most, _mm512_maskz_loadu_ps(present, values + c));
   }
-  const __m512i bits = _mm512_castps_si512(most);
-  const __m256 half = _mm256_max_ps(_mm256_castsi256_ps(_mm512_castsi512_si256(bits)),
-                                    _mm256_castsi256_ps(_mm512_maskz_extracti32x8_epi32(0xff, bits, 1)));
+  alignas(64) float lanes[16];
+  _mm512_store_ps(lanes, most);
+  const __m256 half = _mm256_max_ps(_mm256_load_ps(lanes), _mm256_load_ps(lanes + 8));
   const __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   const __m128 pair = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
