@@ -38,14 +38,21 @@ class Collector {
     last_id_ = kNoId;
   }
 
-  // For score >= theta() and > -inf. Whether theta has risen.
-  bool offer(float score, std::int64_t position) noexcept {
-    if (score == theta_ && last_id_ != kNoId && name(position) > last_id_) return false;
-    kept_[size_] = {score, position};
-    keys_[size_] = key(score);
-    if (++size_ < room_) return false;
+  // Keeps what is good enough; -inf and NaN never are. Whether theta has risen.
+  bool offer(const float* scores, const std::int64_t* positions, std::int64_t count) noexcept {
     const float before = theta_;
-    cut();
+    for (std::int64_t i = 0; i < count;) {
+      // No branch while there is room: which ones are good enough cannot be foreseen.
+      const std::int64_t stop = std::min(count, i + room_ - size_);
+      const float least = std::max(theta_, std::numeric_limits<float>::lowest());
+      for (; i < stop; ++i) {
+        if (last_id_ != kNoId && scores[i] == theta_ && name(positions[i]) > last_id_) continue;
+        kept_[size_] = {scores[i], positions[i]};
+        keys_[size_] = key(scores[i]);
+        size_ += scores[i] >= least ? 1 : 0;
+      }
+      if (size_ == room_) cut();
+    }
     return theta_ > before;
   }
 

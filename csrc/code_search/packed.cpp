@@ -227,9 +227,11 @@ class Searcher {
   void seed(State<Code>& s) const noexcept {
     const std::int64_t sample = std::max<std::int64_t>(16, ceil_div(4 * job_.kept, kItems));
     if (job_.kept == 0 || sample * 4 > job_.blocks) return;
+    Pending pending;
     for (std::int64_t i = 0; i < sample; ++i) {
       const std::int64_t block = i * job_.blocks / sample;
-      consider(s, block, word(s, block));
+      pending.add(block, word(s, block));
+      if (pending.full() || i + 1 == sample) score(s, pending);
     }
     const float theta = s.best.settle();
     s.best.clear();
@@ -461,15 +463,38 @@ class Searcher {
       // Without a threshold yet everything is looked into.
       const std::int64_t count = s.inverse > 0 ? job_.forms.seek(sight, at, last, hits, &at)
                                                : seek_none(sight, at, std::min(at + kGroup, last), hits, &at);
+      Pending pending;
       for (std::int64_t h = 0; h < count; ++h) {
         for (std::int64_t i = 0; i < std::min(kGroup, last - hits[h].at); ++i) {
-          if (hits[h].masks[i] == 0) continue;
           const std::int64_t block = sight.block(hits[h].at + i);
-          consider(s, block, list == nullptr ? hits[h].masks[i] & word(s, block) : hits[h].masks[i]);
+          pending.add(block, list == nullptr ? hits[h].masks[i] & word(s, block) : hits[h].masks[i]);
         }
+        if (pending.full() || h + 1 == count) score(s, pending);
       }
     }
   }
+
+  // Positions to be scored: first all of them are noted, then all are scored, then all are compared, so that no step waits
+  // for a guess about the one before.
+  struct Pending {
+    static constexpr std::int64_t kRoom = 2 * kGroup * kItems;
+    std::int64_t positions[kRoom];
+    std::int64_t count = 0;
+
+    // Whether another group might not fit.
+    [[nodiscard]] bool full() const noexcept { return count > kRoom - kGroup * kItems; }
+
+    void add(std::int64_t block, std::uint64_t bits) noexcept {
+      const std::int64_t first = block * kItems;
+      // Most often there are none, one or two.
+      for (int turn = 0; turn < 2; ++turn) {
+        positions[count] = first + (std::countr_zero(bits) & 63);
+        count += bits != 0 ? 1 : 0;
+        bits &= bits - 1;
+      }
+      for (; bits != 0; bits &= bits - 1) positions[count++] = first + std::countr_zero(bits);
+    }
+  };
 
   [[nodiscard]] float sum(const float* table, const Code* planes, std::int64_t item) const noexcept {
     const std::int64_t count = Books > 0 ? Books : items_.books;
@@ -478,25 +503,32 @@ class Searcher {
     return total;
   }
 
-  // Scores the items of `bits` and keeps what is good enough.
-  void consider(State<Code>& s, std::int64_t block, std::uint64_t bits) const noexcept {
-    const Code* planes = items_.planes + block * items_.books * kItems;
-    const std::uint64_t* by_slot = s.mask != nullptr && !job_.request.mask_by_position ? s.mask : nullptr;
-    for (; bits != 0; bits &= bits - 1) {
-      const std::int64_t item = std::countr_zero(bits);
-      const std::int64_t position = block * kItems + item;
-      if (by_slot != nullptr) {
+  // Scores what is pending and keeps what is good enough.
+  void score(State<Code>& s, Pending& pending) const noexcept {
+    if (s.mask != nullptr && !job_.request.mask_by_position) {
+      std::int64_t allowed = 0;
+      for (std::int64_t i = 0; i < pending.count; ++i) {
+        const std::int64_t position = pending.positions[i];
         const auto slot = static_cast<std::uint64_t>(items_.slots == nullptr ? position : items_.slots[position]);
-        if ((by_slot[slot / 64] >> (slot % 64) & 1) == 0) continue;
+        pending.positions[allowed] = position;
+        allowed += static_cast<std::int64_t>(s.mask[slot / 64] >> (slot % 64) & 1);
       }
-      float score = sum(s.table, planes, item);
-      if (items_.bias != nullptr) score += items_.bias[position];
-      // Both comparisons are false for the NaN that -inf makes of an overflowed sum.
-      if (!(score >= s.best.theta() && score > -kInfinity)) continue;
-      if (s.best.offer(score, position)) {
-        tell(s);
-        aim(s);
-      }
+      pending.count = allowed;
+    }
+    float scores[Pending::kRoom];
+    for (std::int64_t i = 0; i < pending.count; ++i) {
+      const auto position = static_cast<std::uint64_t>(pending.positions[i]);
+      const Code* planes = items_.planes + static_cast<std::int64_t>(position / static_cast<std::uint64_t>(kItems)) * items_.books * kItems;
+      scores[i] = sum(s.table, planes, static_cast<std::int64_t>(position % static_cast<std::uint64_t>(kItems)));
+    }
+    if (items_.bias != nullptr) {
+      for (std::int64_t i = 0; i < pending.count; ++i) scores[i] += items_.bias[pending.positions[i]];
+    }
+    const bool risen = s.best.offer(scores, pending.positions, pending.count);
+    pending.count = 0;
+    if (risen) {
+      tell(s);
+      aim(s);
     }
   }
 
