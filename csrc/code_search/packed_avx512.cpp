@@ -82,21 +82,20 @@ std::int64_t seek(const Sight<std::uint8_t>& sight, std::int64_t first, std::int
       for (std::int64_t i = 0; i < kGroup; ++i) levels[i] = sight.levels + blocks[i] * kItems;
       add<4>(sight.lut + books * kLevels, levels, 0, sums);
     }
+    // No branch on what was found: a wrong guess would throw away the loads that are under way.
     Hit& hit = hits[count];
-    if constexpr (Listed) {
-      std::uint64_t any = 0;
-      for (std::int64_t i = 0; i < kGroup; ++i) {
-        const std::uint64_t allowed = sight.allowed[std::min(at + i, last - 1)];
-        any |= hit.masks[i] = _mm512_mask_cmple_epu8_mask(allowed, sums[i], limit);
-      }
-      if (any == 0) continue;
-    } else {
-      const __m512i least = _mm512_min_epu8(_mm512_min_epu8(sums[0], sums[1]), _mm512_min_epu8(sums[2], sums[3]));
-      if (_mm512_cmple_epu8_mask(least, limit) == 0) continue;
-      for (int i = 0; i < kGroup; ++i) hit.masks[i] = _mm512_cmple_epu8_mask(sums[i], limit);
-    }
     hit.at = at;
-    ++count;
+    std::uint64_t any = 0;
+#pragma GCC unroll 4
+    for (std::int64_t i = 0; i < kGroup; ++i) {
+      std::uint64_t near = _mm512_cmple_epu8_mask(sums[i], limit);
+      if constexpr (Listed) near &= sight.allowed[std::min(at + i, last - 1)];
+      hit.masks[i] = near;
+      any |= near;
+    }
+    std::int64_t found = any != 0 ? 1 : 0;
+    __asm__ volatile("" : "+r"(found));  // or else the compiler makes a branch of it
+    count += found;
     if (count == kHits) {
       *next = at + kGroup;
       return count;
