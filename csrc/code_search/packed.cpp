@@ -35,6 +35,10 @@ constexpr std::int64_t kTurnBytes = 256 * 1024;
 // Groups are bounded while at least this share (in 256) of them was skipped of late; elsewhere one superblock in kProbe.
 constexpr int kWorthwhile = 96;
 constexpr std::int64_t kProbe = 16;
+// After one superblock in this many it is judged whether to go on best first.
+constexpr std::int64_t kJudged = 20;
+// The bound of a superblock that has been scanned.
+constexpr std::uint16_t kDone = 0xffff;
 
 [[nodiscard]] constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) noexcept { return (a + b - 1) / b; }
 
@@ -261,8 +265,10 @@ class Searcher {
     }
     std::int64_t count = 0;
     for (std::int64_t super = first; super < job_.supers; super += step) s.order[count++] = static_cast<std::int32_t>(super);
+    const std::int64_t all = count;
     std::int64_t done = 0;
     int skipped = 256;  // share in 256, of late
+    bool judged = false;
     while (done < count) {
       const double scale = s.inverse;
       count = done + rank(s, s.order + done, count - done);
@@ -270,10 +276,32 @@ class Searcher {
         const int limit = limit_of(scale, s.reach);
         if (s.bounds[s.order[done]] > limit) return;
         if (limit < kCoarse && s.limit > 2 * limit && count - done > 8) break;
+        if (!judged && done * kJudged >= all) {
+          judged = true;
+          const auto within = std::count_if(s.order + done, s.order + count,
+                                            [&](std::int32_t super) { return s.bounds[super] <= limit; });
+          if (skipped < kWorthwhile && within * 4 > all * 3) {
+            for (std::int64_t i = 0; i < done; ++i) s.bounds[s.order[i]] = kDone;
+            scan_rest(s, scale, first, step);
+            return;
+          }
+        }
         const bool bounded = skipped >= kWorthwhile || turn % kProbe == 0;
         const int share_skipped = visit(s, s.order[done], bounded);
         if (bounded) skipped = (3 * skipped + share_skipped) / 4;
       }
+    }
+  }
+
+  // Bounds turned out to be of no use: what is left, as it lies.
+  void scan_rest(State<Code>& s, double scale, std::int64_t first, std::int64_t step) const noexcept {
+    for (std::int64_t super = first; super < job_.supers; super += step) {
+      const int limit = limit_of(scale, s.reach);
+      if (s.bounds[super] > limit) continue;
+      std::int64_t last = super + 1;
+      while (step == 1 && last < job_.supers && s.bounds[last] <= limit && last < super + kAhead) ++last;
+      run(s, super, last);
+      super = last - 1;
     }
   }
 
