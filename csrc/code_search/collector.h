@@ -1,6 +1,6 @@
-// The k best of a stream, kept in a buffer that is cut to them whenever it is full: cheaper than a heap where most of the
-// stream is refused by a threshold. Items come by position; what they are called is looked up, many at once, for those that
-// are still there at a cut.
+// The k best of a stream, kept in a buffer that is cut to them whenever it is full: cheaper than a heap where most of
+// the stream is refused by a threshold. Items come by position; what they are called is looked up, many at once, for
+// those that are still there at a cut.
 #pragma once
 
 #include <algorithm>

@@ -32,7 +32,8 @@ constexpr std::int64_t kTile = 16;
 // What one of them reads in its turn: it stays in the second level of the cache for the others.
 constexpr std::int64_t kTurnBytes = 256 * 1024;
 
-// Groups are bounded while at least this share (in 256) of them was skipped of late; elsewhere one superblock in kProbe.
+// Groups are bounded while at least this share (in 256) of them was skipped of late; elsewhere one superblock in
+// kProbe.
 constexpr int kWorthwhile = 96;
 constexpr std::int64_t kProbe = 16;
 // After one superblock in this many it is judged whether to go on best first.
@@ -264,7 +265,9 @@ class Searcher {
       return;
     }
     std::int64_t count = 0;
-    for (std::int64_t super = first; super < job_.supers; super += step) s.order[count++] = static_cast<std::int32_t>(super);
+    for (std::int64_t super = first; super < job_.supers; super += step) {
+      s.order[count++] = static_cast<std::int32_t>(super);
+    }
     const std::int64_t all = count;
     std::int64_t done = 0;
     int skipped = 256;  // share in 256, of late
@@ -315,7 +318,8 @@ class Searcher {
     for (std::int64_t super = first; super < last; ++super) visit(s, super, false);
   }
 
-  // All that may be among the k best of a superblock's blocks. Returns which share of groups, in 256, was skipped unseen.
+  // All that may be among the k best of a superblock's blocks. Returns which share of groups, in 256, was skipped
+  // unseen.
   int visit(State<Code>& s, std::int64_t super, bool bounded) const noexcept {
     if (s.nothing) return 256;
     const std::int64_t first = super * kSuper;
@@ -370,7 +374,8 @@ class Searcher {
 
  private:
   [[nodiscard]] static int limit_of(double inverse, double reach) noexcept {
-    // Each deficit and its product are rounded once; limits above 254 would let saturated sums through, which is no error.
+    // Each deficit and its product are rounded once; limits above 254 would let saturated sums through, which is no
+    // error.
     return static_cast<int>(std::min(inverse * (1 + 0x1p-22) * reach, 255.0));
   }
 
@@ -389,7 +394,8 @@ class Searcher {
     if (!(std::abs(distance) < 1e38)) return;
     const double n = static_cast<double>(items_.books + 1);
     const double g = n * 0x1p-24 / (1 - n * 0x1p-24);
-    // One per cent more pays for the rounding of this arithmetic, the rest for results too small to be rounded relatively.
+    // One per cent more pays for the rounding of this arithmetic, the rest for results too small to be rounded
+    // relatively.
     const double slack = 1.01 * g / (1 - g) * (s.tops_size + std::abs(distance)) + n * 0x1p-120;
     s.reach = std::max(distance, 0.0) + slack;
     if (s.inverse > 0) {
@@ -502,8 +508,8 @@ class Searcher {
     }
   }
 
-  // Positions to be scored: first all of them are noted, then all are scored, then all are compared, so that no step waits
-  // for a guess about the one before.
+  // Positions to be scored: first all of them are noted, then all are scored, then all are compared, so that no step
+  // waits for a guess about the one before.
   struct Pending {
     static constexpr std::int64_t kRoom = 2 * kGroup * kItems;
     std::int64_t positions[kRoom];
@@ -545,9 +551,9 @@ class Searcher {
     }
     float scores[Pending::kRoom];
     for (std::int64_t i = 0; i < pending.count; ++i) {
-      const auto position = static_cast<std::uint64_t>(pending.positions[i]);
-      const Code* planes = items_.planes + static_cast<std::int64_t>(position / static_cast<std::uint64_t>(kItems)) * items_.books * kItems;
-      scores[i] = sum(s.table, planes, static_cast<std::int64_t>(position % static_cast<std::uint64_t>(kItems)));
+      const std::int64_t position = pending.positions[i];
+      const std::int64_t item = position & (kItems - 1);
+      scores[i] = sum(s.table, items_.planes + (position - item) * items_.books, item);
     }
     if (items_.bias != nullptr) {
       for (std::int64_t i = 0; i < pending.count; ++i) scores[i] += items_.bias[pending.positions[i]];
@@ -789,6 +795,7 @@ template std::int64_t scratch_size(const Items<std::uint16_t>&, const Request&) 
 template void search(const Items<std::uint8_t>&, const Request&) noexcept;
 template void search(const Items<std::uint16_t>&, const Request&) noexcept;
 template void pack_planes(const std::uint8_t*, const std::int32_t*, std::int64_t, std::int64_t, std::uint8_t*) noexcept;
-template void pack_planes(const std::uint16_t*, const std::int32_t*, std::int64_t, std::int64_t, std::uint16_t*) noexcept;
+template void pack_planes(const std::uint16_t*, const std::int32_t*, std::int64_t, std::int64_t,
+                          std::uint16_t*) noexcept;
 
 }  // namespace recfast::code_search

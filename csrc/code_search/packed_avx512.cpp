@@ -12,8 +12,9 @@
 namespace recfast::code_search {
 namespace {
 
-// The value is in a register from here on. Without it the compiler loads codes anew for each permutation that overwrites
-// them, and carries the rows of all codebooks around the loop, most of them spilled: loads then take half the time.
+// The value is in a register from here on. Without it the compiler loads codes anew for each permutation that
+// overwrites them, and carries the rows of all codebooks around the loop, most of them spilled: loads then take half
+// the time.
 [[nodiscard]] __m512i pinned(__m512i value) noexcept {
   __asm__ volatile("" : "+v"(value));
   return value;
@@ -181,7 +182,8 @@ void deficits(const float* values, std::int64_t count, float top, float inverse,
     const __m512 value =
         _mm512_mask_loadu_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), present, values + c);
     const __m512 steps = _mm512_maskz_min_ps(0xffff, _mm512_mul_ps(_mm512_sub_ps(tops, value), scale), most);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c), _mm512_cvtepi32_epi8(_mm512_maskz_cvttps_epi32(0xffff, steps)));
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_maskz_cvttps_epi32(0xffff, steps));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c), bytes);
   }
 }
 
