@@ -78,8 +78,8 @@ std::int64_t packed_scratch(const py::tuple& items, const py::tuple& request) {
   return recfast::code_search::scratch_size(items_of<Code>(items), request_of(request));
 }
 
-// The first fault of the table, as (kind, position): kind 0 is none, and then the search is done; kinds above are those of
-// SparseFault, and a dense table has kValue alone.
+// The first fault of the table, as (kind, position): kind 0 is none, and then the search is done; kinds above are those
+// of SparseFault, and a dense table has kValue alone.
 template <class Code>
 py::tuple packed_search(const py::tuple& items_fields, const py::tuple& request_fields, std::int64_t named,
                         Address scratch, Address scores, Address found) {

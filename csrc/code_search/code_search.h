@@ -10,6 +10,7 @@
 // Left out     items with live[i] = 0 or mask[i] = 0, and items whose sum is -inf (or -inf met +inf from overflow)
 // Padding      (-inf, -1)
 // Limits       M >= 1, k >= 0, c(i, m) < K, no NaN and no +inf in table and bias: `check` says whether that holds
+// Forms        Rows of codes as below, one by one; packed.h has the fast ones, from blocks of items
 // Source       Jegou, Douze, Schmid, "Product quantization for nearest neighbor search", PAMI 33 (2011)
 #pragma once
 

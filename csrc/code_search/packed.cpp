@@ -27,12 +27,19 @@ constexpr std::int64_t kMinPiece = 4;
 // One superblock in this many is scanned first.
 constexpr std::int64_t kAhead = 16;
 
-// Queries that take turns on a superblock, so that its codes are read once for all of them.
+// Queries that take turns, so that codes are read once from far away for all of them.
 constexpr std::int64_t kTile = 16;
+// What one of them reads in its turn: it stays in the second level of the cache for the others.
+constexpr std::int64_t kTurnBytes = 256 * 1024;
 
-// Groups are bounded while at least this share (in 256) of them was skipped of late; elsewhere one superblock in kProbe.
+// Groups are bounded while at least this share (in 256) of them was skipped of late; elsewhere one superblock in
+// kProbe.
 constexpr int kWorthwhile = 96;
 constexpr std::int64_t kProbe = 16;
+// After one superblock in this many it is judged whether to go on best first.
+constexpr std::int64_t kJudged = 20;
+// The bound of a superblock that has been scanned.
+constexpr std::uint16_t kDone = 0xffff;
 
 [[nodiscard]] constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) noexcept { return (a + b - 1) / b; }
 
@@ -181,7 +188,7 @@ struct State {
     }
     const std::int64_t room = Collector::room(job.kept);
     auto* const kept = carve.template take<Scored>(room);
-    best = Collector(kept, carve.template take<std::int32_t>(room), job.kept, job.forms.reach);
+    best = Collector(kept, carve.template take<std::int32_t>(room), job.kept, job.forms.reach, items.slots, items.ids);
   }
 };
 
@@ -225,9 +232,11 @@ class Searcher {
   void seed(State<Code>& s) const noexcept {
     const std::int64_t sample = std::max<std::int64_t>(16, ceil_div(4 * job_.kept, kItems));
     if (job_.kept == 0 || sample * 4 > job_.blocks) return;
+    Pending pending;
     for (std::int64_t i = 0; i < sample; ++i) {
       const std::int64_t block = i * job_.blocks / sample;
-      consider(s, block, word(s, block));
+      pending.add(block, word(s, block));
+      if (pending.full() || i + 1 == sample) score(s, pending);
     }
     const float theta = s.best.settle();
     s.best.clear();
@@ -235,11 +244,18 @@ class Searcher {
     aim(s);
   }
 
-  // Some of the superblocks: those of one piece.
-  void scan_stretch(State<Code>& s, std::int64_t first, std::int64_t last) const noexcept {
-    for (std::int64_t super = first; super < last; super += kAhead) visit(s, super, false);
-    for (std::int64_t super = first; super < last; ++super) {
-      if ((super - first) % kAhead != 0) visit(s, super, false);
+  // Superblocks [first, last), of which one in kAhead comes first, for queries that take turns.
+  void scan(State<Code>* states, std::int64_t count, std::int64_t first, std::int64_t last) const noexcept {
+    for (std::int64_t super = first; super < last; super += kAhead) {
+      for (std::int64_t i = 0; i < count; ++i) run(states[i], super, super + 1);
+    }
+    const std::int64_t bytes = kSuperItems * items_.books * static_cast<std::int64_t>(sizeof(Code));
+    const std::int64_t turn = count == 1 ? kAhead : std::clamp<std::int64_t>(kTurnBytes / bytes, 1, kAhead);
+    for (std::int64_t super = first + 1; super < last;) {
+      if ((super - first) % kAhead == 0) ++super;
+      const std::int64_t stop = std::min({super + turn, last, first + ceil_div(super - first, kAhead) * kAhead});
+      for (std::int64_t i = 0; i < count; ++i) run(states[i], super, stop);
+      super = std::max(stop, super);
     }
   }
 
@@ -249,9 +265,13 @@ class Searcher {
       return;
     }
     std::int64_t count = 0;
-    for (std::int64_t super = first; super < job_.supers; super += step) s.order[count++] = static_cast<std::int32_t>(super);
+    for (std::int64_t super = first; super < job_.supers; super += step) {
+      s.order[count++] = static_cast<std::int32_t>(super);
+    }
+    const std::int64_t all = count;
     std::int64_t done = 0;
     int skipped = 256;  // share in 256, of late
+    bool judged = false;
     while (done < count) {
       const double scale = s.inverse;
       count = done + rank(s, s.order + done, count - done);
@@ -259,6 +279,16 @@ class Searcher {
         const int limit = limit_of(scale, s.reach);
         if (s.bounds[s.order[done]] > limit) return;
         if (limit < kCoarse && s.limit > 2 * limit && count - done > 8) break;
+        if (!judged && done * kJudged >= all) {
+          judged = true;
+          const auto within = std::count_if(s.order + done, s.order + count,
+                                            [&](std::int32_t super) { return s.bounds[super] <= limit; });
+          if (skipped < kWorthwhile && within * 4 > all * 3) {
+            for (std::int64_t i = 0; i < done; ++i) s.bounds[s.order[i]] = kDone;
+            scan_rest(s, scale, first, step);
+            return;
+          }
+        }
         const bool bounded = skipped >= kWorthwhile || turn % kProbe == 0;
         const int share_skipped = visit(s, s.order[done], bounded);
         if (bounded) skipped = (3 * skipped + share_skipped) / 4;
@@ -266,33 +296,54 @@ class Searcher {
     }
   }
 
-  // All that may be among the k best of a superblock's blocks. Returns which share of groups, in 256, was skipped unseen.
+  // Bounds turned out to be of no use: what is left, as it lies.
+  void scan_rest(State<Code>& s, double scale, std::int64_t first, std::int64_t step) const noexcept {
+    for (std::int64_t super = first; super < job_.supers; super += step) {
+      const int limit = limit_of(scale, s.reach);
+      if (s.bounds[super] > limit) continue;
+      std::int64_t last = super + 1;
+      while (step == 1 && last < job_.supers && s.bounds[last] <= limit && last < super + kAhead) ++last;
+      run(s, super, last);
+      super = last - 1;
+    }
+  }
+
+  // Neighbouring superblocks, all of their groups.
+  void run(State<Code>& s, std::int64_t first, std::int64_t last) const noexcept {
+    if (s.nothing) return;
+    if (!masked(s)) {
+      look(s, nullptr, nullptr, first * kSuper, std::min(last * kSuper, job_.blocks));
+      return;
+    }
+    for (std::int64_t super = first; super < last; ++super) visit(s, super, false);
+  }
+
+  // All that may be among the k best of a superblock's blocks. Returns which share of groups, in 256, was skipped
+  // unseen.
   int visit(State<Code>& s, std::int64_t super, bool bounded) const noexcept {
     if (s.nothing) return 256;
     const std::int64_t first = super * kSuper;
     const std::int64_t last = std::min(first + kSuper, job_.blocks);
-    if (s.theta_of_all != nullptr) {
-      const float theta = s.theta_of_all->load(std::memory_order_relaxed);
-      if (theta > s.best.theta()) {
-        s.best.raise(theta);
-        aim(s);
-      }
-    }
     bounded = bounded && s.inverse > 0;
-    const bool masked = items_.live != nullptr || (s.mask != nullptr && job_.request.mask_by_position);
-    if (!bounded && !masked) {
+    if (!bounded && !masked(s)) {
       look(s, nullptr, nullptr, first, last);
       return 0;
     }
     // Blocks of which something may be found, and what.
     std::int32_t list[kSuper];
-    std::uint64_t allowed[kSuper];
-    std::int64_t listed = 0;
+    std::uint64_t allowed[kSuper] = {};
     const std::int64_t blocks = last - first;
+    words(s, first, blocks, allowed);
+    std::int64_t listed = 0;
     for (std::int64_t i = 0; i < blocks; ++i) {
-      allowed[listed] = word(s, first + i);
+      const std::uint64_t bits = allowed[i];
+      allowed[listed] = bits;
       list[listed] = static_cast<std::int32_t>(first + i);
-      listed += allowed[listed] != 0 ? 1 : 0;
+      listed += bits != 0 ? 1 : 0;
+    }
+    if (!bounded && listed == blocks) {
+      look(s, nullptr, nullptr, first, last);
+      return 0;
     }
     // To bound a group takes about as long as to scan half of it.
     if (!bounded || listed <= blocks / 4) {
@@ -323,7 +374,8 @@ class Searcher {
 
  private:
   [[nodiscard]] static int limit_of(double inverse, double reach) noexcept {
-    // Each deficit and its product are rounded once; limits above 254 would let saturated sums through, which is no error.
+    // Each deficit and its product are rounded once; limits above 254 would let saturated sums through, which is no
+    // error.
     return static_cast<int>(std::min(inverse * (1 + 0x1p-22) * reach, 255.0));
   }
 
@@ -342,7 +394,8 @@ class Searcher {
     if (!(std::abs(distance) < 1e38)) return;
     const double n = static_cast<double>(items_.books + 1);
     const double g = n * 0x1p-24 / (1 - n * 0x1p-24);
-    // One per cent more pays for the rounding of this arithmetic, the rest for results too small to be rounded relatively.
+    // One per cent more pays for the rounding of this arithmetic, the rest for results too small to be rounded
+    // relatively.
     const double slack = 1.01 * g / (1 - g) * (s.tops_size + std::abs(distance)) + n * 0x1p-120;
     s.reach = std::max(distance, 0.0) + slack;
     if (s.inverse > 0) {
@@ -389,6 +442,20 @@ class Searcher {
     return within;
   }
 
+  [[nodiscard]] bool masked(const State<Code>& s) const noexcept {
+    return items_.live != nullptr || (s.mask != nullptr && job_.request.mask_by_position);
+  }
+
+  // Takes over what another thread has found out.
+  void hear(State<Code>& s) const noexcept {
+    if (s.theta_of_all == nullptr) return;
+    const float theta = s.theta_of_all->load(std::memory_order_relaxed);
+    if (theta > s.best.theta()) {
+      s.best.raise(theta);
+      aim(s);
+    }
+  }
+
   // Positions of a block that exist and are allowed, as far as bits by position say.
   [[nodiscard]] std::uint64_t word(const State<Code>& s, std::int64_t block) const noexcept {
     std::uint64_t bits = ~std::uint64_t{0};
@@ -397,6 +464,15 @@ class Searcher {
     if (items_.live != nullptr) bits &= items_.live[block];
     if (s.mask != nullptr && job_.request.mask_by_position) bits &= s.mask[block];
     return bits;
+  }
+
+  void words(const State<Code>& s, std::int64_t first, std::int64_t count, std::uint64_t* out) const noexcept {
+    std::fill_n(out, count, ~std::uint64_t{0});
+    if (items_.live != nullptr) std::copy_n(items_.live + first, count, out);
+    if (s.mask != nullptr && job_.request.mask_by_position) {
+      for (std::int64_t i = 0; i < count; ++i) out[i] &= s.mask[first + i];
+    }
+    out[count - 1] &= word(s, first + count - 1);
   }
 
   void look(State<Code>& s, const std::int32_t* list, const std::uint64_t* allowed, std::int64_t first,
@@ -415,20 +491,44 @@ class Searcher {
                       .theta = 0};
     Hit hits[kHits];
     for (std::int64_t at = first; at < last;) {
+      hear(s);
       sight.limit = s.limit;
       sight.theta = s.best.theta();
       // Without a threshold yet everything is looked into.
       const std::int64_t count = s.inverse > 0 ? job_.forms.seek(sight, at, last, hits, &at)
                                                : seek_none(sight, at, std::min(at + kGroup, last), hits, &at);
+      Pending pending;
       for (std::int64_t h = 0; h < count; ++h) {
         for (std::int64_t i = 0; i < std::min(kGroup, last - hits[h].at); ++i) {
-          if (hits[h].masks[i] == 0) continue;
           const std::int64_t block = sight.block(hits[h].at + i);
-          consider(s, block, list == nullptr ? hits[h].masks[i] & word(s, block) : hits[h].masks[i]);
+          pending.add(block, list == nullptr ? hits[h].masks[i] & word(s, block) : hits[h].masks[i]);
         }
+        if (pending.full() || h + 1 == count) score(s, pending);
       }
     }
   }
+
+  // Positions to be scored: first all of them are noted, then all are scored, then all are compared, so that no step
+  // waits for a guess about the one before.
+  struct Pending {
+    static constexpr std::int64_t kRoom = 2 * kGroup * kItems;
+    std::int64_t positions[kRoom];
+    std::int64_t count = 0;
+
+    // Whether another group might not fit.
+    [[nodiscard]] bool full() const noexcept { return count > kRoom - kGroup * kItems; }
+
+    void add(std::int64_t block, std::uint64_t bits) noexcept {
+      const std::int64_t first = block * kItems;
+      // Most often there are none, one or two.
+      for (int turn = 0; turn < 2; ++turn) {
+        positions[count] = first + (std::countr_zero(bits) & 63);
+        count += bits != 0 ? 1 : 0;
+        bits &= bits - 1;
+      }
+      for (; bits != 0; bits &= bits - 1) positions[count++] = first + std::countr_zero(bits);
+    }
+  };
 
   [[nodiscard]] float sum(const float* table, const Code* planes, std::int64_t item) const noexcept {
     const std::int64_t count = Books > 0 ? Books : items_.books;
@@ -437,23 +537,32 @@ class Searcher {
     return total;
   }
 
-  // Scores the items of `bits` and keeps what is good enough.
-  void consider(State<Code>& s, std::int64_t block, std::uint64_t bits) const noexcept {
-    const Code* planes = items_.planes + block * items_.books * kItems;
-    const std::uint64_t* by_slot = s.mask != nullptr && !job_.request.mask_by_position ? s.mask : nullptr;
-    for (; bits != 0; bits &= bits - 1) {
-      const std::int64_t item = std::countr_zero(bits);
-      const std::int64_t position = block * kItems + item;
-      const std::int64_t slot = items_.slots == nullptr ? position : items_.slots[position];
-      if (by_slot != nullptr && (by_slot[slot / 64] >> (slot % 64) & 1) == 0) continue;
-      float score = sum(s.table, planes, item);
-      if (items_.bias != nullptr) score += items_.bias[position];
-      // Both comparisons are false for the NaN that -inf makes of an overflowed sum.
-      if (!(score >= s.best.theta() && score > -kInfinity)) continue;
-      if (s.best.offer(score, items_.ids == nullptr ? slot : items_.ids[slot])) {
-        tell(s);
-        aim(s);
+  // Scores what is pending and keeps what is good enough.
+  void score(State<Code>& s, Pending& pending) const noexcept {
+    if (s.mask != nullptr && !job_.request.mask_by_position) {
+      std::int64_t allowed = 0;
+      for (std::int64_t i = 0; i < pending.count; ++i) {
+        const std::int64_t position = pending.positions[i];
+        const auto slot = static_cast<std::uint64_t>(items_.slots == nullptr ? position : items_.slots[position]);
+        pending.positions[allowed] = position;
+        allowed += static_cast<std::int64_t>(s.mask[slot / 64] >> (slot % 64) & 1);
       }
+      pending.count = allowed;
+    }
+    float scores[Pending::kRoom];
+    for (std::int64_t i = 0; i < pending.count; ++i) {
+      const std::int64_t position = pending.positions[i];
+      const std::int64_t item = position & (kItems - 1);
+      scores[i] = sum(s.table, items_.planes + (position - item) * items_.books, item);
+    }
+    if (items_.bias != nullptr) {
+      for (std::int64_t i = 0; i < pending.count; ++i) scores[i] += items_.bias[pending.positions[i]];
+    }
+    const bool risen = s.best.offer(scores, pending.positions, pending.count);
+    pending.count = 0;
+    if (risen) {
+      tell(s);
+      aim(s);
     }
   }
 
@@ -520,15 +629,8 @@ void run(const Job<Code>& job) noexcept {
       if (job.kept == 0) {
       } else if (job.block_max) {
         searcher.search_best_first(state[0], 0, 1);
-      } else if (count == 1) {
-        searcher.scan_stretch(state[0], 0, job.supers);
       } else {
-        for (std::int64_t turn = 0; turn < 2; ++turn) {
-          for (std::int64_t super = 0; super < job.supers; ++super) {
-            if ((super % kAhead == 0) != (turn == 0)) continue;
-            for (std::int64_t i = 0; i < count; ++i) searcher.visit(state[i], super, false);
-          }
-        }
+        searcher.scan(state, count, 0, job.supers);
       }
       for (std::int64_t i = 0; i < count; ++i) searcher.write(state[i], first + i);
     });
@@ -548,7 +650,7 @@ void run(const Job<Code>& job) noexcept {
     if (job.block_max) {
       searcher.search_best_first(state, piece, pieces);
     } else {
-      searcher.scan_stretch(state, job.supers * piece / pieces, job.supers * (piece + 1) / pieces);
+      searcher.scan(&state, 1, job.supers * piece / pieces, job.supers * (piece + 1) / pieces);
     }
   });
   parallel_for_each(r.queries, [&](std::int64_t query, int) {
@@ -693,6 +795,7 @@ template std::int64_t scratch_size(const Items<std::uint16_t>&, const Request&) 
 template void search(const Items<std::uint8_t>&, const Request&) noexcept;
 template void search(const Items<std::uint16_t>&, const Request&) noexcept;
 template void pack_planes(const std::uint8_t*, const std::int32_t*, std::int64_t, std::int64_t, std::uint8_t*) noexcept;
-template void pack_planes(const std::uint16_t*, const std::int32_t*, std::int64_t, std::int64_t, std::uint16_t*) noexcept;
+template void pack_planes(const std::uint16_t*, const std::int32_t*, std::int64_t, std::int64_t,
+                          std::uint16_t*) noexcept;
 
 }  // namespace recfast::code_search

@@ -1,21 +1,29 @@
 // code_search over packed items: the scores, the order and the limits of code_search.h, from blocks of 64 items.
 //
-// Layout       planes [P, M, 64]: plane m of block p holds code m of positions 64 p .. 64 p + 63; a position is where an item
-//              lies, a slot is its row before packing; slots [N]: the slot at a position (null: the same number)
-// Bound        An item whose rounded sum F reaches theta, the k-th best so far, has deficits d_m = max_c T[m, c] - T[m, c_m]
-//              (the bias is one more codebook, of 256 levels, each at least the biases it stands for) with
-//                 sum d_m <= R = D + e,  D = sum max_m - theta,  e = g / (1 - g) (A + |D|),  A = sum |max_m|,  g = n u / (1 - n u)
-//              n = M + 1 additions, u = 2^-24: |F - S| <= g sum |t_m| of any order of n additions, sum |t_m| <= A + sum d_m,
-//              sum d_m = sum max_m - S. Deficits are rounded down to 8 bits in steps of R / 254 and added with saturation; an
-//              item goes on where the sum is at most the limit, which falls as theta rises. What goes on is summed in
-//              float32 and compared exactly, so that the bound decides the time and never the answer. No bound where A or D
-//              reaches 1e38, that is where a sum could overflow.
-// Block-max    Bitmaps say which codes a group (256 items) and a superblock (4096) hold: the sum of the smallest deficits
-//              present bounds them all. With K > 256, 2^s neighbouring codes share a bit and the larger entry.
-// Method       Superblocks best bound first, or all of them (one in 16 first, so that theta rises soon wherever the good items lie).
-//              Candidates in a buffer that is cut to the k best whenever it is full.
-// Threads      A query belongs to a thread; with fewer queries than threads, superblocks are dealt out and theta is shared:
-//              only items strictly below it are dropped, so the answer cannot depend on who was first.
+// Layout       planes [P, M, 64]: plane m of block p holds code m of positions 64 p .. 64 p + 63; a position is where
+//              an item lies, a slot is its row before packing; slots [N]: the slot at a position (null: the same
+//              number)
+// Bound        An item whose rounded sum F reaches theta, the k-th best so far, has deficits d_m = max_c T[m, c] -
+//              T[m, c_m] (the bias is one more codebook, of 256 levels, each at least the biases it stands for) with
+//                 sum d_m <= R = D + e,  D = sum max_m - theta,  e = g / (1 - g) (A + |D|),
+//                 A = sum |max_m|,  g = n u / (1 - n u)
+//              n = M + 1 additions, u = 2^-24: |F - S| <= g sum |t_m| of any order of n additions, sum |t_m| <= A +
+//              sum d_m, sum d_m = sum max_m - S. Deficits are rounded down to 8 bits in steps of R / 254 and added
+//              with saturation; an item goes on where the sum is at most the limit, which falls as theta rises. What
+//              goes on is summed in float32 and compared exactly, so that the bound decides the time and never the
+//              answer. No bound where A or D reaches 1e38, that is where a sum could overflow.
+// Block-max    Bitmaps say which codes a group (256 items) and a superblock (4096) hold: the sum of the smallest
+//              deficits present bounds them all. With K > 256, 2^s neighbouring codes share a bit and the larger
+//              entry.
+// Method       theta from a sample first; then superblocks best bound first, as long as bounds tell them apart, or
+//              all of them as they lie (one in 16 first, so that theta rises soon wherever the good items are). A
+//              scan notes where something may be good enough; that is scored, then compared, many at a time. What is
+//              good enough goes to a buffer that is cut to the k best whenever it is full.
+// Threads      A query belongs to a thread; with fewer queries than threads, superblocks are dealt out and theta is
+//              shared: only items strictly below it are dropped, so the answer cannot depend on who was first.
+// Forms        AVX-512 with VBMI: 256 deficits in four registers, two permutations a codebook and 64 items, and sums
+//              of two byte codes by gathers. AVX2: 16 deficits a register and a tree of blends. Scalar, and two byte
+//              codes on AVX2: everything is scored
 #pragma once
 
 #include <cstddef>
@@ -41,7 +49,8 @@ struct Items {
   const float* edges = nullptr;          // [256]: at least every bias of the level
   const std::int64_t* ids = nullptr;     // by slot, or null
   const std::uint64_t* live = nullptr;   // a bit a position, or null
-  const std::uint64_t* groups = nullptr;  // [ceil(P / 4), M or M + 1, 4] bitmaps, or null; the last row speaks of levels
+  // Bitmaps, or null; with levels they have the last row.
+  const std::uint64_t* groups = nullptr;  // [ceil(P / 4), M or M + 1, 4]
   const std::uint64_t* supers = nullptr;  // [ceil(P / 64), M or M + 1, 4]
   std::int64_t size = 0;
   std::int64_t books = 0;
@@ -119,11 +128,12 @@ struct Hit {
   std::int64_t at;
   std::uint64_t masks[kGroup];
 };
-// So many are noted before they are looked into, with one limit for all: what is looked for rarely should not interrupt.
+// So many are noted before they are looked into, with one limit for all: what is looked for rarely should not
+// interrupt.
 inline constexpr std::int64_t kHits = 16;
 
-// Looks through places [first, last), kGroup at a time (fewer at the end), until there are kHits hits; how many there are.
-// `next` becomes the place to go on from.
+// Looks through places [first, last), kGroup at a time (fewer at the end), until there are kHits hits; how many there
+// are. `next` becomes the place to go on from.
 template <class Code>
 using Seek = std::int64_t(const Sight<Code>& sight, std::int64_t first, std::int64_t last, Hit* hits,
                           std::int64_t* next) noexcept;

@@ -12,8 +12,9 @@
 namespace recfast::code_search {
 namespace {
 
-// The value is in a register from here on. Without it the compiler loads codes anew for each permutation that overwrites
-// them, and carries the rows of all codebooks around the loop, most of them spilled: loads then take half the time.
+// The value is in a register from here on. Without it the compiler loads codes anew for each permutation that
+// overwrites them, and carries the rows of all codebooks around the loop, most of them spilled: loads then take half
+// the time.
 [[nodiscard]] __m512i pinned(__m512i value) noexcept {
   __asm__ volatile("" : "+v"(value));
   return value;
@@ -82,21 +83,20 @@ std::int64_t seek(const Sight<std::uint8_t>& sight, std::int64_t first, std::int
       for (std::int64_t i = 0; i < kGroup; ++i) levels[i] = sight.levels + blocks[i] * kItems;
       add<4>(sight.lut + books * kLevels, levels, 0, sums);
     }
+    // No branch on what was found: a wrong guess would throw away the loads that are under way.
     Hit& hit = hits[count];
-    if constexpr (Listed) {
-      std::uint64_t any = 0;
-      for (std::int64_t i = 0; i < kGroup; ++i) {
-        const std::uint64_t allowed = sight.allowed[std::min(at + i, last - 1)];
-        any |= hit.masks[i] = _mm512_mask_cmple_epu8_mask(allowed, sums[i], limit);
-      }
-      if (any == 0) continue;
-    } else {
-      const __m512i least = _mm512_min_epu8(_mm512_min_epu8(sums[0], sums[1]), _mm512_min_epu8(sums[2], sums[3]));
-      if (_mm512_cmple_epu8_mask(least, limit) == 0) continue;
-      for (int i = 0; i < kGroup; ++i) hit.masks[i] = _mm512_cmple_epu8_mask(sums[i], limit);
-    }
     hit.at = at;
-    ++count;
+    std::uint64_t any = 0;
+#pragma GCC unroll 4
+    for (std::int64_t i = 0; i < kGroup; ++i) {
+      std::uint64_t near = _mm512_cmple_epu8_mask(sums[i], limit);
+      if constexpr (Listed) near &= sight.allowed[std::min(at + i, last - 1)];
+      hit.masks[i] = near;
+      any |= near;
+    }
+    std::int64_t found = any != 0 ? 1 : 0;
+    __asm__ volatile("" : "+r"(found));  // or else the compiler makes a branch of it
+    count += found;
     if (count == kHits) {
       *next = at + kGroup;
       return count;
@@ -182,7 +182,8 @@ void deficits(const float* values, std::int64_t count, float top, float inverse,
     const __m512 value =
         _mm512_mask_loadu_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), present, values + c);
     const __m512 steps = _mm512_maskz_min_ps(0xffff, _mm512_mul_ps(_mm512_sub_ps(tops, value), scale), most);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(steps)));
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_maskz_cvttps_epi32(0xffff, steps));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c), bytes);
   }
 }
 
@@ -193,9 +194,9 @@ float top(const float* values, std::int64_t count) noexcept {
     const auto present = static_cast<__mmask16>(rest >= 16 ? 0xffff : (1 << rest) - 1);
     most = _mm512_mask_max_ps(most, present, most, _mm512_maskz_loadu_ps(present, values + c));
   }
-  const __m512i bits = _mm512_castps_si512(most);
-  const __m256 half = _mm256_max_ps(_mm256_castsi256_ps(_mm512_castsi512_si256(bits)),
-                                    _mm256_castsi256_ps(_mm512_maskz_extracti32x8_epi32(0xff, bits, 1)));
+  alignas(64) float lanes[16];
+  _mm512_store_ps(lanes, most);
+  const __m256 half = _mm256_max_ps(_mm256_load_ps(lanes), _mm256_load_ps(lanes + 8));
   const __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   const __m128 pair = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));

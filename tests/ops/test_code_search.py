@@ -322,7 +322,8 @@ def test_same_for_any_k_batch_and_threads(values):
 def test_packed_same_for_any_k_batch_and_threads(values, order, isa_levels):
     """50,000 items: bounds bite, queries take turns on superblocks, or are cut into pieces that share their theta."""
     random, codes, table = problem(6, 50_000, 8, 256, 5, values)
-    codes[:, :3] //= 64  # so that groups can be passed over
+    if values != "normal":  # so that groups can be passed over; else bounds turn out to be of no use
+        codes[:, :3] //= 64
     ids = random.permutation(50_000)
     mask = random.random((5, 50_000)) < 0.02
     packed = ops.pack_codes(
