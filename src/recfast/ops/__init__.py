@@ -22,6 +22,7 @@ from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.packed_rows import PackedRows, pack_rows
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.sequence_attention import sequence_attention
 from recfast.ops.simhash import simhash
@@ -34,6 +35,7 @@ __all__ = [
     "DiceWeights",
     "Features",
     "IdMap",
+    "PackedRows",
     "Pending",
     "QuantizedTable",
     "RowsIndex",
@@ -53,6 +55,7 @@ __all__ = [
     "hamming_top_k",
     "hstu_attention",
     "initial_rows",
+    "pack_rows",
     "quantize",
     "requantize_",
     "round_to",
