@@ -41,13 +41,21 @@ struct ItemMask {
     return static_cast<std::uint32_t>((bytes[0] * kGather) >> 56 | ((bytes[1] * kGather) >> 56) << 8);
   }
 
-  // Whether any of items first .. first + count - 1 is allowed; first and count are multiples of 16.
+  // Whether any of items first .. first + count - 1 is allowed; both are multiples of 16.
   [[nodiscard]] bool any(std::int64_t first, std::int64_t count) const noexcept {
+    if (kind == MaskKind::kNone) return true;
+    const std::int64_t unit = kind == MaskKind::kBits ? 8 : 1;
     const std::int64_t last = std::min(first + count, n_items);
-    for (; first < last; first += 16) {
-      if (sixteen(first) != 0) return true;
+    const std::uint8_t* at = data + first / unit;
+    std::int64_t bytes = (last - first + unit - 1) / unit;
+    std::uint64_t found = 0;
+    for (; bytes >= 8; bytes -= 8, at += 8) {
+      std::uint64_t word;
+      std::memcpy(&word, at, 8);
+      found |= word;
     }
-    return false;
+    for (; bytes > 0; --bytes) found |= *at++;
+    return found != 0;
   }
 };
 

@@ -40,24 +40,47 @@ struct Portable {
     return bits;
   }
 
-  static void narrow(const Named* rows, std::int64_t count, std::int64_t chunk, int group, std::int32_t first,
-                     std::uint32_t allowed, Best& best) noexcept {
-    float totals[16] = {};
-    std::uint32_t held = 0;
-    for (std::int64_t j = 0; j < count; ++j) {
-      const Named& row = rows[j];
-      if ((row.present[chunk] >> group & 1) == 0) continue;
-      const Record record = record_of(row, chunk, group);
-      held |= record.items;
-      const float* score = row.scores + record.offset;
-      for (std::uint32_t items = record.items; items != 0; items &= items - 1) {
-        totals[std::countr_zero(items)] += row.term(*score++);
+  static std::uint64_t allowed(std::uint64_t groups, std::int64_t first, const ItemMask& mask) noexcept {
+    return allowed_groups(groups, first, mask);
+  }
+
+  static void narrow(const Named* rows, std::int64_t count, std::int64_t chunk, std::uint64_t groups,
+                     std::int64_t first, const ItemMask& mask, Best<Portable>& best) noexcept {
+    for (; groups != 0; groups &= groups - 1) {
+      const int group = std::countr_zero(groups);
+      float totals[16] = {};
+      std::uint32_t held = 0;
+      for (std::int64_t j = 0; j < count; ++j) {
+        const Named& row = rows[j];
+        const std::uint64_t present = row.present[chunk];
+        if ((present >> group & 1) == 0) continue;
+        const Start start = row.starts[chunk];
+        const std::int64_t at = start.group + std::popcount(present & ((std::uint64_t{1} << group) - 1));
+        const std::uint32_t record = static_cast<const std::uint32_t*>(row.groups)[at];
+        const float* score = row.scores + start.posting + (record >> 16);
+        held |= record & 0xFFFF;
+        for (std::uint32_t items = record & 0xFFFF; items != 0; items &= items - 1) {
+          totals[std::countr_zero(items)] += row.term(*score++);
+        }
+      }
+      for (held &= mask.sixteen(first + group * 16); held != 0; held &= held - 1) {
+        const int item = std::countr_zero(held);
+        best.offer(totals[item], static_cast<std::int32_t>(first + group * 16 + item));
       }
     }
-    for (held &= allowed; held != 0; held &= held - 1) {
-      const int item = std::countr_zero(held);
-      best.offer(totals[item], first + item);
+  }
+
+  static std::int64_t keep(Best<Portable>& best, std::int32_t least, std::int32_t last) noexcept {
+    std::int64_t kept = 0;
+    for (std::int64_t i = 0; i < best.count; ++i) {
+      const float score = best.scores[i];
+      const std::int32_t id = best.ids[i];
+      const std::int32_t key = best.keys[i];
+      best.scores[kept] = score;
+      best.ids[kept] = id;
+      kept += (key > least) | ((key == least) & (id <= last));
     }
+    return kept;
   }
 
   static void sort(std::uint64_t* keys, std::int64_t count, float* scores, std::int64_t* ids) noexcept {
@@ -284,7 +307,7 @@ void unpack(const Packed& packed, std::int32_t* item_ids) noexcept {
 
 std::int64_t scratch_bytes(const Packed& packed, std::int64_t width, std::int64_t k) noexcept {
   Scratch counted{.base = nullptr};
-  (void)cut_scratch(packed, width, k, counted);
+  (void)cut_scratch<Portable>(packed, width, k, counted);
   return counted.used;
 }
 

@@ -1,8 +1,10 @@
 // One query over packed rows, for a Kernel that brings what an instruction set does better:
 //   bounds(rows, count, chunks, sums)          the sums of bounds, 64 bytes a chunk
 //   reaching(sums, low, high) -> uint64        which of a chunk's 64 sums lie in [low, high)
-//   narrow(rows, count, group, first, best, mask)   adds up a group of 16 and offers what reaches theta
-//   sort(keys, count)                          ascending
+//   allowed(groups, first, mask) -> uint64     those of a chunk's groups of 16 that have an allowed item
+//   narrow(rows, count, chunk, groups, first, mask, best)   adds up groups of 16 and offers what reaches theta
+//   keep(best, least, last)                    leaves the entries above key `least`, and those at it with ids to `last`
+//   sort(keys, count, scores, ids)             best first
 // Included once per instruction set, inside its target region.
 
 #include "code_rows/packed_rows.h"
@@ -37,6 +39,7 @@ struct Named {
 }
 
 // The best so far: an unordered list that is cut back to k whenever it is full.
+template <class Kernel>
 struct Best {
   float* scores;
   std::int32_t* ids;
@@ -59,8 +62,8 @@ struct Best {
   }
 
   // Keeps the k best. Selection by bits of the key: passes over a few cache lines without a branch to mispredict.
-  void cut() noexcept {
-    if (count < k) return;
+  [[gnu::noinline]] void cut() noexcept {
+    if (count < k || (count == k && theta > -kInfinity)) return;
     std::int32_t low = std::numeric_limits<std::int32_t>::max();
     std::int32_t high = std::numeric_limits<std::int32_t>::min();
     for (std::int64_t i = 0; i < count; ++i) {
@@ -85,16 +88,7 @@ struct Best {
       last = std::max(last, keys[i] == least ? ids[i] : 0);
     }
     if (above + ties > k) last = tie(least, k - above);
-    std::int64_t kept = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
-      const float score = scores[i];
-      const std::int32_t id = ids[i];
-      const std::int32_t key = keys[i];
-      scores[kept] = score;
-      ids[kept] = id;
-      kept += (key > least) | ((key == least) & (id <= last));
-    }
-    count = kept;
+    count = Kernel::keep(*this, least, last);
     theta = std::bit_cast<float>(least ^ ((least >> 31) & 0x7FFFFFFF));
     theta_id = last;
   }
@@ -132,11 +126,19 @@ struct Scratch {
   }
 };
 
+// The groups of a chunk that may hold one of the best.
+struct Reaching {
+  std::int64_t chunk;
+  std::uint64_t groups;
+};
+
+template <class Kernel>
 struct Parts {
   Named* rows;
   std::uint8_t* tables;
   std::uint8_t* sums;
-  Best best;
+  Reaching* chunks;
+  Best<Kernel> best;
   std::uint32_t* totals;   // wide groups: bits of sums
   std::uint32_t* touched;
   std::uint64_t* order;
@@ -145,13 +147,15 @@ struct Parts {
 // A sum that nothing was added to: a NaN that no addition of finite numbers makes.
 constexpr std::uint32_t kUntouched = 0xFFFFFFFF;
 
-inline Parts cut_scratch(const Packed& packed, std::int64_t width, std::int64_t k, Scratch& scratch) noexcept {
+template <class Kernel>
+Parts<Kernel> cut_scratch(const Packed& packed, std::int64_t width, std::int64_t k, Scratch& scratch) noexcept {
   const std::int64_t kept = std::min(k, packed.n_items);
   const std::int64_t capacity = kept + std::max(kept / 2, kSlack);
   const std::int64_t group = packed.shift == kNarrow ? 0 : std::int64_t{1} << packed.shift;
   return {.rows = scratch.take<Named>(width),
           .tables = scratch.take<std::uint8_t>(width * kLut),
           .sums = scratch.take<std::uint8_t>(packed.chunks() * kGroups),
+          .chunks = scratch.take<Reaching>(packed.chunks() + 1),
           .best = {.scores = scratch.take<float>(capacity + 16),
                    .ids = scratch.take<std::int32_t>(capacity + 16),
                    .keys = scratch.take<std::int32_t>(capacity + 16),
@@ -162,6 +166,16 @@ inline Parts cut_scratch(const Packed& packed, std::int64_t width, std::int64_t 
           .order = scratch.take<std::uint64_t>(kept)};
 }
 
+// Those of a chunk's narrow groups that have an allowed item.
+inline std::uint64_t allowed_groups(std::uint64_t groups, std::int64_t first, const ItemMask& mask) noexcept {
+  std::uint64_t left = 0;
+  for (; groups != 0; groups &= groups - 1) {
+    const int group = std::countr_zero(groups);
+    left |= static_cast<std::uint64_t>(mask.any(first + group * 16, 16)) << group;
+  }
+  return left;
+}
+
 template <class Kernel>
 class Search {
  public:
@@ -169,7 +183,7 @@ class Search {
       : packed_(packed), query_(query), number_(number), chunks_(packed.chunks()),
         mask_(query.masks.of(number, packed.n_items)) {
     Scratch whole{.base = scratch};
-    parts_ = cut_scratch(packed, query.width, query.k, whole);
+    parts_ = cut_scratch<Kernel>(packed, query.width, query.k, whole);
   }
 
   void run() noexcept {
@@ -190,17 +204,17 @@ class Search {
   std::int64_t name_rows() noexcept {
     const std::int64_t* rows = query_.rows + number_ * query_.width;
     const float* weights = query_.weights == nullptr ? nullptr : query_.weights + number_ * query_.width;
-    const std::int64_t group_bytes = packed_.shift == kNarrow || packed_.shift > kByteLocals ? 4 : 2;
-    const std::int64_t local_bytes = packed_.shift > kByteLocals ? 2 : 1;
+    group_bytes_ = packed_.shift == kNarrow || packed_.shift > kByteLocals ? 4 : 2;
+    if (packed_.shift != kNarrow) local_bytes_ = packed_.shift > kByteLocals ? 2 : 1;
     for (std::int64_t j = 0; j < query_.width; ++j) {
       const std::int64_t row = rows[j];
       if (row < 0) continue;
       const std::int64_t first = packed_.indptr[row];
       const std::int64_t group = packed_.group_ptr[row];
       if (first == packed_.indptr[row + 1]) continue;
-      const auto* groups = static_cast<const std::byte*>(packed_.groups) + group * group_bytes;
+      const auto* groups = static_cast<const std::byte*>(packed_.groups) + group * group_bytes_;
       const auto* locals =
-          packed_.locals == nullptr ? nullptr : static_cast<const std::byte*>(packed_.locals) + first * local_bytes;
+          packed_.locals == nullptr ? nullptr : static_cast<const std::byte*>(packed_.locals) + first * local_bytes_;
       const float bias = query_.row_bias == nullptr ? 0.0f : query_.row_bias[row];
       parts_.rows[count_++] = {.present = packed_.present + row * chunks_,
                                .starts = packed_.starts + row * (chunks_ + 1),
@@ -218,7 +232,7 @@ class Search {
   }
 
   // What each level of each row may add, in units; false where bounds tell nothing.
-  bool make_tables() noexcept {
+  [[gnu::noinline]] bool make_tables() noexcept {
     if (postings_ <= parts_.best.k) return false;
     const std::int64_t levels = packed_.level_count;
     float total = 0.0f;
@@ -265,7 +279,7 @@ class Search {
   }
 
   // The highest sum that at least `wanted` groups reach, by a sample of the chunks.
-  [[nodiscard]] int level_for(std::int64_t wanted) const noexcept {
+  [[gnu::noinline]] int level_for(std::int64_t wanted) const noexcept {
     const std::int64_t stride = std::max<std::int64_t>(1, chunks_ / 256);
     const std::int64_t sampled = wanted / stride;
     int level = 0;
@@ -280,7 +294,7 @@ class Search {
   }
 
   void by_bounds() noexcept {
-    Best& best = parts_.best;
+    Best<Kernel>& best = parts_.best;
     int done = 256;
     for (std::int64_t wanted = best.k; done > 0; wanted = std::min(4 * wanted, packed_.n_items)) {
       best.cut();
@@ -292,19 +306,54 @@ class Search {
     }
   }
 
-  // All groups whose bound lies in [low, high); low rises with theta.
-  void between(int low, int high) noexcept {
-    float theta = parts_.best.theta;
+  // All groups whose bound lies in [low, high); low rises with theta. Where rows are kept in main memory, what a chunk
+  // needs is asked for while those before it are added up.
+  [[gnu::noinline]] void between(int low, int high) noexcept {
+    std::int64_t found = 0;
     for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
       const std::uint64_t reaching = Kernel::reaching(parts_.sums + chunk * kGroups, low, high);
-      if (reaching == 0) continue;
-      // Where the bound is 0 a group may well be empty.
-      add_up(chunk, low > 0 ? reaching : reaching & held(chunk));
+      parts_.chunks[found] = {.chunk = chunk, .groups = reaching};
+      found += reaching != 0;
+    }
+    constexpr std::int64_t kStarts = 12;
+    constexpr std::int64_t kGroupsAhead = 5;
+    for (std::int64_t i = 0; i < std::min(found, kStarts); ++i) ask_starts(parts_.chunks[i].chunk);
+    for (std::int64_t i = 0; i < std::min(found, kGroupsAhead); ++i) ask_groups(parts_.chunks[i]);
+    float theta = parts_.best.theta;
+    for (std::int64_t i = 0; i < found; ++i) {
+      if (i + kStarts < found) ask_starts(parts_.chunks[i + kStarts].chunk);
+      if (i + kGroupsAhead < found) ask_groups(parts_.chunks[i + kGroupsAhead]);
       if (parts_.best.theta != theta) {
         theta = parts_.best.theta;
         low = std::max(low, level_of_theta());
         if (low >= high) return;
       }
+      const Reaching& one = parts_.chunks[i];
+      std::uint64_t groups = one.groups;
+      if (theta > -kInfinity) groups &= Kernel::reaching(parts_.sums + one.chunk * kGroups, low, high);
+      // Where the bound is 0 a group may well be empty.
+      if (low == 0) groups &= held(one.chunk);
+      if (groups != 0) add_up(one.chunk, groups);
+    }
+  }
+
+  void ask_starts(std::int64_t chunk) const noexcept {
+    for (std::int64_t j = 0; j < count_; ++j) {
+      __builtin_prefetch(parts_.rows[j].starts + chunk);
+      __builtin_prefetch(parts_.rows[j].present + chunk);
+    }
+  }
+
+  // The lines where the first of the groups begin.
+  void ask_groups(const Reaching& one) const noexcept {
+    const std::uint64_t below = (one.groups & (0 - one.groups)) - 1;
+    for (std::int64_t j = 0; j < count_; ++j) {
+      const Named& row = parts_.rows[j];
+      const Start start = row.starts[one.chunk];
+      const std::int64_t at = start.group + std::popcount(row.present[one.chunk] & below);
+      __builtin_prefetch(static_cast<const std::byte*>(row.groups) + at * group_bytes_);
+      __builtin_prefetch(row.scores + start.posting);
+      if (local_bytes_ != 0) __builtin_prefetch(static_cast<const std::byte*>(row.locals) + start.posting * local_bytes_);
     }
   }
 
@@ -321,19 +370,11 @@ class Search {
     return groups;
   }
 
-  void add_up(std::int64_t chunk, std::uint64_t groups) noexcept {
+  [[gnu::noinline]] void add_up(std::int64_t chunk, std::uint64_t groups) noexcept {
     const std::int64_t first = chunk * packed_.chunk_items();
     if (packed_.shift == kNarrow) {
-      for (; groups != 0; groups &= groups - 1) {
-        const int group = std::countr_zero(groups);
-        std::uint32_t allowed = 0xFFFF;
-        if (mask_.kind != MaskKind::kNone) {
-          allowed = mask_.sixteen(first + group * 16);
-          if (allowed == 0) continue;
-        }
-        Kernel::narrow(parts_.rows, count_, chunk, group, static_cast<std::int32_t>(first + group * 16), allowed,
-                       parts_.best);
-      }
+      if (mask_.kind != MaskKind::kNone) groups = Kernel::allowed(groups, first, mask_);
+      if (groups != 0) Kernel::narrow(parts_.rows, count_, chunk, groups, first, mask_, parts_.best);
     } else if (packed_.shift <= kByteLocals) {
       wide<std::uint8_t, std::uint16_t>(chunk, groups);
     } else {
@@ -345,8 +386,9 @@ class Search {
   void wide(std::int64_t chunk, std::uint64_t groups) noexcept {
     const std::int64_t size = std::int64_t{1} << packed_.shift;
     // To look for an allowed item first pays only while a group is not much longer than its few postings.
-    const std::int64_t looked_at = mask_.kind == MaskKind::kBits ? 512 : 64;
-    const bool look = mask_.kind != MaskKind::kNone && size <= looked_at;
+    const std::int64_t looked_at = mask_.kind == MaskKind::kBits ? 1024 : 128;
+    const bool masked = mask_.kind != MaskKind::kNone;
+    const bool look = masked && size <= looked_at;
     std::uint32_t* totals = parts_.totals;
     std::uint32_t* touched = parts_.touched;
     for (; groups != 0; groups &= groups - 1) {
@@ -367,6 +409,7 @@ class Search {
         const std::int64_t end = at + 1 == next.group ? next.posting : start.posting + std::int64_t{offsets[at + 1]};
         for (std::int64_t i = begin; i < end; ++i) {
           const std::uint32_t local = locals[i];
+          if (masked && !mask_.allows(first + local)) continue;
           const std::uint32_t bits = totals[local];
           const bool fresh = bits == kUntouched;
           touched[found] = local;
@@ -379,13 +422,13 @@ class Search {
         const float total = std::bit_cast<float>(totals[touched[i]]);
         totals[touched[i]] = kUntouched;
         const auto id = static_cast<std::int32_t>(first + touched[i]);
-        if (parts_.best.admits(total, id) && mask_.allows(id)) parts_.best.offer(total, id);
+        parts_.best.offer(total, id);
       }
     }
   }
 
-  void write() noexcept {
-    Best& best = parts_.best;
+  [[gnu::noinline]] void write() noexcept {
+    Best<Kernel>& best = parts_.best;
     best.cut();
     for (std::int64_t i = 0; i < best.count; ++i) {
       // Descending score, ascending id.
@@ -404,9 +447,11 @@ class Search {
   std::int64_t number_;
   std::int64_t chunks_;
   ItemMask mask_;
-  Parts parts_{};
+  Parts<Kernel> parts_{};
   std::int64_t count_ = 0;
   std::int64_t postings_ = 0;
+  std::int64_t group_bytes_ = 4;
+  std::int64_t local_bytes_ = 0;
   float unit_ = 1.0f;
 };
 
@@ -415,21 +460,6 @@ inline void decode(std::uint64_t key, float& score, std::int64_t& id) noexcept {
   const std::int32_t bits = ~static_cast<std::int32_t>(static_cast<std::uint32_t>(key >> 32) ^ 0x80000000U);
   score = std::bit_cast<float>(bits ^ ((bits >> 31) & 0x7FFFFFFF));
   id = static_cast<std::int64_t>(key & 0xFFFFFFFF);
-}
-
-// What a record of a narrow group says.
-struct Record {
-  std::uint32_t items;  // 16 bits
-  std::uint32_t offset;
-};
-
-inline Record record_of(const Named& row, std::int64_t chunk, int group) noexcept {
-  const std::uint64_t present = row.present[chunk];
-  const Start start = row.starts[chunk];
-  const std::int64_t at = start.group + std::popcount(present & ((std::uint64_t{1} << group) - 1));
-  const std::uint32_t record = static_cast<const std::uint32_t*>(row.groups)[at];
-  return {.items = (present >> group & 1) != 0 ? record & 0xFFFF : 0,
-          .offset = static_cast<std::uint32_t>(start.posting) + (record >> 16)};
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from recfast import _C
-from recfast.ops import _check, _item_mask
+from recfast.ops import _check, _item_mask, _memory
 from recfast.ops._library import define, kernel
 
 _NAME = "packed_rows_search"
@@ -100,6 +100,15 @@ def levels_for(per_row: float) -> int:
     return _C.PACKED_ROWS_LEVELS if per_row >= 512 else 15
 
 
+def bytes_for(n_rows: int, n_items: int, per_row: float, shift: int) -> int:
+    """The bytes of packed rows of `per_row` postings on average, at most: each posting in a group of its own."""
+    groups, locals_ = _dtypes(shift)
+    posting = 4 + 1 + groups.itemsize + (0 if locals_ is None else locals_.itemsize)
+    chunks = -(-n_items // (_GROUPS << shift))
+    row = 8 + 8 + 8 * chunks + 8 * (chunks + 1) + 4 * levels_for(per_row) + 4
+    return int(n_rows * (row + per_row * posting)) + 16 + _PADDING + groups.itemsize
+
+
 def _dtypes(shift: int) -> tuple[torch.dtype, torch.dtype | None]:
     """Of groups and locals."""
     if shift == _NARROW:
@@ -158,11 +167,11 @@ def pack_rows(rows_index: Any, *, shift: int | None = None, check: bool = True) 
         indptr=indptr,
         scores=scores,
         group_ptr=group_ptr,
-        present=torch.empty((n_rows, chunks), dtype=torch.int64),
-        starts=torch.empty((n_rows, chunks + 1, 2), dtype=torch.int32),
+        present=_memory.zeros(n_rows, chunks, dtype=torch.int64),
+        starts=_memory.zeros(n_rows, chunks + 1, 2, dtype=torch.int32),
         levels=none,
         groups=none,
-        locals=None if local_dtype is None else torch.empty(postings, dtype=local_dtype),
+        locals=None if local_dtype is None else _memory.zeros(postings, dtype=local_dtype),
         upper=torch.empty((n_rows, levels_for(per_row)), dtype=torch.float32),
         lowest=torch.empty(n_rows, dtype=torch.float32),
         n_items=n_items,
@@ -171,7 +180,7 @@ def pack_rows(rows_index: Any, *, shift: int | None = None, check: bool = True) 
     _COUNT[item_ids.dtype](fields_of(packed), item_ids.data_ptr())
     groups = int(group_ptr[-1])
     packed = packed._replace(
-        levels=torch.empty(groups + _PADDING, dtype=torch.uint8), groups=torch.empty(groups + 1, dtype=group_dtype)
+        levels=_memory.zeros(groups + _PADDING, dtype=torch.uint8), groups=_memory.zeros(groups + 1, dtype=group_dtype)
     )
     longest = int((group_ptr[1:] - group_ptr[:-1]).max()) if n_rows else 0
     maxima = torch.empty(_threads() * 2 * longest, dtype=torch.float32)
