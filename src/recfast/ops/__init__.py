@@ -35,6 +35,7 @@ from recfast.ops.packed_codes import (  # the edits of what is packed, which are
     permute_mask,
     unpack_codes,  # noqa: F401
 )
+from recfast.ops.packed_rows import PackedRows, pack_rows
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.sequence_attention import sequence_attention
 from recfast.ops.simhash import simhash
@@ -48,6 +49,7 @@ __all__ = [
     "Features",
     "IdMap",
     "PackedCodes",
+    "PackedRows",
     "Pending",
     "PostingLists",
     "QuantizedTable",
@@ -75,6 +77,7 @@ __all__ = [
     "permute_mask",
     "posting_counts",
     "posting_lists",
+    "pack_rows",
     "quantize",
     "requantize_",
     "round_to",
