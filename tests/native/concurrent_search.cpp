@@ -9,11 +9,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <thread>
 #include <vector>
 
 #include "code_postings/code_postings.h"
 #include "code_rows/code_rows.h"
+#include "code_rows/packed_rows.h"
 #include "code_search/code_search.h"
 #include "code_search/packed.h"
 #include "common/isa.h"
@@ -233,24 +235,88 @@ Answer posting_search(const Items<Code>& items, const Queries<Code>& queries) {
 }
 
 // The lists of the items serve as a matrix of rows too: row = code, with scores that depend on both.
-Answer rows_search(const Items<std::uint8_t>& items, const Queries<std::uint8_t>& queries, std::uint64_t seed) {
+struct Rows {
   using Of = Items<std::uint8_t>;
-  constexpr std::int64_t kWidth = 5;
-  Answer answer;
-  Random random(seed);
-  std::vector<std::int64_t> rows(kQueries * kWidth);
-  for (std::int64_t& row : rows) row = static_cast<std::int64_t>(random.below(Of::books * Of::entries + 1)) - 1;
-  static const std::vector<float> scores = [] {
-    std::vector<float> made(Of::size * Of::books);
-    Random of_scores(3);
-    for (float& score : made) score = of_scores.real();
-    return made;
-  }();
-  std::vector<std::uint8_t> mask(kQueries * Of::size);
-  for (std::int64_t i = 0; i < kQueries * Of::size; ++i) {
-    const std::int64_t item = i % Of::size;
-    mask[i] = queries.mask[i / Of::size * Of::blocks + item / 64] >> (item % 64) & 1;
+  static constexpr std::int64_t count = Of::books * Of::entries;
+  static constexpr std::int64_t width = 5;  // rows a query names
+  static constexpr std::int64_t levels_each = 15;
+
+  const Of& items;
+  std::vector<float> scores = std::vector<float>(Of::size * Of::books);
+  std::vector<std::int64_t> group_ptr = std::vector<std::int64_t>(count + 1);
+  std::vector<std::uint64_t> present;
+  std::vector<recfast::code_rows::Start> starts;
+  std::vector<std::uint8_t> levels;
+  std::vector<std::uint32_t> groups;
+  std::vector<float> upper = std::vector<float>(count * levels_each);
+  std::vector<float> lowest = std::vector<float>(count);
+  recfast::code_rows::Packed packed;
+
+  explicit Rows(const Of& of) : items(of) {
+    Random random(3);
+    for (float& score : scores) score = random.real();
+    packed.indptr = items.indptr.data();
+    packed.scores = scores.data();
+    packed.group_ptr = group_ptr.data();
+    packed.n_rows = count;
+    packed.n_items = Of::size;
+    packed.level_count = levels_each;
+    recfast::code_rows::count_groups(packed, items.positions.data());
+    std::int64_t longest = 0;
+    for (std::int64_t row = 0; row < count; ++row) longest = std::max(longest, group_ptr[row + 1] - group_ptr[row]);
+    present.resize(count * packed.chunks());
+    starts.resize(count * (packed.chunks() + 1));
+    levels.resize(group_ptr[count] + recfast::code_rows::kLevelPadding);
+    groups.resize(group_ptr[count] + 1);
+    packed.present = present.data();
+    packed.starts = starts.data();
+    packed.levels = levels.data();
+    packed.groups = groups.data();
+    packed.upper = upper.data();
+    packed.lowest = lowest.data();
+    std::vector<float> maxima(2 * longest);
+    recfast::code_rows::fill(packed, items.positions.data(), maxima.data(), longest);
   }
+};
+
+std::vector<std::int64_t> rows_named(std::uint64_t seed) {
+  Random random(seed);
+  std::vector<std::int64_t> rows(kQueries * Rows::width);
+  for (std::int64_t& row : rows) row = static_cast<std::int64_t>(random.below(Rows::count + 1)) - 1;
+  return rows;
+}
+
+recfast::code_rows::Masks bits_of(const Queries<std::uint8_t>& queries) {
+  return {.kind = recfast::code_rows::MaskKind::kBits,
+          .data = reinterpret_cast<const std::uint8_t*>(queries.mask.data()),
+          .stride = 8 * Rows::Of::blocks};
+}
+
+Answer packed_rows_search(const Rows& matrix, const Queries<std::uint8_t>& queries, std::uint64_t seed) {
+  Answer answer;
+  const std::vector<std::int64_t> rows = rows_named(seed);
+  std::vector<std::byte> scratch(recfast::code_rows::scratch_bytes(matrix.packed, Rows::width, kBest) + 64);
+  const auto address = reinterpret_cast<std::uintptr_t>(scratch.data());
+  recfast::code_rows::Query query;
+  query.rows = rows.data();
+  query.masks = bits_of(queries);
+  query.scratch = scratch.data() + (64 - address % 64) % 64;
+  query.out_scores = answer.scores.data();
+  query.out_ids = answer.ids.data();
+  query.queries = kQueries;
+  query.width = Rows::width;
+  query.k = kBest;
+  recfast::code_rows::run(matrix.packed, query);
+  return answer;
+}
+
+Answer rows_search(const Rows& matrix, const Queries<std::uint8_t>& queries, std::uint64_t seed) {
+  using Of = Rows::Of;
+  constexpr std::int64_t kWidth = Rows::width;
+  const Of& items = matrix.items;
+  const std::vector<float>& scores = matrix.scores;
+  Answer answer;
+  const std::vector<std::int64_t> rows = rows_named(seed);
   std::vector<float> sums(recfast::code_rows::kTile);
   std::vector<std::uint64_t> touched(recfast::code_rows::kTile / 64);
   std::vector<std::int64_t> cursors(kWidth);
@@ -260,8 +326,7 @@ Answer rows_search(const Items<std::uint8_t>& items, const Queries<std::uint8_t>
   args.item_ids = items.positions.data();
   args.scores = scores.data();
   args.rows = rows.data();
-  args.mask = mask.data();
-  args.mask_stride = Of::size;
+  args.masks = bits_of(queries);
   args.sums = sums;
   args.touched = touched;
   args.cursors = cursors;
@@ -278,7 +343,7 @@ Answer rows_search(const Items<std::uint8_t>& items, const Queries<std::uint8_t>
 }
 
 template <class Code>
-std::vector<Answer> all(const Items<Code>& items, int thread) {
+std::vector<Answer> all(const Items<Code>& items, const Rows* rows, int thread) {
   using recfast::code_search::Plan;
   const Queries<Code> queries(static_cast<std::uint64_t>(thread) + 1);
   std::vector<Answer> answers;
@@ -289,7 +354,8 @@ std::vector<Answer> all(const Items<Code>& items, int thread) {
   answers.push_back(row_search(items, queries));
   answers.push_back(posting_search(items, queries));
   if constexpr (sizeof(Code) == 1) {
-    answers.push_back(rows_search(items, queries, static_cast<std::uint64_t>(thread) + 1));
+    answers.push_back(rows_search(*rows, queries, static_cast<std::uint64_t>(thread) + 1));
+    answers.push_back(packed_rows_search(*rows, queries, static_cast<std::uint64_t>(thread) + 1));
   }
   return answers;
 }
@@ -303,9 +369,12 @@ void refuse(bool wrong, const char* what) {
 template <class Code>
 void check() {
   Items<Code> items;
+  std::optional<Rows> matrix;
+  if constexpr (sizeof(Code) == 1) matrix.emplace(items);
+  const Rows* const rows = matrix ? &*matrix : nullptr;
   std::vector<std::vector<Answer>> wanted;
   for (int thread = 0; thread < kThreads; ++thread) {
-    wanted.push_back(all(items, thread));
+    wanted.push_back(all(items, rows, thread));
     const std::vector<Answer>& answers = wanted.back();
     // All ways over a dense table agree, and all over a sparse one.
     for (const std::size_t other : {std::size_t{2}, std::size_t{4}, std::size_t{6}}) {
@@ -314,17 +383,18 @@ void check() {
     for (const std::size_t other : {std::size_t{3}, std::size_t{5}, std::size_t{7}}) {
       refuse(!(answers[1] == answers[other]), "two ways to search a sparse table differ");
     }
+    refuse(rows != nullptr && !(answers[8] == answers[9]), "two ways to add rows differ");
     refuse(thread > 0 && answers[0] == wanted[0][0], "two threads search for the same");
   }
   std::vector<int> wrong(kThreads);
   std::vector<std::thread> threads;
   for (int thread = 0; thread < kThreads; ++thread) {
-    threads.emplace_back([&items, &wanted, &wrong, thread] {
+    threads.emplace_back([&items, &wanted, &wrong, rows, thread] {
       for (int round = 0; round < kRounds; ++round) {
 #ifdef RECFAST_DELIBERATE_RACE
         if (thread == 0) items.planes[static_cast<std::size_t>(round)] = Code{1};
 #endif
-        if (all(items, thread) != wanted[static_cast<std::size_t>(thread)]) ++wrong[static_cast<std::size_t>(thread)];
+        if (all(items, rows, thread) != wanted[static_cast<std::size_t>(thread)]) ++wrong[static_cast<std::size_t>(thread)];
       }
     });
   }

@@ -35,6 +35,7 @@ from recfast.ops.packed_codes import (  # the edits of what is packed, which are
     permute_mask,
     unpack_codes,  # noqa: F401
 )
+from recfast.ops.packed_rows import PackedRows, pack_rows
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.sequence_attention import sequence_attention
 from recfast.ops.simhash import simhash
@@ -48,6 +49,7 @@ __all__ = [
     "Features",
     "IdMap",
     "PackedCodes",
+    "PackedRows",
     "Pending",
     "PostingLists",
     "QuantizedTable",
@@ -72,6 +74,7 @@ __all__ = [
     "initial_rows",
     "pack_codes",
     "pack_mask",
+    "pack_rows",
     "permute_mask",
     "posting_counts",
     "posting_lists",
