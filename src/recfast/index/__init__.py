@@ -2,6 +2,7 @@
 
 from recfast.index.code_index import CodeIndex
 from recfast.index.code_rows import CodeRows
+from recfast.index.code_trie import BeamResult, CodeTrie, constrained_beam
 from recfast.index.dense_index import DenseIndex
 
-__all__ = ["CodeIndex", "CodeRows", "DenseIndex"]
+__all__ = ["BeamResult", "CodeIndex", "CodeRows", "CodeTrie", "DenseIndex", "constrained_beam"]
