@@ -3,8 +3,8 @@
 A million items of 4 codes of 256, random; 800 beams, which are what a search over random logits arrives at. Level 1 has
 256 nodes of 256 children, level 2 65,536 of about 15, level 3 a million of about 1. The unit of work is one beam.
 
-`rival: dict` is what generation libraries do: one dictionary look-up and one masked row a beam, then torch's log-softmax
-and top-k. Its dictionary has only the prefixes of this step's beams, so that it is as fast as it can be.
+`rival: dict` is what generation libraries do: one dictionary look-up and one masked row a beam, then torch's
+log-softmax and top-k. Its dictionary has only the prefixes of this step's beams, so that it is as fast as it can be.
 """
 
 import numpy as np

@@ -57,7 +57,7 @@ struct Avx512 {
     }
   }
 
-  [[gnu::noinline]] static void bounds(const Named* rows, std::int64_t count, std::int64_t chunks, std::uint8_t* sums) noexcept {
+  static void bounds(const Named* rows, std::int64_t count, std::int64_t chunks, std::uint8_t* sums) noexcept {
     add_some<true>(rows, std::min<std::int64_t>(count, 4), chunks, sums);
     for (std::int64_t j = 4; j < count; j += 4) {
       add_some<false>(rows + j, std::min<std::int64_t>(count - j, 4), chunks, sums);
@@ -177,7 +177,7 @@ struct Avx512 {
     return keep_avx512(best, least, last);
   }
 
-  [[gnu::noinline]] static void sort(std::uint64_t* keys, std::int64_t count, float* scores, std::int64_t* ids) noexcept {
+  static void sort(std::uint64_t* keys, std::int64_t count, float* scores, std::int64_t* ids) noexcept {
     if (count > kRanked) {
       std::sort(keys, keys + count);
       for (std::int64_t i = 0; i < count; ++i) decode(keys[i], scores[i], ids[i]);

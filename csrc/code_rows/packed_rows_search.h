@@ -154,7 +154,7 @@ class Search {
   }
 
   // What each level of each row may add, in units; false where bounds tell nothing.
-  [[gnu::noinline]] bool make_tables() noexcept {
+  bool make_tables() noexcept {
     if (postings_ <= parts_.best.k) return false;
     const std::int64_t levels = packed_.level_count;
     float total = 0.0f;
@@ -201,7 +201,7 @@ class Search {
   }
 
   // The highest sum that at least `wanted` groups reach, by a sample of the chunks.
-  [[gnu::noinline]] int level_for(std::int64_t wanted) const noexcept {
+  int level_for(std::int64_t wanted) const noexcept {
     const std::int64_t stride = std::max<std::int64_t>(1, chunks_ / 256);
     const std::int64_t sampled = wanted / stride;
     int level = 0;
@@ -230,7 +230,7 @@ class Search {
 
   // All groups whose bound lies in [low, high); low rises with theta. Where rows are kept in main memory, what a chunk
   // needs is asked for while those before it are added up.
-  [[gnu::noinline]] void between(int low, int high) noexcept {
+  void between(int low, int high) noexcept {
     std::int64_t found = 0;
     for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
       const std::uint64_t reaching = Kernel::reaching(parts_.sums + chunk * kGroups, low, high);
@@ -275,7 +275,8 @@ class Search {
       const std::int64_t at = start.group + std::popcount(row.present[one.chunk] & below);
       __builtin_prefetch(static_cast<const std::byte*>(row.groups) + at * group_bytes_);
       __builtin_prefetch(row.scores + start.posting);
-      if (local_bytes_ != 0) __builtin_prefetch(static_cast<const std::byte*>(row.locals) + start.posting * local_bytes_);
+      if (local_bytes_ == 0) continue;
+      __builtin_prefetch(static_cast<const std::byte*>(row.locals) + start.posting * local_bytes_);
     }
   }
 
@@ -292,7 +293,7 @@ class Search {
     return groups;
   }
 
-  [[gnu::noinline]] void add_up(std::int64_t chunk, std::uint64_t groups) noexcept {
+  void add_up(std::int64_t chunk, std::uint64_t groups) noexcept {
     const std::int64_t first = chunk * packed_.chunk_items();
     if (packed_.shift == kNarrow) {
       if (mask_.kind != MaskKind::kNone) groups = Kernel::allowed(groups, first, mask_);
@@ -349,7 +350,7 @@ class Search {
     }
   }
 
-  [[gnu::noinline]] void write() noexcept {
+  void write() noexcept {
     Best<Kernel>& best = parts_.best;
     best.cut();
     for (std::int64_t i = 0; i < best.count; ++i) parts_.order[i] = sort_key(best.scores[i], best.ids[i]);

@@ -1,6 +1,7 @@
 // The bodies of normalise_<isa> and select_<isa>, included once per instruction set inside its target region, after
-// common/best_list.h and a `Compare` with reaching(values, theta) -> bits of 16 floats that are at least theta. Vectors of 16 floats everywhere: where
-// registers are shorter the compiler takes them apart, and the bits are the same.
+// common/best_list.h and a `Compare` with reaching(values, theta) -> bits of 16 floats that are at least theta, and
+// with keep (see BestList). Vectors of 16 floats everywhere: where registers are shorter the compiler takes them apart, and
+// the bits are the same.
 
 namespace {
 
@@ -59,7 +60,9 @@ RECFAST_INLINED_HERE void each_vector(const Logit* logits, std::int64_t count, c
   }
   if (i < count) {
     float rest[kVector];
-    for (std::int64_t lane = 0; lane < kVector; ++lane) rest[lane] = i + lane < count ? widen(logits[i + lane]) : -kInfinity;
+    for (std::int64_t lane = 0; lane < kVector; ++lane) {
+      rest[lane] = i + lane < count ? widen(logits[i + lane]) : -kInfinity;
+    }
     load(rest, &x);
     visit(&x, i);
   }

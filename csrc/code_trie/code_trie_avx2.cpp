@@ -21,7 +21,8 @@ struct Compare {
   static std::uint32_t reaching(const float* values, float theta) noexcept {
     const __m256 low = _mm256_cmp_ps(_mm256_loadu_ps(values), _mm256_set1_ps(theta), _CMP_GE_OQ);
     const __m256 high = _mm256_cmp_ps(_mm256_loadu_ps(values + 8), _mm256_set1_ps(theta), _CMP_GE_OQ);
-    return static_cast<std::uint32_t>(_mm256_movemask_ps(low)) | static_cast<std::uint32_t>(_mm256_movemask_ps(high)) << 8;
+    const auto upper = static_cast<std::uint32_t>(_mm256_movemask_ps(high));
+    return static_cast<std::uint32_t>(_mm256_movemask_ps(low)) | upper << 8;
   }
 
   template <class List>

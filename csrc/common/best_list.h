@@ -1,6 +1,6 @@
-// The k best of a stream without a heap: scores that reach the k-th so far are appended without a branch to mispredict, and
-// sorted out when room runs out. For kernels that compare many scores at a time. Order: score descending, ties by lowest
-// id (0 or more); the outcome depends on the set that was offered alone.
+// The k best of a stream without a heap: scores that reach the k-th so far are appended, and sorted out when room runs
+// out. For kernels that compare many scores at a time. Order: score descending, ties by lowest id (0 or more); the
+// outcome depends on the set that was offered alone.
 // Included inside a kernel's target region; the standard headers (algorithm, bit, cstdint, limits) before it.
 #pragma once
 
@@ -18,8 +18,8 @@ namespace {
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
 
-// The best so far: an unordered list that is cut back to k whenever it is full. Kernel::keep(list, least, last) leaves the
-// entries above key `least` and those at it with ids up to `last`, and returns how many.
+// The best so far: an unordered list that is cut back to k whenever it is full. Kernel::keep(list, least, last) leaves
+// the entries above key `least` and those at it with ids up to `last`, and returns how many.
 template <class Kernel>
 struct BestList {
   float* scores;
@@ -43,7 +43,7 @@ struct BestList {
   }
 
   // Keeps the k best. Selection by bits of the key: passes over a few cache lines without a branch to mispredict.
-  [[gnu::noinline]] void cut() noexcept {
+  void cut() noexcept {
     if (count < k || (count == k && theta > -std::numeric_limits<float>::infinity())) return;
     std::int32_t low = std::numeric_limits<std::int32_t>::max();
     std::int32_t high = std::numeric_limits<std::int32_t>::min();
