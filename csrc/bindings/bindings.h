@@ -70,6 +70,7 @@ void bind_category_top_k(py::module_& m);
 void bind_code_postings(py::module_& m);
 void bind_code_rows(py::module_& m);
 void bind_code_search(py::module_& m);
+void bind_code_trie(py::module_& m);
 void bind_din_attention(py::module_& m);
 void bind_dpp_greedy(py::module_& m);
 void bind_embedding_bag(py::module_& m);

@@ -68,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
   bind_code_postings(m);
   bind_code_rows(m);
   bind_code_search(m);
+  bind_code_trie(m);
   bind_din_attention(m);
   bind_dpp_greedy(m);
   bind_embedding_bag(m);

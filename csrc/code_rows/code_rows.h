@@ -4,7 +4,8 @@
 //                                                      over the rows that hold item i
 //
 // Shapes       S in compressed rows: indptr [R + 1], item_ids [T], scores [T], ids strictly rising within a row;
-//              rows [Q, Ku] with -1 for an absent one, weights [Q, Ku], c [R], masks (item_mask.h); out [Q, k]; contiguous
+//              rows [Q, Ku] with -1 for an absent one, weights [Q, Ku], c [R], masks (item_mask.h); out [Q, k];
+//              contiguous
 // Dtypes       indptr, rows int64; item_ids int32 or int64; scores, weights, c float32
 // Rounding     product, bias and sum are rounded apart, in the order of the rows: those of a plain loop, bit for bit
 // Candidates   items that at least one row holds, whatever their sum; a row named twice counts twice
@@ -13,7 +14,8 @@
 // Padding      (-inf, -1)
 // Work         proportional to the length of the named rows. Item ids are visited in tiles of kTile, and only those
 //              that a row reaches, so scratch is a fixed size and nothing is proportional to N
-// Limits       k >= 0, ids in [0, N), scores, weights and c finite (c unchecked), rows in [-1, R): `check` says whether that holds
+// Limits       k >= 0, ids in [0, N), scores, weights and c finite, rows in [-1, R): `check` says whether that holds,
+//              but for c
 // Source       Su et al., "Beyond Two-Tower Matching: Learning Sparse Retrievable Cross-Interactions for
 //              Recommendation", SIGIR 2023
 #pragma once

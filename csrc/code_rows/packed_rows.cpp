@@ -71,16 +71,7 @@ struct Portable {
   }
 
   static std::int64_t keep(Best<Portable>& best, std::int32_t least, std::int32_t last) noexcept {
-    std::int64_t kept = 0;
-    for (std::int64_t i = 0; i < best.count; ++i) {
-      const float score = best.scores[i];
-      const std::int32_t id = best.ids[i];
-      const std::int32_t key = best.keys[i];
-      best.scores[kept] = score;
-      best.ids[kept] = id;
-      kept += (key > least) | ((key == least) & (id <= last));
-    }
-    return kept;
+    return best.keep_plainly(least, last);
   }
 
   static void sort(std::uint64_t* keys, std::int64_t count, float* scores, std::int64_t* ids) noexcept {

@@ -18,13 +18,14 @@
 //              below theta. What is added up is added in the order the query names its rows, product, bias and sum
 //              rounded apart: the bits of a plain loop.
 // Order        score descending, ties by lowest id; never depends on k, Q, threads, instruction set or layout
-// Work         K_u words and at most 64 K_u bytes a chunk; 2^shift grows as rows get sparser, so that chunks are about a
-//              tenth of the postings of an average row. Nothing is proportional to N. Bounds do not help where
-//              weights and scores are negative throughout; then all postings are added up.
+// Work         K_u words and at most 64 K_u bytes a chunk; 2^shift grows as rows get sparser, up to shift 16, so that
+//              chunks are about a tenth of the postings of an average row and do not grow in number with N. Bounds do
+//              not help where scores are negative throughout, or k is near what the rows hold; then all is added up.
 // Left out     as in code_rows.h: masked items; sums of -inf or NaN.  Padding (-inf, -1)
 // Limits       N < 2^31; all that `verify` checks
 // Source       block-max pruning after Mallia, Suel, Tonellotto, "Faster Learned Sparse Retrieval with Block-Max
-//              Pruning", SIGIR 2024; the op is SparCode's (code_rows.h), and with c the merge sort serving of streaming VQ
+//              Pruning", SIGIR 2024; the op is SparCode's (code_rows.h), with c the merge sort serving of streaming
+//              VQ, arXiv 2501.08695
 #pragma once
 
 #include <cstddef>

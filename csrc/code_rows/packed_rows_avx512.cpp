@@ -14,6 +14,7 @@
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx512vbmi,avx512vbmi2,bmi,bmi2,lzcnt,popcnt")
 
 #include "code_rows/packed_rows_search.h"
+#include "common/best_list_avx512.h"
 
 namespace recfast::code_rows {
 namespace {
@@ -56,7 +57,7 @@ struct Avx512 {
     }
   }
 
-  [[gnu::noinline]] static void bounds(const Named* rows, std::int64_t count, std::int64_t chunks, std::uint8_t* sums) noexcept {
+  static void bounds(const Named* rows, std::int64_t count, std::int64_t chunks, std::uint8_t* sums) noexcept {
     add_some<true>(rows, std::min<std::int64_t>(count, 4), chunks, sums);
     for (std::int64_t j = 4; j < count; j += 4) {
       add_some<false>(rows + j, std::min<std::int64_t>(count - j, 4), chunks, sums);
@@ -173,25 +174,10 @@ struct Avx512 {
   }
 
   static std::int64_t keep(Best<Avx512>& best, std::int32_t least, std::int32_t last) noexcept {
-    std::int64_t kept = 0;
-    const __m512i least_key = _mm512_set1_epi32(least);
-    const __m512i last_id = _mm512_set1_epi32(last);
-    for (std::int64_t i = 0; i < best.count; i += 16) {
-      const auto used = static_cast<__mmask16>((1U << std::min<std::int64_t>(16, best.count - i)) - 1);
-      const __m512i keys = _mm512_loadu_si512(best.keys + i);
-      const __m512i ids = _mm512_loadu_si512(best.ids + i);
-      const __m512 scores = _mm512_loadu_ps(best.scores + i);
-      const __mmask16 above = _mm512_mask_cmpgt_epi32_mask(used, keys, least_key);
-      const __mmask16 tied = _mm512_mask_cmple_epi32_mask(_mm512_mask_cmpeq_epi32_mask(used, keys, least_key), ids, last_id);
-      const auto stay = static_cast<__mmask16>(above | tied);
-      _mm512_storeu_ps(best.scores + kept, _mm512_maskz_compress_ps(stay, scores));
-      _mm512_storeu_si512(best.ids + kept, _mm512_maskz_compress_epi32(stay, ids));
-      kept += std::popcount(static_cast<std::uint32_t>(stay));
-    }
-    return kept;
+    return keep_avx512(best, least, last);
   }
 
-  [[gnu::noinline]] static void sort(std::uint64_t* keys, std::int64_t count, float* scores, std::int64_t* ids) noexcept {
+  static void sort(std::uint64_t* keys, std::int64_t count, float* scores, std::int64_t* ids) noexcept {
     if (count > kRanked) {
       std::sort(keys, keys + count);
       for (std::int64_t i = 0; i < count; ++i) decode(keys[i], scores[i], ids[i]);

@@ -8,13 +8,16 @@
 // Included once per instruction set, inside its target region.
 
 #include "code_rows/packed_rows.h"
+#include "common/best_list.h"
 
 namespace recfast::code_rows {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+template <class Kernel>
+using Best = BestList<Kernel>;
 constexpr std::int64_t kLut = 64;
-constexpr std::int64_t kSlack = 1024;  // room for candidates beyond k before they are sorted out
 
 // A row that a query names.
 struct Named {
@@ -30,87 +33,6 @@ struct Named {
   const std::uint8_t* bounds;  // [64] what a level may add, in units; 0 for level 0
 
   [[nodiscard]] float term(float score) const noexcept { return weight * score + bias; }
-};
-
-// An int32 that orders as the float does; never called on NaN.
-[[nodiscard]] inline std::int32_t ordered(float value) noexcept {
-  const auto bits = std::bit_cast<std::int32_t>(value);
-  return bits ^ ((bits >> 31) & 0x7FFFFFFF);
-}
-
-// The best so far: an unordered list that is cut back to k whenever it is full.
-template <class Kernel>
-struct Best {
-  float* scores;
-  std::int32_t* ids;
-  std::int32_t* keys;
-  std::int64_t k;
-  std::int64_t capacity;          // the arrays have room for 16 more
-  std::int64_t count = 0;
-  float theta = -kInfinity;       // the k-th score, once k are known
-  std::int32_t theta_id = 0;      // and its id: what has that score enters with a lower one only
-
-  [[nodiscard]] bool admits(float score, std::int32_t id) const noexcept {
-    return score > theta || (score == theta && id < theta_id);
-  }
-
-  void offer(float score, std::int32_t id) noexcept {
-    if (!admits(score, id)) return;
-    scores[count] = score;
-    ids[count++] = id;
-    if (count >= capacity) cut();
-  }
-
-  // Keeps the k best. Selection by bits of the key: passes over a few cache lines without a branch to mispredict.
-  [[gnu::noinline]] void cut() noexcept {
-    if (count < k || (count == k && theta > -kInfinity)) return;
-    std::int32_t low = std::numeric_limits<std::int32_t>::max();
-    std::int32_t high = std::numeric_limits<std::int32_t>::min();
-    for (std::int64_t i = 0; i < count; ++i) {
-      keys[i] = ordered(scores[i]);
-      low = std::min(low, keys[i]);
-      high = std::max(high, keys[i]);
-    }
-    // The highest key that at least k entries reach.
-    std::int64_t at = low;
-    for (std::int64_t step = std::bit_floor(static_cast<std::uint64_t>(std::int64_t{high} - low) | 1); step > 0;
-         step /= 2) {
-      if (at + step > high) continue;
-      if (reaching(static_cast<std::int32_t>(at + step)) >= k) at += step;
-    }
-    const auto least = static_cast<std::int32_t>(at);
-    std::int64_t above = 0;
-    std::int64_t ties = 0;
-    std::int32_t last = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
-      above += keys[i] > least;
-      ties += keys[i] == least;
-      last = std::max(last, keys[i] == least ? ids[i] : 0);
-    }
-    if (above + ties > k) last = tie(least, k - above);
-    count = Kernel::keep(*this, least, last);
-    theta = std::bit_cast<float>(least ^ ((least >> 31) & 0x7FFFFFFF));
-    theta_id = last;
-  }
-
- private:
-  [[nodiscard]] std::int64_t reaching(std::int32_t key) const noexcept {
-    std::int32_t found = 0;
-    for (std::int64_t i = 0; i < count; ++i) found += keys[i] >= key;
-    return found;
-  }
-
-  // The wanted-th lowest id among entries of this key.
-  [[nodiscard]] std::int32_t tie(std::int32_t key, std::int64_t wanted) const noexcept {
-    std::int64_t at = -1;  // fewer than `wanted` ids are at most this
-    for (std::int64_t step = std::int64_t{1} << 30; step > 0; step /= 2) {
-      const auto limit = static_cast<std::int32_t>(at + step);
-      std::int32_t found = 0;
-      for (std::int64_t i = 0; i < count; ++i) found += (keys[i] == key) & (ids[i] <= limit);
-      if (found < wanted) at += step;
-    }
-    return static_cast<std::int32_t>(at + 1);
-  }
 };
 
 // Cuts a thread's scratch, or counts it (base null).
@@ -150,7 +72,7 @@ constexpr std::uint32_t kUntouched = 0xFFFFFFFF;
 template <class Kernel>
 Parts<Kernel> cut_scratch(const Packed& packed, std::int64_t width, std::int64_t k, Scratch& scratch) noexcept {
   const std::int64_t kept = std::min(k, packed.n_items);
-  const std::int64_t capacity = kept + std::max(kept / 2, kSlack);
+  const std::int64_t capacity = best_capacity(kept);
   const std::int64_t group = packed.shift == kNarrow ? 0 : std::int64_t{1} << packed.shift;
   return {.rows = scratch.take<Named>(width),
           .tables = scratch.take<std::uint8_t>(width * kLut),
@@ -232,7 +154,7 @@ class Search {
   }
 
   // What each level of each row may add, in units; false where bounds tell nothing.
-  [[gnu::noinline]] bool make_tables() noexcept {
+  bool make_tables() noexcept {
     if (postings_ <= parts_.best.k) return false;
     const std::int64_t levels = packed_.level_count;
     float total = 0.0f;
@@ -279,7 +201,7 @@ class Search {
   }
 
   // The highest sum that at least `wanted` groups reach, by a sample of the chunks.
-  [[gnu::noinline]] int level_for(std::int64_t wanted) const noexcept {
+  int level_for(std::int64_t wanted) const noexcept {
     const std::int64_t stride = std::max<std::int64_t>(1, chunks_ / 256);
     const std::int64_t sampled = wanted / stride;
     int level = 0;
@@ -308,7 +230,7 @@ class Search {
 
   // All groups whose bound lies in [low, high); low rises with theta. Where rows are kept in main memory, what a chunk
   // needs is asked for while those before it are added up.
-  [[gnu::noinline]] void between(int low, int high) noexcept {
+  void between(int low, int high) noexcept {
     std::int64_t found = 0;
     for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
       const std::uint64_t reaching = Kernel::reaching(parts_.sums + chunk * kGroups, low, high);
@@ -353,7 +275,8 @@ class Search {
       const std::int64_t at = start.group + std::popcount(row.present[one.chunk] & below);
       __builtin_prefetch(static_cast<const std::byte*>(row.groups) + at * group_bytes_);
       __builtin_prefetch(row.scores + start.posting);
-      if (local_bytes_ != 0) __builtin_prefetch(static_cast<const std::byte*>(row.locals) + start.posting * local_bytes_);
+      if (local_bytes_ == 0) continue;
+      __builtin_prefetch(static_cast<const std::byte*>(row.locals) + start.posting * local_bytes_);
     }
   }
 
@@ -370,7 +293,7 @@ class Search {
     return groups;
   }
 
-  [[gnu::noinline]] void add_up(std::int64_t chunk, std::uint64_t groups) noexcept {
+  void add_up(std::int64_t chunk, std::uint64_t groups) noexcept {
     const std::int64_t first = chunk * packed_.chunk_items();
     if (packed_.shift == kNarrow) {
       if (mask_.kind != MaskKind::kNone) groups = Kernel::allowed(groups, first, mask_);
@@ -427,14 +350,10 @@ class Search {
     }
   }
 
-  [[gnu::noinline]] void write() noexcept {
+  void write() noexcept {
     Best<Kernel>& best = parts_.best;
     best.cut();
-    for (std::int64_t i = 0; i < best.count; ++i) {
-      // Descending score, ascending id.
-      const auto key = static_cast<std::uint32_t>(~ordered(best.scores[i])) ^ 0x80000000U;
-      parts_.order[i] = std::uint64_t{key} << 32 | static_cast<std::uint32_t>(best.ids[i]);
-    }
+    for (std::int64_t i = 0; i < best.count; ++i) parts_.order[i] = sort_key(best.scores[i], best.ids[i]);
     float* scores = query_.out_scores + number_ * query_.k;
     std::int64_t* ids = query_.out_ids + number_ * query_.k;
     Kernel::sort(parts_.order, best.count, scores, ids);
@@ -454,13 +373,6 @@ class Search {
   std::int64_t local_bytes_ = 0;
   float unit_ = 1.0f;
 };
-
-// What a key of `write` stands for.
-inline void decode(std::uint64_t key, float& score, std::int64_t& id) noexcept {
-  const std::int32_t bits = ~static_cast<std::int32_t>(static_cast<std::uint32_t>(key >> 32) ^ 0x80000000U);
-  score = std::bit_cast<float>(bits ^ ((bits >> 31) & 0x7FFFFFFF));
-  id = static_cast<std::int64_t>(key & 0xFFFFFFFF);
-}
 
 }  // namespace
 }  // namespace recfast::code_rows

@@ -5,6 +5,7 @@ from recfast.ops.category_top_k import category_top_k
 from recfast.ops.code_postings import PostingLists, code_postings, posting_counts, posting_lists
 from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
+from recfast.ops.code_trie import TrieArrays, TrieStep, code_trie_step
 from recfast.ops.din_attention import DiceWeights, DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
 from recfast.ops.embedding_bag import Features, embedding_bag
@@ -55,12 +56,15 @@ __all__ = [
     "QuantizedTable",
     "RowsIndex",
     "SparseTable",
+    "TrieArrays",
+    "TrieStep",
     "UpdateState",
     "attention_top_k",
     "category_top_k",
     "code_postings",
     "code_rows_search",
     "code_search",
+    "code_trie_step",
     "din_attention",
     "dpp_greedy",
     "embedding_bag",
