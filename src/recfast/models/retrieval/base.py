@@ -106,3 +106,16 @@ def trained_rows(output: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """Return the user vectors and positives without the rows whose item is unknown (id 0)."""
     known = positive != 0
     return output[known], positive[known]
+
+
+def uniform_negatives(rows: int, positive: Tensor, count: int, *, own: bool = False) -> Tensor:
+    """Draw item ids other than 0 uniformly, with torch's generator: int64 [count] for all, or [B, count] for each."""
+    shape = (len(positive), count) if own else (count,)
+    return torch.randint(1, rows, shape, device=positive.device)
+
+
+def scores_against(user: Tensor, others: Tensor, negatives: Tensor) -> Tensor:
+    """Return the scores float32 [B, K] of `user` [B, D] and the vectors `others` [n, D] of n `negatives`, [K] or [B, K]."""
+    if negatives.dim() == 1:
+        return user @ others.T
+    return torch.bmm(others.view(*negatives.shape, -1), user[:, :, None])[:, :, 0]
