@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recfast.errors import InputError
-from recfast.models.retrieval.base import Retriever, scores_against, trained_rows, uniform_negatives
-from recfast.nn.losses import collisions, cosine_contrastive, pairwise_ranking
+from recfast.models.retrieval.base import Retriever, against_uniform, trained_rows
+from recfast.nn.losses import cosine_contrastive, pairwise_ranking
 
 if TYPE_CHECKING:
     from recfast.data import Batch, Jagged, Schema
@@ -42,9 +42,9 @@ class MF(Retriever):
         "bpr" or "ccl".
     num_negatives
         K.
-    own_negatives
-        Every row draws K negatives of its own, as published; else one list is drawn for the whole batch, which turns
-        the scores into one matrix product and reads K rows in place of K for each row.
+    shared_by
+        The K items are drawn for so many rows of a batch together, which turns their scores into a matrix product; 1
+        draws for each row, as published, and None for the whole batch at once.
     margin, weight
         m and w of "ccl", which belong together.
     dropout
@@ -67,7 +67,7 @@ class MF(Retriever):
         dim: int = 64,
         loss: Literal["bpr", "ccl"] = "ccl",
         num_negatives: int = 800,
-        own_negatives: bool = False,
+        shared_by: int | None = None,
         margin: float = 0.9,
         weight: float = 150.0,
         dropout: float = 0.1,
@@ -80,12 +80,16 @@ class MF(Retriever):
             raise InputError("MF: the schema has no column with the role 'user'; TwoTower does without one")
         if loss not in ("bpr", "ccl"):
             raise InputError(f"MF: loss = {loss!r} is not 'bpr' or 'ccl'")
-        if dim < 1 or num_negatives < 1 or not 0 <= dropout < 1 or not init_std > 0:
+        if (
+            min(dim, num_negatives, 1 if shared_by is None else shared_by) < 1
+            or not 0 <= dropout < 1
+            or not init_std > 0
+        ):
             raise InputError(
-                f"MF: dim = {dim}, num_negatives = {num_negatives}, dropout = {dropout}, init_std = {init_std}; expected "
-                "at least 1, 1, a probability below 1 and a number above 0"
+                f"MF: dim = {dim}, num_negatives = {num_negatives}, shared_by = {shared_by}, dropout = {dropout}, "
+                f"init_std = {init_std}; expected at least 1, 1, 1 or None, a probability below 1, a number above 0"
             )
-        self.kind, self.num_negatives, self.own_negatives = loss, num_negatives, own_negatives
+        self.kind, self.num_negatives, self.shared_by = loss, num_negatives, shared_by
         self.margin, self.weight, self.dropout = margin, weight, dropout
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -115,13 +119,9 @@ class MF(Retriever):
         user, positive = trained_rows(output, batch.column(self.item_column))
         if len(positive) == 0:
             return user.sum()
-        negatives = uniform_negatives(self.rows, positive, self.num_negatives, own=self.own_negatives)
-        # One look-up for both: each would leave a gradient as large as the table.
-        vectors = self._scaled(self.items.index_select(0, torch.cat([positive, negatives.flatten()])))
-        own, others = vectors.split([len(positive), negatives.numel()])
-        chosen = (user * own).sum(1)
-        against = scores_against(user, others, negatives)
-        collision = collisions(positive, negatives)
+        scores = against_uniform(
+            user, positive, self.items, self.num_negatives, self.shared_by, cosine=self.kind == "ccl"
+        )
         if self.kind == "bpr":
-            return pairwise_ranking(chosen, against, collision=collision)
-        return cosine_contrastive(chosen, against, margin=self.margin, weight=self.weight, collision=collision)
+            return pairwise_ranking(*scores[:2], collision=scores[2])
+        return cosine_contrastive(*scores[:2], margin=self.margin, weight=self.weight, collision=scores[2])

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recfast.errors import InputError
-from recfast.models.retrieval.base import Retriever, scores_against, trained_rows, uniform_negatives
+from recfast.models.retrieval.base import Retriever, against_uniform, trained_rows
 from recfast.nn.history import Events, recent_events, segment_softmax, segment_sum
-from recfast.nn.losses import collisions, cosine_contrastive
+from recfast.nn.losses import cosine_contrastive
 
 if TYPE_CHECKING:
     from recfast.data import Batch, Dataset, Jagged, Schema
@@ -55,10 +55,10 @@ class SimpleX(Retriever):
         of the user's train positives but this one, as in the paper, which lets the future explain the past. Where the
         model is to predict what comes next, "earlier" found a sixth more on ml-100k.
     margin, weight, num_negatives
-        m, w and K of the loss. The K items are drawn uniformly, once for the whole batch, which turns their scores into
-        one matrix product; a row's own positive among them does not count.
-    own_negatives
-        Draw K items for each row instead, as in the paper.
+        m, w and K of the loss. The K items are drawn uniformly; a row's own positive among them does not count.
+    shared_by
+        They are drawn for so many rows of a batch together, which turns their scores into a matrix product; None draws
+        once for the whole batch, and 1 for each row, as in the paper.
     dropout
         Of the coordinates of the user vector.
     shared_items
@@ -87,7 +87,7 @@ class SimpleX(Retriever):
         margin: float = 0.5,
         weight: float = 10.0,
         num_negatives: int = 1000,
-        own_negatives: bool = False,
+        shared_by: int | None = None,
         dropout: float = 0.3,
         shared_items: bool = True,
         init_std: float = 0.1,
@@ -103,14 +103,18 @@ class SimpleX(Retriever):
             )
         if history not in ("earlier", "others"):
             raise InputError(f"SimpleX: history = {history!r} is not 'earlier' or 'others'")
-        if dim < 1 or max_length < 1 or num_negatives < 1 or not 0 <= gamma <= 1 or not 0 <= dropout < 1:
+        if (
+            min(dim, max_length, num_negatives, 1 if shared_by is None else shared_by) < 1
+            or not 0 <= gamma <= 1
+            or not 0 <= dropout < 1
+        ):
             raise InputError(
                 f"SimpleX: dim = {dim}, max_length = {max_length}, num_negatives = {num_negatives}, gamma = {gamma}, "
                 f"dropout = {dropout}; expected at least 1, 1, 1, a number in [0, 1] and a probability below 1"
             )
         self.max_length, self.gamma, self.aggregation, self.history = max_length, gamma, aggregation, history
         self.margin, self.weight, self.dropout = margin, weight, dropout
-        self.num_negatives, self.own_negatives = num_negatives, own_negatives
+        self.num_negatives, self.shared_by = num_negatives, shared_by
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.events = nn.Parameter(torch.randn(self.rows, dim) * init_std)
@@ -175,13 +179,7 @@ class SimpleX(Retriever):
         user, positive = trained_rows(output, batch.column(self.item_column))
         if len(positive) == 0:
             return user.sum()
-        negatives = uniform_negatives(self.rows, positive, self.num_negatives, own=self.own_negatives)
-        vectors = self.items.index_select(0, torch.cat([positive, negatives.flatten()]))
-        own, others = F.normalize(vectors, dim=1).split([len(positive), negatives.numel()])
-        return cosine_contrastive(
-            (user * own).sum(1),
-            scores_against(user, others, negatives),
-            margin=self.margin,
-            weight=self.weight,
-            collision=collisions(positive, negatives),
+        own, others, collision = against_uniform(
+            user, positive, self.items, self.num_negatives, self.shared_by, cosine=True
         )
+        return cosine_contrastive(own, others, margin=self.margin, weight=self.weight, collision=collision)
