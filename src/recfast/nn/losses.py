@@ -128,6 +128,41 @@ def cosine_contrastive(
     return _reduce(1.0 - positive + weight * penalty, reduction)
 
 
+def pairwise_ranking(
+    positive: Tensor, negatives: Tensor, *, collision: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    r"""Bayesian personalised ranking (BPR) against many negatives: the positive shall score above each of them.
+
+    .. math::
+        L_i = \frac{1}{K_i} \sum_{j} [\neg c_{ij}] \, \bigl(-\ln \sigma(s_i - s_{ij})\bigr)
+
+    Parameters
+    ----------
+    positive
+        float [B], the score of each row's positive.
+    negatives
+        float [B, K].
+    collision
+        bool [B, K]: columns that do not count in a row; :math:`K_i` is the number of those that do.
+    reduction
+        "mean" over the rows (0 rows: 0), "sum" or "none".
+
+    Returns
+    -------
+    Tensor
+        A scalar, or [B] for "none". Differentiable in `positive` and `negatives`.
+
+    Notes
+    -----
+    Rendle et al., "BPR: Bayesian Personalized Ranking from Implicit Feedback", UAI 2009, arXiv 1205.2618.
+    """
+    _check(positive, negatives, collision)
+    terms = F.softplus(negatives - positive[:, None])
+    if collision is None:
+        return _reduce(terms.sum(1) / max(terms.shape[1], 1), reduction)
+    return _reduce(terms.masked_fill(collision, 0.0).sum(1) / (~collision).sum(1).clamp(min=1), reduction)
+
+
 def _check(positive: Tensor, negatives: Tensor, collision: Tensor | None) -> None:
     if positive.dim() != 1 or negatives.dim() != 2 or negatives.shape[0] != positive.shape[0]:
         raise ValueError(

@@ -76,6 +76,8 @@ class TrainConfig(Config):
         The metric that says which weights are the best: "auc" for ranking and "recall@50" for retrieval if left out,
         both on the validation split, or "loss" of the training rows. Training ends after `patience` evaluations
         without a gain; 0 never ends it early.
+    lr_plateau
+        After an evaluation without a gain lr is multiplied by this, a number in (0, 1); None never does.
     seed
         Of the order of the rows and of dropout; 0 if left out.
     precision
@@ -93,6 +95,7 @@ class TrainConfig(Config):
     weight_decay: float = Field(0.0, ge=0)
     patience: int = Field(2, ge=0)
     monitor: str | None = None
+    lr_plateau: float | None = Field(None, gt=0, lt=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "cpu"

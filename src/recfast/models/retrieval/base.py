@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recfast.errors import InputError
 
@@ -106,3 +107,45 @@ def trained_rows(output: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """Return the user vectors and positives without the rows whose item is unknown (id 0)."""
     known = positive != 0
     return output[known], positive[known]
+
+
+def against_uniform(
+    user: Tensor, positive: Tensor, table: Tensor, count: int, shared_by: int | None, *, cosine: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score each row's positive, and `count` items drawn uniformly (never item 0), with torch's generator.
+
+    Parameters
+    ----------
+    user
+        float [B, D].
+    positive
+        int64 [B].
+    table
+        float [rows(item), D].
+    count
+        K.
+    shared_by
+        So many rows one after another have the same K items, so that their scores are one matrix product; None: all
+        rows of the batch.
+    cosine
+        Item vectors are taken at length 1.
+
+    Returns
+    -------
+    positive [B], negatives [B, K], collision [B, K]
+        As the losses of `recfast.nn.losses` take them.
+    """
+    rows = len(positive)
+    size = rows if shared_by is None else min(shared_by, rows)
+    groups = -(-rows // size)
+    drawn = torch.randint(1, table.shape[0], (groups, count), device=positive.device)
+    # One look-up for both: each would leave a gradient as large as the table.
+    vectors = table.index_select(0, torch.cat([positive, drawn.flatten()]))
+    if cosine:
+        vectors = F.normalize(vectors, dim=1)
+    own, others = vectors.split([rows, groups * count])
+    missing = groups * size - rows
+    blocks = F.pad(user, (0, 0, 0, missing)).view(groups, size, -1)
+    scores = torch.bmm(blocks, others.view(groups, count, -1).mT).flatten(0, 1)[:rows]
+    collision = F.pad(positive, (0, missing)).view(groups, size, 1) == drawn[:, None, :]
+    return (user * own).sum(1), scores, collision.flatten(0, 1)[:rows]
