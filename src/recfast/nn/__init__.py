@@ -16,6 +16,7 @@ from recfast.nn.embedding_tables import EmbeddingTables, second_pass
 from recfast.nn.eta import ETA
 from recfast.nn.frozen_tables import FrozenTables
 from recfast.nn.hstu import HSTUBlock
+from recfast.nn.losses import NegativesLoss
 from recfast.nn.multi_head_target_attention import MultiHeadTargetAttention
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.sdim import SDIM
@@ -35,6 +36,7 @@ __all__ = [
     "HSTUBlock",
     "HashedTables",
     "MultiHeadTargetAttention",
+    "NegativesLoss",
     "PostTrainingTables",
     "ProductQuantizer",
     "PrunedTables",

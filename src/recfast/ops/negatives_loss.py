@@ -252,17 +252,18 @@ def _unfused(
     if normalize != "none":
         table = F.normalize(table, dim=1, eps=_SMALLEST_NORM)
     own = scale * (queries * table[positives]).sum(1)
-    ids = torch.arange(first, table.shape[0]) if negatives is None else negatives
+    ids = torch.arange(first, table.shape[0], device=table.device) if negatives is None else negatives
     scores = scale * (queries @ table[ids].T if ids.dim() == 1 else (table[ids] @ queries.unsqueeze(2)).squeeze(2))
     if bias is not None:
         own, scores = own + bias[positives], scores + bias[ids]
     if log_expected is not None:
         scores = scores - log_expected
     ids = ids.expand(scores.shape)
-    out = ids == positives.unsqueeze(1) if skip_positive else torch.zeros_like(ids, dtype=torch.bool)
+    out = (ids == positives.unsqueeze(1)) & skip_positive
     if excluded is not None:
-        owner = torch.arange(len(positives)).repeat_interleave(exclude_offsets[1:] - exclude_offsets[:-1])
-        banned = torch.zeros(len(positives), table.shape[0], dtype=torch.bool)
+        owner = torch.arange(len(positives), device=table.device)
+        owner = owner.repeat_interleave(exclude_offsets[1:] - exclude_offsets[:-1])
+        banned = torch.zeros(len(positives), table.shape[0], dtype=torch.bool, device=table.device)
         banned[owner, excluded] = True
         out = out | banned.gather(1, ids)
     if loss == "softmax":
