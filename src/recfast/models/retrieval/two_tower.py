@@ -139,9 +139,10 @@ class TwoTower(Retriever):
         events = recent_events(histories.values, histories.offsets, self.max_length, dropout=dropout)
         rows = histories.offsets.shape[0] - 1
         logits = self.events.new_zeros(events.age.shape) if self.recency is None else self.recency[events.age]
-        user = weighted_sum(self.events, events, segment_softmax(logits, events.owner, rows))
+        weight = segment_softmax(logits, events.owner, rows)
+        user = weighted_sum(self.events, events, weight, sparse=self.sparse_gradients)
         if self.users is not None and users is not None:
-            user = user + self.users(users)
+            user = user + F.embedding(users, self.users.weight, padding_idx=0, sparse=self.sparse_gradients)
         if self.mlp is not None:
             user = user + self.mlp(user)
         if self.temperature is not None:
