@@ -64,6 +64,27 @@ struct Kernel : Tiles<Simd> {
     for (std::int64_t d = 0; d < width; d += kWidth) store(y + d, Simd::fma(factor, load(a + d), load(y + d)));
   }
 
+  // y += sum_i x_i a_i, in the order of i, kept in registers for as long as it grows.
+  static void add_rows(T* y, const T* const* a, const T* x, std::int64_t count, std::int64_t width) noexcept {
+    std::int64_t d = 0;
+    for (; d + 4 * kWidth <= width; d += 4 * kWidth) {
+      V sum[4];
+      _Pragma("GCC unroll 4") for (int j = 0; j < 4; ++j) sum[j] = load(y + d + j * kWidth);
+      for (std::int64_t i = 0; i < count; ++i) {
+        const V factor = splat(x[i]);
+        _Pragma("GCC unroll 4") for (int j = 0; j < 4; ++j) {
+          sum[j] = Simd::fma(factor, load(a[i] + d + j * kWidth), sum[j]);
+        }
+      }
+      _Pragma("GCC unroll 4") for (int j = 0; j < 4; ++j) store(y + d + j * kWidth, sum[j]);
+    }
+    for (; d < width; d += kWidth) {
+      V sum = load(y + d);
+      for (std::int64_t i = 0; i < count; ++i) sum = Simd::fma(splat(x[i]), load(a[i] + d), sum);
+      store(y + d, sum);
+    }
+  }
+
   static void scale_row(T* y, T x, std::int64_t width) noexcept {
     const V factor = splat(x);
     for (std::int64_t d = 0; d < width; d += kWidth) store(y + d, factor * load(y + d));
@@ -705,12 +726,14 @@ struct Kernel : Tiles<Simd> {
         }
         private_chunk(args, p, work, i, column, count);
         if (!gradient) continue;
-        // Scores have become slopes.
-        const bool skip = args.loss == Loss::kContrastive;
+        // Scores have become slopes; of kContrastive most are 0.
+        std::int64_t kept = 0;
         for (std::int64_t j = 0; j < count; ++j) {
-          if (skip && scores[j] == T{0}) continue;
-          add_row(along, rows[j], scores[j] * factors[j], width);
+          rows[kept] = rows[j];
+          scores[kept] = scores[j] * factors[j];
+          kept += args.loss != Loss::kContrastive || scores[j] != T{0} ? 1 : 0;
         }
+        add_rows(along, rows, scores, kept, width);
       }
       const T factor = close_row(args, p, i);
       if (gradient) put_direction(args, p, work, i, factor, along);
@@ -845,13 +868,17 @@ struct Kernel : Tiles<Simd> {
           if (!fixed[r]) slope[r] *= of_score[r];
         }
       }
-      for (std::int64_t r = 0; r < batch; ++r) {
+      T slopes[kWidth];
+      store(slopes, slope);
+      for (std::int64_t r = 0; r < batch;) {
         if (owner[r] != run) {
           put_group(args, gradients, work, run, sum, bias);
           run = owner[r];
         }
-        add_row(sum, queries[r], slope[r], width);
-        bias += slope[r];
+        std::int64_t next = r;
+        for (; next < batch && owner[next] == run; ++next) bias += slopes[next];
+        add_rows(sum, queries + r, slopes + r, next - r, width);
+        r = next;
       }
     }
     if (from < until) put_group(args, gradients, work, run, sum, bias);

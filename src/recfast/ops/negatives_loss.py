@@ -274,8 +274,8 @@ def _unfused(
         gap = F.relu(1 - own) if clamp else 1 - own
         return gap + factor * F.relu(scores - margin).masked_fill(out, 0).sum(1)
     if loss == "bpr":
-        return factor * F.softplus(scores - own.unsqueeze(1)).masked_fill(out, 0).sum(1)
-    return positive_weight * F.softplus(-own) + factor * F.softplus(scores).masked_fill(out, 0).sum(1)
+        return -factor * F.logsigmoid(own.unsqueeze(1) - scores).masked_fill(out, 0).sum(1)
+    return -positive_weight * F.logsigmoid(own) - factor * F.logsigmoid(-scores).masked_fill(out, 0).sum(1)
 
 
 def _expected(*arguments):
