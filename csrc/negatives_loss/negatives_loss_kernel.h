@@ -623,11 +623,16 @@ struct Kernel : Tiles<Simd> {
 
   static constexpr std::int64_t kAhead = 32;  // rows that are asked for before they are read
 
-  static void ask_for(const Args<S>& args, std::int64_t at) noexcept {
-    if (at >= args.rows() * args.columns) return;
-    const auto* row = reinterpret_cast<const char*>(args.table[args.negatives[at]]);
+  // The rows of kWidth ids, of which the last is before `end`.
+  static void ask_for(const Args<S>& args, const std::int64_t* ids, const std::int64_t* end) noexcept {
+    if (ids + kWidth > end) return;
+    const auto* table = reinterpret_cast<const char*>(args.table.data);
+    const std::int64_t stride = args.table.stride * static_cast<std::int64_t>(sizeof(S));
     const std::int64_t bytes = args.dim() * static_cast<std::int64_t>(sizeof(S));
-    for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+    for (std::int64_t r = 0; r < kWidth; ++r) {
+      const char* row = table + ids[r] * stride;
+      for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+    }
   }
 
   // Lane r of the answer is the sum of the lanes of x[r].
@@ -667,9 +672,10 @@ struct Kernel : Tiles<Simd> {
   }
 
   static V inverse_norms(const T* const* rows, std::int64_t width) noexcept {
-    const V squares = dots<false>(rows, rows, width);
-    V norm{};
-    for (std::int64_t r = 0; r < kWidth; ++r) norm[r] = std::sqrt(squares[r]);
+    T norms[kWidth];
+    store(norms, dots<false>(rows, rows, width));
+    for (T& norm : norms) norm = std::sqrt(norm);
+    const V norm = load(norms);
     return splat(T{1}) / Base::larger(norm, splat(static_cast<T>(kSmallestNorm)));
   }
 
@@ -691,9 +697,15 @@ struct Kernel : Tiles<Simd> {
     const bool gradient = args.direction != nullptr;
     T* scores = work.scores;
     T* factors = work.scores + kChunk;
+    using WideIds = typename VectorOf<std::int64_t, kWidth>::Type;
+    const bool in_place = direct(args);
+    const auto* table = reinterpret_cast<const T*>(args.table.data);  // only where it is one
+    const bool extras = args.bias != nullptr || args.log_expected != nullptr || args.excluded != nullptr;
+    const std::int64_t* end_of_ids = args.negatives + args.rows() * columns;
     for (std::int64_t i = begin; i < end; ++i) {
       open_row(args, p, i);
       const T* query = p.rows + i * width;
+      const Integers own = p.positive[i] - Integers{};
       T* along = gradient ? p.along + i * width : nullptr;
       if (gradient) std::fill_n(along, width, T{0});
       for (std::int64_t column = 0; column < columns; column += kChunk) {
@@ -702,22 +714,24 @@ struct Kernel : Tiles<Simd> {
         const T* rows[kChunk];
         for (std::int64_t j = 0; j < count; j += kWidth) {
           const std::int64_t batch = std::min(kWidth, count - j);
-          for (std::int64_t r = 0; r < kWidth; ++r) {
-            if (r >= batch) {
-              rows[j + r] = rows[j];
-              continue;
-            }
-            ask_for(args, i * columns + column + j + r + kAhead);
-            rows[j + r] = row_of(args, ids[j + r], work.columns + (j + r) * width);
+          ask_for(args, ids + j + kAhead, end_of_ids);
+          for (std::int64_t r = 0; r < batch; ++r) {
+            rows[j + r] = in_place ? table + ids[j + r] * args.table.stride
+                                   : row_of(args, ids[j + r], work.columns + (j + r) * width);
           }
+          for (std::int64_t r = batch; r < kWidth; ++r) rows[j + r] = rows[j];
           const V dot = dots<true>(rows + j, &query, width);
           const V factor = args.normalize_table ? inverse_norms(rows + j, width) : splat(T{1});
+          WideIds wide{};
+          std::memcpy(&wide, ids + j, static_cast<std::size_t>(batch) * sizeof(std::int64_t));
+          Integers out = __builtin_convertvector(wide, Integers) == own;
           V addend{};
-          Integers out{};
-          for (std::int64_t r = 0; r < batch; ++r) {
-            const std::int64_t id = ids[j + r];
-            addend[r] = addend_of(args, id, i * columns + column + j + r);
-            out[r] = -static_cast<I>(leaves_out(args, i, id));
+          if (extras) {
+            for (std::int64_t r = 0; r < batch; ++r) {
+              const std::int64_t id = ids[j + r];
+              addend[r] = addend_of(args, id, i * columns + column + j + r);
+              if (leaves_out(args, i, id)) out[r] = I{-1};
+            }
           }
           for (std::int64_t r = batch; r < kWidth; ++r) out[r] = I{-1};
           const V z = Simd::fma(dot, factor, addend);

@@ -244,7 +244,7 @@ def _unfused(
     queries, table, positives, negatives, bias, log_expected, excluded, exclude_offsets,
     first, loss, normalize, scale, margin, weight, positive_weight, clamp, skip_positive,
 ):  # fmt: skip
-    """The losses [M] of prepared arguments in plain torch, all scores at once."""
+    """All scores at once, of prepared arguments: losses [M], statistic [3, M], what is above the margin bool [M, K]."""
     wide = _arithmetic(queries.dtype)
     queries, table = queries.to(wide), table.to(wide)
     if normalize == "both":
@@ -266,20 +266,40 @@ def _unfused(
         banned = torch.zeros(len(positives), table.shape[0], dtype=torch.bool, device=table.device)
         banned[owner, excluded] = True
         out = out | banned.gather(1, ids)
+    above = (scores > margin) & ~out
     if loss == "softmax":
-        logits = torch.cat([own.unsqueeze(1), scores.masked_fill(out, -torch.inf)], dim=1)
-        return torch.logsumexp(logits, 1) - own
-    factor = weight / (~out).sum(1).clamp(min=1).to(wide)
-    if loss == "contrastive":
-        gap = F.relu(1 - own) if clamp else 1 - own
-        return gap + factor * F.relu(scores - margin).masked_fill(out, 0).sum(1)
-    if loss == "bpr":
-        return -factor * F.logsigmoid(own.unsqueeze(1) - scores).masked_fill(out, 0).sum(1)
-    return -positive_weight * F.logsigmoid(own) - factor * F.logsigmoid(-scores).masked_fill(out, 0).sum(1)
+        level = torch.logsumexp(torch.cat([own.unsqueeze(1), scores.masked_fill(out, -torch.inf)], dim=1), 1)
+        losses = level - own
+        slope = torch.expm1(-losses)
+    else:
+        level = weight / (~out).sum(1).clamp(min=1).to(wide)
+        if loss == "contrastive":
+            losses = (F.relu(1 - own) if clamp else 1 - own) + level * torch.where(above, scores - margin, 0).sum(1)
+            slope = torch.where((own < 1) | (not clamp), -1.0, 0.0).to(wide)
+        elif loss == "bpr":
+            gap = own.unsqueeze(1) - scores
+            losses = -level * F.logsigmoid(gap).masked_fill(out, 0).sum(1)
+            slope = -level * torch.sigmoid(-gap).masked_fill(out, 0).sum(1)
+        else:
+            losses = -positive_weight * F.logsigmoid(own) - level * F.logsigmoid(-scores).masked_fill(out, 0).sum(1)
+            slope = -positive_weight * torch.sigmoid(-own)
+    return losses, torch.stack([level, own, slope]), above
 
 
-def _expected(*arguments):
-    return _unfused(*arguments[:-1])
+def _expected(queries, *rest):
+    *options, gradient = rest
+    with torch.enable_grad():
+        wide = queries.detach().to(_arithmetic(queries.dtype)).requires_grad_()
+        table = options[0].to(wide.dtype)
+        losses, statistic, above = _unfused(wide, table, *options[1:])
+        # A loss is that of its own query alone.
+        direction = torch.autograd.grad(losses.sum(), wide)[0] if gradient else wide.new_empty(0)
+    bits = queries.new_empty(0, dtype=torch.uint8)
+    if gradient and options[8] == "contrastive":
+        above = above.T if options[2] is None or options[2].dim() == 1 else above
+        above = F.pad(above, (0, 16 * _words(above.shape[1]) - above.shape[1]))
+        bits = (above.reshape(len(above), -1, 8) * 2 ** torch.arange(8)).sum(2).to(torch.uint8)
+    return losses, statistic, direction, bits
 
 
 def _samples() -> Iterator[tuple]:
@@ -431,7 +451,7 @@ def reference(
         queries, table, positives, negatives, loss, bias, log_expected, exclude, first, normalize, scale, margin,
         weight, positive_weight, clamp, skip_positive,
     )  # fmt: skip
-    return _unfused(*arguments)
+    return _unfused(*arguments)[0]
 
 
 def negatives_loss(
