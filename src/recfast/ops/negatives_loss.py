@@ -320,7 +320,7 @@ def _samples() -> Iterator[tuple]:
         ("softmax", (4, 5), "both", torch.float64),
     ]
     for gradient in (False, True):
-        for loss, shape, normalize, dtype in cases:
+        for loss, shape, normalize, dtype in cases if gradient else cases[:2]:
             wide = _arithmetic(dtype)
             extra = loss in ("softmax", "bce")
             yield (
@@ -346,7 +346,9 @@ def _samples() -> Iterator[tuple]:
 
 
 def _samples_backward() -> Iterator[tuple]:
-    for *arguments, _ in _samples():
+    for *arguments, gradient in _samples():
+        if not gradient:
+            continue
         inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
         losses, statistic, _, active = _op(*inputs, True)
         yield (torch.ones_like(losses), statistic, active, *inputs, [True, True])
