@@ -17,6 +17,7 @@ from recfast.nn.eta import ETA
 from recfast.nn.frozen_tables import FrozenTables
 from recfast.nn.hstu import HSTUBlock
 from recfast.nn.multi_head_target_attention import MultiHeadTargetAttention
+from recfast.nn.muvera import FixedDimensionalEncoding, chamfer
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.sdim import SDIM
 from recfast.nn.target_attention import TargetAttention
@@ -31,6 +32,7 @@ __all__ = [
     "Dice",
     "DynamicTable",
     "EmbeddingTables",
+    "FixedDimensionalEncoding",
     "FrozenTables",
     "HSTUBlock",
     "HashedTables",
@@ -44,6 +46,7 @@ __all__ = [
     "TargetAttention",
     "TransformerBlock",
     "best_step",
+    "chamfer",
     "fm_interaction",
     "second_pass",
 ]
