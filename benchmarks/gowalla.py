@@ -258,21 +258,19 @@ def interests_table(study: Study) -> str:
     found = [run for run in study.runs if "mixture_recall@50" in run]
     if not found:
         return ""
-    lines = [
-        "| candidates | "
-        + " | ".join(f"R@{n}, one query | R@{n}, mixture | clusters, one query | clusters, mixture" for n in (50, 200))
-        + " |"
-    ]
+    sizes = (50, 200)
+    head = [f"{what}{n}, {way}" for n in sizes for what in ("R@", "clusters of ") for way in ("one query", "mixture")]
+    lines = ["| candidates | " + " | ".join(head) + " |"]
     lines.append("|---" * 9 + "|")
     for run in found:
         cells = [f"{run['model']}, {run['protocol']} ({', '.join(f'{k} = {v}' for k, v in run['options'].items())})"]
-        for n in (50, 200):
+        for n in sizes:
             cells += [f"{run[f'{name}_recall@{n}']:.4f}" for name in ("one", "mixture")]
             cells += [f"{run[f'{name}_clusters@{n}']:.1f}" for name in ("one", "mixture")]
         lines.append("| " + " | ".join(cells) + " |")
     about = (
-        "kNN-Embed splits the candidates of a user over interests. Recall at equal length, and how many of the clusters "
-        "of items a user's candidates come from:"
+        "kNN-Embed splits the candidates of a user over interests. Recall at equal length, and how many clusters of "
+        "items a user's candidates come from:"
     )
     return "\n\n" + textwrap.fill(about, 118) + "\n\n" + "\n".join(lines)
 
@@ -281,8 +279,8 @@ def report(study: Study) -> None:
     load = [run["load"] for run in study.runs if "load" in run]
     paragraphs = (
         "29,858 users, 40,981 items, 810,128 train and 217,242 test pairs. Each cell is Recall@20 / NDCG@20. In the "
-        "published protocol the epoch is chosen on the test pairs, as it was for the published numbers; in the held-out "
-        f"one on {VALID_SHARE:.0%} of each user's train pairs, which the model then lacks. Mean ± standard deviation "
+        "published protocol the epoch is chosen on the test pairs, as it was for the published numbers; in the "
+        f"held-out one on {VALID_SHARE:.0%} of each user's train pairs, which the model then lacks. Mean ± standard deviation "
         "where there are several seeds.",
         "The trainings have the published settings, except that negatives are drawn once for a batch and not for each "
         "row, and that a row's own positive is none of its negatives. Times are of training alone, evaluation left "
