@@ -280,8 +280,8 @@ def report(study: Study) -> None:
     paragraphs = (
         "29,858 users, 40,981 items, 810,128 train and 217,242 test pairs. Each cell is Recall@20 / NDCG@20. In the "
         "published protocol the epoch is chosen on the test pairs, as it was for the published numbers; in the "
-        f"held-out one on {VALID_SHARE:.0%} of each user's train pairs, which the model then lacks. Mean ± standard deviation "
-        "where there are several seeds.",
+        f"held-out one on {VALID_SHARE:.0%} of each user's train pairs, which the model then lacks. Mean ± standard "
+        "deviation where there are several seeds.",
         "The trainings have the published settings, except that negatives are drawn once for a batch and not for each "
         "row, and that a row's own positive is none of its negatives. Times are of training alone, evaluation left "
         f"out, on {max((run['threads'] for run in study.runs if 'threads' in run), default=1)} thread; the machine's "

@@ -155,7 +155,7 @@ class KNNEmbed:
         kept = (slot[cell] >= 0).nonzero()[:, 0]
         rows = weight[kept, None] * self.items[taken.values[kept]]
         centres = rows.new_zeros(clusters.numel(), rows.shape[1]).index_add(0, slot[cell[kept]], rows)
-        centres = F.normalize(centres, dim=1).view(*clusters.shape, -1)
+        centres = F.normalize(centres, dim=1).view(*clusters.shape, self.items.shape[1])
         centres = F.normalize(self.own * asked[:, None] + (1.0 - self.own) * centres, dim=2)
         total = heaviest.sum(1, keepdim=True)
         return Mixture(clusters, heaviest / torch.where(total > 0, total, 1.0), centres)
