@@ -381,6 +381,31 @@ def test_shares_are_rounded_by_largest_remainder():
     assert shares(torch.rand(50, 7).softmax(1), 33).sum(1).tolist() == [33] * 50
 
 
+def test_ease_forms_agree_on_movielens(shared_data, tmp_path):
+    films = data.load("ml-100k", shared_data / "ml-100k", negatives=0, cache=tmp_path)
+    forms = [EASE(films.schema, form=form) for form in ("primal", "dual")]
+    for model in forms:
+        model.prepare(films)
+    users = torch.arange(0, 944, 13)
+    for upto in ("train", "valid"):
+        primal, dual = (model.scores(films.history(upto).take(users), users)[:, 1:] for model in forms)
+        assert (primal - dual).abs().max() < 2e-5 * primal.abs().max()
+    assert train.evaluate(forms[0], films, dataset=films)["recall@50"] == pytest.approx(0.413, abs=0.005)
+
+
+@pytest.mark.slow
+def test_gf_cf_reaches_the_published_result_on_gowalla(shared_data, tmp_path):
+    """Nothing is trained here: it proves reader, masking and metric."""
+    if not (shared_data / "gowalla").is_dir():
+        pytest.skip("there is no gowalla among the real data sets")
+    dataset = data.load("gowalla", shared_data / "gowalla", cache=tmp_path)
+    model = GFCF(dataset.schema)
+    model.prepare(dataset)
+    found = train.evaluate(model, dataset, k=(20,))
+    assert found["recall@20"] == pytest.approx(0.1849, abs=0.0003)
+    assert found["ndcg@20"] == pytest.approx(0.1518, abs=0.0003)
+
+
 def test_rejects_bad_input(clubs):
     fitted_schema = clubs.schema
     no_user = data.Schema([data.Categorical("item", role="item")], label=None).fit({"item": 4})
