@@ -76,6 +76,7 @@ PYBIND11_MODULE(_C, m) {
   bind_hstu_attention(m);
   bind_id_map(m);
   bind_initial_rows(m);
+  bind_negatives_loss(m);
   bind_sdim_attention(m);
   bind_sequence_attention(m);
   bind_simhash(m);

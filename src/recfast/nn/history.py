@@ -89,8 +89,17 @@ def segment_sum(rows: Tensor, owner: Tensor, count: int) -> Tensor:
     return rows.new_zeros(count, rows.shape[1]).index_add(0, owner, rows)
 
 
-def weighted_sum(table: Tensor, events: Events, weight: Tensor) -> Tensor:
-    """Return ``sum_t weight[t] * table[ids[t]]`` over each history's entries, float [B, D]; zeros for an empty one."""
+def weighted_sum(table: Tensor, events: Events, weight: Tensor, *, sparse: bool = False) -> Tensor:
+    """Return ``sum_t weight[t] * table[ids[t]]`` over each history's entries, float [B, D]; zeros for an empty one.
+
+    The gradient of the table is a sparse tensor if asked for.
+    """
     return F.embedding_bag(
-        events.ids, table, events.offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
+        events.ids,
+        table,
+        events.offsets,
+        mode="sum",
+        per_sample_weights=weight,
+        include_last_offset=True,
+        sparse=sparse,
     )

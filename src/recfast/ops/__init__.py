@@ -22,6 +22,7 @@ from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.negatives_loss import negatives_loss
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.sequence_attention import sequence_attention
 from recfast.ops.simhash import simhash
@@ -53,6 +54,7 @@ __all__ = [
     "hamming_top_k",
     "hstu_attention",
     "initial_rows",
+    "negatives_loss",
     "quantize",
     "requantize_",
     "round_to",

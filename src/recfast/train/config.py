@@ -72,6 +72,8 @@ class TrainConfig(Config):
         the more the longer histories are; the two batch sizes then count such requests, and requests are shuffled.
     lr, optimizer, weight_decay, clip_norm
         Of the dense weights. Embedding tables update themselves inside backward, with the model's own options.
+        "lazy_adam": retrievers give sparse gradients of their tables, and only the rows of a batch (and their moments)
+        move, which is not what dense Adam does: see `LazyAdam`. It takes no `clip_norm`.
     monitor, patience
         The metric that says which weights are the best: "auc" for ranking and "recall@50" for retrieval if left out,
         both on the validation split, or "loss" of the training rows. Training ends after `patience` evaluations
@@ -91,7 +93,7 @@ class TrainConfig(Config):
     epochs: int = Field(10, ge=0)
     batch_size: int = Field(1024, ge=1)
     lr: float = Field(1e-3, gt=0)
-    optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "adagrad", "sgd", "lazy_adam"] = "adam"
     weight_decay: float = Field(0.0, ge=0)
     patience: int = Field(2, ge=0)
     monitor: str | None = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recfast.errors import InputError
+from recfast.nn.losses import NegativesLoss
 
 if TYPE_CHECKING:
     from recfast.data import Batch, Dataset, Jagged, Schema
@@ -32,6 +33,9 @@ class Retriever(nn.Module):
     """
 
     task = "retrieval"
+
+    sparse_gradients = False
+    """Whether tables that a batch reads by id get sparse gradients; `train.fit` sets it for "lazy_adam"."""
 
     counts: Tensor
     """int64 [rows(item)], train positives of each item; zeros before `prepare`."""
@@ -94,6 +98,10 @@ class Retriever(nn.Module):
         scores[:, 0] = -torch.inf
         return scores
 
+    def look_up(self, table: Tensor, ids: Tensor) -> Tensor:
+        """Return the rows `ids` of a table, with a gradient as `sparse_gradients` says."""
+        return F.embedding(ids, table, sparse=True) if self.sparse_gradients else table.index_select(0, ids)
+
     def histories(self, batch: Batch) -> Jagged:
         """Return the histories of a batch of positive rows, one for each row."""
         name = type(self).__name__
@@ -129,12 +137,14 @@ def trained_rows(output: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def against_uniform(
-    user: Tensor, positive: Tensor, table: Tensor, count: int, shared_by: int | None, *, cosine: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Score each row's positive, and `count` items drawn uniformly (never item 0), with torch's generator.
+    criterion: NegativesLoss, user: Tensor, positive: Tensor, table: Tensor, count: int, shared_by: int | None
+) -> Tensor:
+    """Return the mean loss of each row's positive against `count` items drawn uniformly (never item 0).
 
     Parameters
     ----------
+    criterion
+        With ``reduction="none"``.
     user
         float [B, D].
     positive
@@ -144,27 +154,12 @@ def against_uniform(
     count
         K.
     shared_by
-        So many rows one after another have the same K items, so that their scores are one matrix product; None: all
-        rows of the batch.
-    cosine
-        Item vectors are taken at length 1.
-
-    Returns
-    -------
-    positive [B], negatives [B, K], collision [B, K]
-        As the losses of `recfast.nn.losses` take them.
+        So many rows one after another have the same K items; None: all rows of the batch. Drawn with torch's generator.
     """
     rows = len(positive)
     size = rows if shared_by is None else min(shared_by, rows)
-    groups = -(-rows // size)
-    drawn = torch.randint(1, table.shape[0], (groups, count), device=positive.device)
-    # One look-up for both: each would leave a gradient as large as the table.
-    vectors = table.index_select(0, torch.cat([positive, drawn.flatten()]))
-    if cosine:
-        vectors = F.normalize(vectors, dim=1)
-    own, others = vectors.split([rows, groups * count])
-    missing = groups * size - rows
-    blocks = F.pad(user, (0, 0, 0, missing)).view(groups, size, -1)
-    scores = torch.bmm(blocks, others.view(groups, count, -1).mT).flatten(0, 1)[:rows]
-    collision = F.pad(positive, (0, missing)).view(groups, size, 1) == drawn[:, None, :]
-    return (user * own).sum(1), scores, collision.flatten(0, 1)[:rows]
+    drawn = torch.randint(1, table.shape[0], (-(-rows // size), count), device=positive.device)
+    if len(drawn) == 1:
+        return criterion(user, table, positive, drawn[0]).mean()
+    # Lists that few rows share are as good as private ones.
+    return criterion(user, table, positive, drawn.repeat_interleave(size, 0)[:rows]).mean()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from recfast.errors import InputError
 from recfast.models.retrieval.base import Retriever, against_uniform, trained_rows
-from recfast.nn.losses import cosine_contrastive, pairwise_ranking
+from recfast.nn.losses import NegativesLoss
 
 if TYPE_CHECKING:
     from recfast.data import Batch, Jagged, Schema
@@ -89,8 +89,14 @@ class MF(Retriever):
                 f"MF: dim = {dim}, num_negatives = {num_negatives}, shared_by = {shared_by}, dropout = {dropout}, "
                 f"init_std = {init_std}; expected at least 1, 1, 1 or None, a probability below 1, a number above 0"
             )
-        self.kind, self.num_negatives, self.shared_by = loss, num_negatives, shared_by
-        self.margin, self.weight, self.dropout = margin, weight, dropout
+        self.kind, self.num_negatives, self.shared_by, self.dropout = loss, num_negatives, shared_by, dropout
+        if loss == "bpr":
+            self.criterion = NegativesLoss("bpr", reduction="none")
+        else:
+            # User vectors are at length 1 before dropout.
+            self.criterion = NegativesLoss(
+                "contrastive", normalize="table", margin=margin, weight=weight, reduction="none"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.users = nn.Parameter(torch.randn(schema.rows(self.user_column), dim) * init_std)
@@ -104,14 +110,14 @@ class MF(Retriever):
     def user_vectors(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
         if users is None:
             users = torch.zeros(histories.offsets.shape[0] - 1, dtype=torch.int64, device=self.users.device)
-        return self._scaled(self.users.index_select(0, users))
+        return self._scaled(self.look_up(self.users, users))
 
     def item_vectors(self) -> Tensor:
         return self._scaled(self.items)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the user vectors of a batch of positive rows, float32 [R, D]; in training with dropout."""
-        vectors = self._scaled(self.users.index_select(0, batch.column(self.user_column)))
+        vectors = self._scaled(self.look_up(self.users, batch.column(self.user_column)))
         return F.dropout(vectors, self.dropout, self.training)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
@@ -119,9 +125,5 @@ class MF(Retriever):
         user, positive = trained_rows(output, batch.column(self.item_column))
         if len(positive) == 0:
             return user.sum()
-        scores = against_uniform(
-            user, positive, self.items, self.num_negatives, self.shared_by, cosine=self.kind == "ccl"
-        )
-        if self.kind == "bpr":
-            return pairwise_ranking(*scores[:2], collision=scores[2])
-        return cosine_contrastive(*scores[:2], margin=self.margin, weight=self.weight, collision=scores[2])
+        self.criterion.sparse = self.sparse_gradients
+        return against_uniform(self.criterion, user, positive, self.items, self.num_negatives, self.shared_by)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from recfast.errors import InputError
 from recfast.models.retrieval.base import Retriever, against_uniform, trained_rows
 from recfast.nn.history import Events, recent_events, segment_softmax, segment_sum
-from recfast.nn.losses import cosine_contrastive
+from recfast.nn.losses import NegativesLoss
 
 if TYPE_CHECKING:
     from recfast.data import Batch, Dataset, Jagged, Schema
@@ -113,8 +113,9 @@ class SimpleX(Retriever):
                 f"dropout = {dropout}; expected at least 1, 1, 1, a number in [0, 1] and a probability below 1"
             )
         self.max_length, self.gamma, self.aggregation, self.history = max_length, gamma, aggregation, history
-        self.margin, self.weight, self.dropout = margin, weight, dropout
-        self.num_negatives, self.shared_by = num_negatives, shared_by
+        self.num_negatives, self.shared_by, self.dropout = num_negatives, shared_by, dropout
+        # User vectors are at length 1 before dropout.
+        self.criterion = NegativesLoss("contrastive", normalize="table", margin=margin, weight=weight, reduction="none")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.events = nn.Parameter(torch.randn(self.rows, dim) * init_std)
@@ -142,9 +143,9 @@ class SimpleX(Retriever):
         count = histories.offsets.shape[0] - 1
         if users is None:
             users = torch.zeros(count, dtype=torch.int64, device=histories.offsets.device)
-        user = self.users.weight.index_select(0, users)
+        user = self.look_up(self.users.weight, users)
         # Read once: each look-up would leave a gradient as large as the table.
-        rows = self.events.index_select(0, events.ids)
+        rows = self.look_up(self.events, events.ids)
         weight = segment_softmax(self._logits(events, rows, user), events.owner, count)
         aggregated = segment_sum(weight[:, None] * rows, events.owner, count)
         mixed = self.gamma * user + (1.0 - self.gamma) * self.transform(aggregated)
@@ -179,7 +180,5 @@ class SimpleX(Retriever):
         user, positive = trained_rows(output, batch.column(self.item_column))
         if len(positive) == 0:
             return user.sum()
-        own, others, collision = against_uniform(
-            user, positive, self.items, self.num_negatives, self.shared_by, cosine=True
-        )
-        return cosine_contrastive(own, others, margin=self.margin, weight=self.weight, collision=collision)
+        self.criterion.sparse = self.sparse_gradients
+        return against_uniform(self.criterion, user, positive, self.items, self.num_negatives, self.shared_by)
