@@ -283,8 +283,8 @@ def report(study: Study) -> None:
         f"held-out one on {VALID_SHARE:.0%} of each user's train pairs, which the model then lacks. Mean ± standard "
         "deviation where there are several seeds.",
         "The trainings have the published settings, except that negatives are drawn once for a batch and not for each "
-        "row, that a row's own positive is none of its negatives, and that weights begin at 1e-3 and not at 1e-4. Times are of training alone, evaluation left "
-        f"out, on {max((run['threads'] for run in study.runs if 'threads' in run), default=1)} thread; the machine's "
+        "row, that a row's own positive is none of its negatives, and that weights begin at 1e-3 and not at 1e-4. Times "
+        f"are of training alone, evaluation left out, on {max((run['threads'] for run in study.runs if 'threads' in run), default=1)} thread; the machine's "
         f"load while it ran was {min(load, default=0):.1f} to {max(load, default=0):.1f}: above 1 they say little.",
     )
     told = "\n\n".join(textwrap.fill(paragraph, 118) for paragraph in paragraphs)

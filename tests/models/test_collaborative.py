@@ -305,7 +305,7 @@ def test_negatives_of_groups_of_rows(clubs):
 
 def test_knn_embed_mixture_is_the_formula(clubs):
     model = fitted("mf_ccl", clubs)
-    mixed = KNNEmbed(model, clubs, clusters=6, components=6, neighbors=4, smoothing=0.7)
+    mixed = KNNEmbed(model, clubs, clusters=6, components=6, neighbors=4, smoothing=0.7, own=0.0)
     x = dense(clubs)
     with torch.no_grad():
         vectors = torch.nn.functional.normalize(model.user_vectors(clubs.history("train"), torch.arange(91)), dim=1)

@@ -69,8 +69,9 @@ class KNNEmbed:
     smoothing
         :math:`\lambda` in [0, 1].
     own
-        Share of the user's own vector in each centre, in [0, 1]: 0 as in the paper, 1 asks the model's own query in every
-        component. With the vectors of a trained model 0 found fewer of the users' items than the one query does, 0.7 more.
+        Share of the user's own vector in each centre, in [0, 1]: 0 as in the paper, 1 asks the model's own query in
+        every component. With the vectors of an MF trained on Gowalla, 0.5 found fewer of the users' items than the one
+        query does, 0.7 more.
     upto
         The splits whose positives are the users' items, as `Dataset.history` takes it.
     iterations, seed
