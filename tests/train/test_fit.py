@@ -124,6 +124,23 @@ def test_every_optimizer_resumes(optimizer, tiny_data, tmp_path):
     assert same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_lr_falls_on_a_plateau_and_resumes(tiny_data, tmp_path):
+    options = {**SETTINGS, "epochs": 8, "lr": 0.05, "lr_plateau": 0.5, "patience": 0}
+    run = train.fit(make(tiny_data), tiny_data, out=tmp_path / "a", **options)
+    best, without_gain = -1.0, 0
+    for entry in run.history:
+        without_gain += entry["valid"]["auc"] <= best
+        best = max(best, entry["valid"]["auc"])
+    assert 0 < without_gain < 8
+    header = storage.read_tensors(tmp_path / "a" / "optimizer.safetensors")[1]
+    assert header["optimizer"]["groups"][0]["lr"] == pytest.approx(0.05 * 0.5**without_gain)
+    for epochs in (3, 6, 8):
+        train.fit(make(tiny_data), tiny_data, out=tmp_path / "b", **{**options, "epochs": epochs})
+    assert same_run(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(InputError, match=r"trained with lr_plateau = 0\.5"):
+        train.fit(make(tiny_data), tiny_data, out=tmp_path / "b", **{**options, "lr_plateau": 0.1})
+
+
 def test_a_run_may_go_on_in_another_folder(whole, tiny_data, tmp_path):
     train.fit(make(tiny_data), tiny_data, out=tmp_path / "a", **{**SETTINGS, "epochs": 2})
     before = (tmp_path / "a" / "optimizer.safetensors").read_bytes()

@@ -18,6 +18,7 @@ from recfast.nn.frozen_tables import FrozenTables
 from recfast.nn.hstu import HSTUBlock
 from recfast.nn.losses import NegativesLoss
 from recfast.nn.multi_head_target_attention import MultiHeadTargetAttention
+from recfast.nn.muvera import FixedDimensionalEncoding, chamfer
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.sdim import SDIM
 from recfast.nn.target_attention import TargetAttention
@@ -32,6 +33,7 @@ __all__ = [
     "Dice",
     "DynamicTable",
     "EmbeddingTables",
+    "FixedDimensionalEncoding",
     "FrozenTables",
     "HSTUBlock",
     "HashedTables",
@@ -46,6 +48,7 @@ __all__ = [
     "TargetAttention",
     "TransformerBlock",
     "best_step",
+    "chamfer",
     "fm_interaction",
     "second_pass",
 ]

@@ -85,7 +85,7 @@ def segment_softmax(logits: Tensor, owner: Tensor, rows: int) -> Tensor:
 
 
 def segment_sum(rows: Tensor, owner: Tensor, count: int) -> Tensor:
-    """Return the sum of the `rows` [T, D] of each owner in ``[0, count)``, float [count, D]; zeros where there is none."""
+    """Return the sum of the `rows` [T, D] of each owner in ``[0, count)``, float [count, D]; zeros for no rows."""
     return rows.new_zeros(count, rows.shape[1]).index_add(0, owner, rows)
 
 

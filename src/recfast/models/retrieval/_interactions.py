@@ -125,7 +125,7 @@ class HistoryFilter(Retriever):
         self.interactions.fill(dataset)
 
     def _scores(self, histories: Jagged, users: Tensor) -> Tensor:
-        """Return the scores of all items as columns, float32 [rows(item), B], for histories of distinct, known items."""
+        """Return the scores of all items as columns, float32 [rows(item), B]; histories have distinct, known items."""
         raise NotImplementedError
 
     @torch.no_grad()

@@ -19,6 +19,8 @@ class Retriever(nn.Module):
     """Base of the retrievers: the score of user u and item i is ``user_vectors(...)[u] @ item_vectors()[i]``.
 
     Trained on rows with label 1: the item of a row is the positive. `prepare(dataset)` is called once before training.
+    A row's history is the sequence of the batch; where the schema has none, for want of a time, it is the user's other
+    train positives.
 
     Parameters
     ----------
@@ -51,6 +53,7 @@ class Retriever(nn.Module):
         self.rows = schema.rows(schema.item)
         self._options = options
         self.register_buffer("counts", torch.zeros(self.rows, dtype=torch.int64))
+        self._positives: Jagged | None = None
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's keyword options, JSON-able."""
@@ -65,6 +68,8 @@ class Retriever(nn.Module):
             )
         counts[0] = 0
         self.counts.copy_(counts)
+        if self.sequence is None and self.user_column is not None:
+            self._positives = dataset.history("train")
 
     def user_vectors(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
         """Return one vector per history, float32 [B, D].
@@ -101,7 +106,12 @@ class Retriever(nn.Module):
         """Return the histories of a batch of positive rows, one for each row."""
         name = type(self).__name__
         if self.sequence is None:
-            raise InputError(f"{name}: the schema has no sequence of items to learn from; add a Sequence column")
+            if self.user_column is None:
+                raise InputError(f"{name}: the schema has no sequence of items to learn from; add a Sequence column")
+            if self._positives is None:
+                raise InputError(f"{name}: the users' positives are their histories: call prepare(dataset) first")
+            users, positive = batch.column(self.user_column), batch.column(self.item_column)
+            return without(self._positives.take(users.cpu()).to(positive.device), positive)
         histories = batch.sequences[self.sequence]
         if histories.offsets.shape[0] != len(batch) + 1:
             raise ValueError(
@@ -109,6 +119,15 @@ class Retriever(nn.Module):
                 "expected one history for each row"
             )
         return histories
+
+
+def without(lists: Jagged, ids: Tensor) -> Jagged:
+    """Return the lists without one id each, int64 [B]."""
+    lengths = lists.lengths()
+    keep = (lists.values != ids.repeat_interleave(lengths)).nonzero()[:, 0]
+    owner = torch.repeat_interleave(lengths)[keep]
+    offsets = F.pad(torch.bincount(owner, minlength=len(lengths)).cumsum(0), (1, 0))
+    return type(lists)(lists.values[keep], offsets)
 
 
 def trained_rows(output: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,15 +100,15 @@ class EASE(HistoryFilter):
         if not (diagonal > 0).all():
             item = int((~(diagonal > 0)).nonzero()[0])
             raise InputError(
-                f"EASE: the inverse lost its accuracy: P[{item}, {item}] = {float(diagonal[item]):g}, expected above 0; "
-                f"ridge = {self.ridge} is too small for these data"
+                f"EASE: the inverse lost its accuracy: P[{item}, {item}] = {float(diagonal[item]):g}, expected above "
+                f"0; ridge = {self.ridge} is too small for these data"
             )
         if not self.dual:
             self.weights.div_(-diagonal)
             self.weights.diagonal().zero_()
 
     def _invert(self, product, out: Tensor) -> None:
-        """Write the inverse of a Gram matrix plus the ridge into `out` [n, n], in place, given its product with columns."""
+        """Invert a Gram matrix plus the ridge within `out` [n, n]; `product` multiplies the matrix with columns."""
         n = len(out)
         for begin in range(0, n, COLUMNS):
             width = min(COLUMNS, n - begin)

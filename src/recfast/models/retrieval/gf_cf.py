@@ -79,7 +79,7 @@ class GFCF(HistoryFilter):
             self.basis.copy_(self._singular_vectors(self.basis.shape[1]))
 
     def _singular_vectors(self, rank: int) -> Tensor:
-        """Return the first right singular vectors of the normalised matrix by subspace iteration, [rows(item), rank]."""
+        """Return the first right singular vectors of the normalised matrix, float32 [rows(item), rank]."""
         graph = self.interactions
         by_item = inverse_root(graph.item_degrees())[:, None]
         by_user = inverse_root(graph.user_degrees())[:, None] ** 2
@@ -90,7 +90,7 @@ class GFCF(HistoryFilter):
             basis = torch.linalg.qr(basis).Q
             image = by_item * graph.of_users(by_user * graph.of_items(by_item * basis))
             # Within the subspace the directions are those of its own small problem.
-            values, turn = torch.linalg.eigh(basis.T @ image)
+            _, turn = torch.linalg.eigh(basis.T @ image)
             basis = image @ turn.flip(1)
         return torch.linalg.qr(basis).Q[:, :rank].contiguous()
 

@@ -27,8 +27,8 @@ class LightGCN(Retriever):
         E^{(k+1)} = D^{-1/2} A D^{-1/2} E^{(k)}, \qquad E = \frac{1}{K+1} \sum_{k=0}^{K} E^{(k)}, \qquad
         s_{ui} = E_u \cdot E_i
 
-    :math:`A` is the adjacency of users and items by the train positives, without loops; layer 0 counts like the others.
-    Trained by BPR with one negative, and :math:`\frac{\lambda}{2B}\sum |E^{(0)}|^2` over the rows of layer 0 in a batch.
+    :math:`A` is the adjacency of users and items by the train positives, without loops; layer 0 counts as much as any.
+    Trained by BPR with one negative, and :math:`\frac{\lambda}{2B}\sum |E^{(0)}|^2` over the batch's rows of layer 0.
 
     The history given to `user_vectors` is not looked at: the graph is that of `prepare`. An unknown user has no scores
     but zeros.
@@ -79,8 +79,8 @@ class LightGCN(Retriever):
             raise InputError(f"LightGCN: sampling = {sampling!r} is not 'users' or 'rows'")
         if dim < 1 or layers < 0 or l2 < 0 or not init_std > 0:
             raise InputError(
-                f"LightGCN: dim = {dim}, layers = {layers}, l2 = {l2}, init_std = {init_std}; expected at least 1, 0, 0, "
-                "and a number above 0"
+                f"LightGCN: dim = {dim}, layers = {layers}, l2 = {l2}, init_std = {init_std}; expected at least 1, 0, "
+                "0, and a number above 0"
             )
         self.layers, self.l2, self.sampling = layers, l2, sampling
         with torch.random.fork_rng(devices=[]):
@@ -124,7 +124,7 @@ class LightGCN(Retriever):
         return self.vectors()
 
     def loss(self, output: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        """Return the mean BPR loss of as many triples as the batch has rows, and the penalty of their rows of layer 0."""
+        """Return the mean BPR loss of as many triples as the batch has rows, with the penalty of their layer 0."""
         if self.sampling == "users":
             user, positive = self._draw_users(len(batch))
         else:
@@ -178,7 +178,7 @@ def smooth(users: Tensor, items: Tensor, graph: Interactions, layers: int) -> tu
 
 
 class _Smoothed(torch.autograd.Function):
-    """`smooth` with its gradient: a polynomial of a symmetric matrix is symmetric, so it is `smooth` of the gradient."""
+    """`smooth` with its gradient, which is `smooth` of the gradient: a polynomial of a symmetric matrix."""
 
     @staticmethod
     def forward(ctx, users, items, graph, layers):
