@@ -21,8 +21,8 @@ namespace recfast {
   return static_cast<std::int64_t>(key & 0xFFFFFFFFu);
 }
 
-// Sorts n keys row << 32 | position, in ascending order of position, by row, with the help of `other` (n words). Returns
-// whichever of the two holds the outcome. Needs n <= 2^32 and rows <= 2^32.
+// Sorts n keys row << 32 | position, in ascending order of position, by row, with the help of `other` (n words).
+// Returns whichever of the two holds the outcome. Needs n <= 2^32 and rows <= 2^32.
 [[nodiscard]] inline std::uint64_t* sort_keys(std::uint64_t* keys, std::int64_t n, std::int64_t rows,
                                               std::uint64_t* other) noexcept {
   constexpr int kBits = 11;  // a histogram of 8 KB, which stays in the first cache with the heads of its 2048 streams
@@ -43,8 +43,8 @@ namespace recfast {
   return keys;
 }
 
-// Fills `keys` (n words) with row << 32 | position and sorts them as sort_keys does; where an id lies outside [0, rows),
-// its position is reported and nothing sorted.
+// Fills `keys` (n words) with row << 32 | position and sorts them as sort_keys does; where an id lies outside
+// [0, rows), its position is reported and nothing sorted.
 template <class Index>
 [[nodiscard]] std::uint64_t* sort_ids(std::span<const Index> ids, std::int64_t rows, std::uint64_t* keys,
                                       std::uint64_t* other, FirstError& error) noexcept {

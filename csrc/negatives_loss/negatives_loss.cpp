@@ -70,7 +70,8 @@ class Call {
   // f(first, last, work) over pieces of [0, size).
   template <class F>
   void pieces(std::int64_t size, std::int64_t grain, const F& f) const noexcept {
-    const std::int64_t count = max_threads() == 1 ? 1 : std::min((size + grain - 1) / grain, 8 * std::int64_t{max_threads()});
+    const std::int64_t threads = max_threads();
+    const std::int64_t count = threads == 1 ? 1 : std::min((size + grain - 1) / grain, 8 * threads);
     parallel_for_each(size == 0 ? 0 : count, [&](std::int64_t piece, int thread) {
       f(size * piece / count, size * (piece + 1) / count, work(thread));
     });

@@ -2,7 +2,7 @@
 //
 //   z_ij   = scale <q_i, w_j> + bias_j            q, w at length 1 where asked for: x / max(|x|, kSmallestNorm)
 //   z_ij  -= log_expected_j                       negatives alone
-//   N_i    = the columns of row i that count, K_i their number: not its positive (skip_positive), not in its excluded ones
+//   N_i    = the columns of row i that count, K_i their number: not its positive (skip_positive), not excluded
 //
 //   kSoftmax      L_i = ln(e^z_ip + sum_N e^z_ij) - z_ip
 //   kContrastive  L_i = 1 - z_ip + weight / K_i sum_N max(0, z_ij - margin);   with clamp: max(0, 1 - z_ip) + ...
@@ -17,20 +17,20 @@
 // Memory       beside inputs and outputs: a few padded copies of queries, of the shared columns' rows (K D) and of what
 //              there is once a row or once a column; a tile of scores a thread. kContrastive keeps one bit a pair.
 // Plan         Queries are turned once, so that they are the lanes of vectors. Forward streams tiles of columns past
-//              blocks of queries: scores, the online softmax (or the sums of the others), and, for a gradient, dL_i/dq_i
-//              on the way (`direction`), which backward only has to multiply by the gradient of L_i. Backward computes
+//              blocks of queries: scores, the online softmax (or the sums of the others), and, for a gradient,
+//              dL_i/dq_i on the way (`direction`), which backward only has to multiply by the gradient of L_i. Backward computes
 //              the scores of a tile again for the gradient of its rows; kContrastive reads its bits instead.
 //              kPrivate gathers each row once forward; backward sorts the pairs by id, reads each row once and
 //              multiplies it with its queries, which stay in cache.
-// Accumulator  T. Every sum runs in one fixed order: over D, over the columns of a tile and the tiles (forward), over the
-//              rows (gradient of a column), over the columns of an id and then its positives. So nothing depends on the
-//              number of threads, and row i's loss not on the other rows. AVX2 and AVX-512 use FMA, the scalar form does
-//              not, and the forms sum norms and private products in vectors of their own width:
+// Accumulator  T. Every sum runs in one fixed order: over D, over the columns of a tile and the tiles (forward), over
+//              the rows (gradient of a column), over the columns of an id and then its positives. So nothing depends on the
+//              number of threads, and row i's loss not on the other rows. AVX2 and AVX-512 use FMA, the scalar form
+//              does not, and the forms sum norms and private products in vectors of their own width:
 //              |error of z| <= (D + 6) eps |scale| sum_d |q_d w_d|, and z enters a loss with slope at most 1 (weight).
 // Limits       N < 2^31, M K < 2^31 for kPrivate; ids have been checked
-// Sources      Bengio and Senecal 2008 (sampled softmax); Rendle et al., "BPR", UAI 2009; Mao et al., "SimpleX", CIKM 2021
-//              (kContrastive); Petrov and Macdonald, "gSASRec", RecSys 2023 (weights of kBinary); Milakov and Gimelshein,
-//              "Online normalizer calculation for softmax", 2018
+// Sources      Bengio and Senecal 2008 (sampled softmax); Rendle et al., "BPR", UAI 2009; Mao et al., "SimpleX", CIKM
+//              2021 (kContrastive); Petrov and Macdonald, "gSASRec", RecSys 2023 (weights of kBinary); Milakov and
+//              Gimelshein, "Online normalizer calculation for softmax", 2018
 #pragma once
 
 #include <algorithm>

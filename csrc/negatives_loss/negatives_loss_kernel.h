@@ -90,7 +90,7 @@ struct Kernel : Tiles<Simd> {
     for (std::int64_t d = 0; d < width; d += kWidth) store(y + d, factor * load(y + d));
   }
 
-  // What the gradient of a normalised row is for the row itself: (dy - (y dy) y) / |x|, in place. x has norm 1 / inverse.
+  // What the gradient of a normalised row is for the row x itself, of norm 1 / inverse: (dy - (y dy) y) / |x|, in place.
   static void project(T* gradient, const T* x, T inverse, std::int64_t width) noexcept {
     if (inverse >= static_cast<T>(1 / kSmallestNorm)) {
       std::fill_n(gradient, width, T{0});
@@ -207,7 +207,8 @@ struct Kernel : Tiles<Simd> {
     const I* ids;
   };
 
-  [[gnu::always_inline]] static inline V finished(const Tile& t, std::int64_t j, std::int64_t v, Integers own) noexcept {
+  [[gnu::always_inline]] static inline V finished(const Tile& t, std::int64_t j, std::int64_t v,
+                                                  Integers own) noexcept {
     const V z = Simd::fma(load(t.scores + j * t.lanes + v), splat(t.factor[j]), splat(t.addend[j]));
     const Integers id = t.ids[j] - Integers{};
     return id == own ? splat(-kInfinity) : z;
@@ -653,7 +654,8 @@ struct Kernel : Tiles<Simd> {
 
   // Dot products of kWidth pairs of rows.
   template <bool OneQuery>
-  [[gnu::always_inline]] static inline V dots(const T* const* rows, const T* const* queries, std::int64_t width) noexcept {
+  [[gnu::always_inline]] static inline V dots(const T* const* rows, const T* const* queries,
+                                              std::int64_t width) noexcept {
     V x[kWidth];
     _Pragma("GCC unroll 16") for (std::int64_t r = 0; r < kWidth; ++r) x[r] = V{};
     for (std::int64_t d = 0; d < width; d += kWidth) {
