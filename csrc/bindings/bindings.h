@@ -81,6 +81,7 @@ void bind_hstu_attention(py::module_& m);
 void bind_id_map(py::module_& m);
 void bind_initial_rows(py::module_& m);
 void bind_packed_rows(py::module_& m);
+void bind_negatives_loss(py::module_& m);
 void bind_sdim_attention(py::module_& m);
 void bind_sequence_attention(py::module_& m);
 void bind_simhash(py::module_& m);

@@ -79,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
   bind_id_map(m);
   bind_initial_rows(m);
   bind_packed_rows(m);
+  bind_negatives_loss(m);
   bind_sdim_attention(m);
   bind_sequence_attention(m);
   bind_simhash(m);

@@ -18,7 +18,9 @@ from recfast.nn.embedding_tables import EmbeddingTables, second_pass
 from recfast.nn.eta import ETA
 from recfast.nn.frozen_tables import FrozenTables
 from recfast.nn.hstu import HSTUBlock
+from recfast.nn.losses import NegativesLoss
 from recfast.nn.multi_head_target_attention import MultiHeadTargetAttention
+from recfast.nn.muvera import FixedDimensionalEncoding, chamfer
 from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.residual_kmeans import ResidualKMeans
 from recfast.nn.residual_quantizer import ResidualQuantizer
@@ -36,10 +38,12 @@ __all__ = [
     "Dice",
     "DynamicTable",
     "EmbeddingTables",
+    "FixedDimensionalEncoding",
     "FrozenTables",
     "HSTUBlock",
     "HashedTables",
     "MultiHeadTargetAttention",
+    "NegativesLoss",
     "PostTrainingTables",
     "ProductQuantizer",
     "PrunedTables",
@@ -53,6 +57,7 @@ __all__ = [
     "Tokenizer",
     "TransformerBlock",
     "best_step",
+    "chamfer",
     "fm_interaction",
     "resolve_collisions",
     "second_pass",

@@ -24,6 +24,7 @@ from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.negatives_loss import negatives_loss
 from recfast.ops.packed_codes import (  # the edits of what is packed, which are no ops, are for index
     PackedCodes,
     SparseTable,
@@ -76,6 +77,7 @@ __all__ = [
     "hamming_top_k",
     "hstu_attention",
     "initial_rows",
+    "negatives_loss",
     "pack_codes",
     "pack_mask",
     "pack_rows",

@@ -14,6 +14,7 @@ from torch import nn
 from recfast import metrics
 from recfast.data import Jagged, Loader
 from recfast.errors import InputError
+from recfast.nn.top_k import top_k
 
 if TYPE_CHECKING:
     from recfast.data import Dataset
@@ -235,7 +236,8 @@ def top_items(
     model.eval()
     try:
         with torch.inference_mode():
-            rows = len(model.item_vectors())
+            # Not every model has vectors of its items.
+            rows = getattr(model, "rows", None) or len(model.item_vectors())
             blocks = _recommend(model, history, masked, users.numpy(), k, rows, batch_size)
             found = [torch.from_numpy(ids) for _, ids in blocks]
     finally:
@@ -261,36 +263,16 @@ def _recommend(
         block = torch.from_numpy(users[begin : begin + size])
         asked = history.take(block).to(device), block.to(device)
         scores = (model.scores(*asked) if items is None else model.user_vectors(*asked) @ items.T).float()
-        if torch.isnan(scores).any():
-            row = int(torch.isnan(scores).any(1).nonzero()[0])
-            raise InputError(f"evaluate: a score of the user with the id {users[begin + row]} is NaN, not a number")
         old = seen.take(block)
         owner = torch.repeat_interleave(torch.arange(len(block)), old.lengths())
         scores[owner.to(device), old.values.to(device)] = -torch.inf
         scores[:, 0] = -torch.inf
-        yield begin, top_k(scores, k)[1].cpu().numpy()
-
-
-def top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the `k` best of each row: `(scores [B, k], ids int64 [B, k])`, ties by the lowest id, padded (-inf, -1).
-
-    An entry of minus infinity is no candidate. Unlike `torch.topk`, which of equal scores are taken is defined.
-    """
-    rows, width = scores.shape
-    taken = min(k, width)
-    least = torch.topk(scores, taken, sorted=True).values[:, -1:]
-    above, level = scores > least, scores == least
-    # Of those that are level with the last place, the lowest ids fill what is left.
-    left = taken - above.sum(1, keepdim=True)
-    ids = (above | (level & (level.cumsum(1) <= left))).nonzero()[:, 1].view(rows, taken)
-    best = scores.gather(1, ids)
-    best, order = best.sort(dim=1, descending=True, stable=True)
-    ids = ids.gather(1, order).masked_fill_(best == -torch.inf, -1)
-    missing = k - taken
-    return (
-        torch.nn.functional.pad(best, (0, missing), value=-torch.inf),
-        torch.nn.functional.pad(ids, (0, missing), value=-1),
-    )
+        best, found = top_k(scores, k)
+        # To torch.topk what is not a number is more than any number.
+        if (wrong := torch.isnan(best)).any():
+            row = int(wrong.any(1).nonzero()[0])
+            raise InputError(f"evaluate: a score of the user with the id {users[begin + row]} is NaN, not a number")
+        yield begin, found.cpu().numpy()
 
 
 def _group_column(split: Split) -> str | None:
