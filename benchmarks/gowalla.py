@@ -277,15 +277,16 @@ def interests_table(study: Study) -> str:
 
 def report(study: Study) -> None:
     load = [run["load"] for run in study.runs if "load" in run]
+    threads = [run["threads"] for run in study.runs if "threads" in run]
     paragraphs = (
         "29,858 users, 40,981 items, 810,128 train and 217,242 test pairs. Each cell is Recall@20 / NDCG@20. In the "
         "published protocol the epoch is chosen on the test pairs, as it was for the published numbers; in the "
         f"held-out one on {VALID_SHARE:.0%} of each user's train pairs, which the model then lacks. Mean ± standard "
         "deviation where there are several seeds.",
         "The trainings have the published settings, except that negatives are drawn once for a batch and not for each "
-        "row, that a row's own positive is none of its negatives, and that weights begin at 1e-3 and not at 1e-4. Times "
-        f"are of training alone, evaluation left out, on {max((run['threads'] for run in study.runs if 'threads' in run), default=1)} thread; the machine's "
-        f"load while it ran was {min(load, default=0):.1f} to {max(load, default=0):.1f}: above 1 they say little.",
+        "row, that a row's own positive is none of its negatives, and that weights begin at 1e-3 and not at 1e-4. "
+        f"Times are of training alone, evaluation left out, threads: {max(threads, default=1)}. The machine's load "
+        f"while it ran was {min(load, default=0):.1f} to {max(load, default=0):.1f}: above 1 they say little.",
     )
     told = "\n\n".join(textwrap.fill(paragraph, 118) for paragraph in paragraphs)
     command = "    python benchmarks/gowalla.py --data PATH/gowalla --out results"
