@@ -292,9 +292,10 @@ def report(study: Study) -> None:
         f"held-out one on {VALID_SHARE:.0%} of each user's train pairs, which the model then lacks. Mean ± standard "
         "deviation where there are several seeds.",
         "The trainings have the published settings, except that negatives are drawn once for a batch where the note "
-        "does not say otherwise, that a row's own positive is none of its negatives, and that weights begin at 1e-3 and "
-        f"not at 1e-4. Times are of training alone, evaluation left out, threads: {max(threads, default=1)}. The machine's load "
-        f"while it ran was {min(load, default=0):.1f} to {max(load, default=0):.1f}: above 1 they say little.",
+        "does not say otherwise, that a row's own positive is none of its negatives, and that weights begin at 1e-3, "
+        f"not at 1e-4. Times are of training alone, evaluation left out, threads: {max(threads, default=1)}. The "
+        f"machine's load while it ran was {min(load, default=0):.1f} to {max(load, default=0):.1f}: above 1 they say "
+        "little.",
     )
     told = "\n\n".join(textwrap.fill(paragraph, 118) for paragraph in paragraphs)
     command = "    python benchmarks/gowalla.py --data PATH/gowalla --out results"
