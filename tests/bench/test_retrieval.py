@@ -216,3 +216,23 @@ def test_refuses_vectors(tmp_path, content, sentence):
     np.save(tmp_path / "queries.npy", np.zeros((3, 2), dtype=np.float32))
     with pytest.raises(InputError, match=sentence):
         retrieval.from_files(tmp_path / "items.npy", tmp_path / "queries.npy", 1, 0)
+
+
+def test_an_item_named_twice_counts_once():
+    items = torch.eye(4)
+    problem = retrieval.Problem(items, torch.tensor([[4.0, 3.0, 2.0, 1.0]]), k=2)
+    bounds = retrieval.exact_bounds(problem)
+    assert retrieval.recall(problem, torch.tensor([[0, 1]]), bounds) == 1.0
+    assert retrieval.recall(problem, torch.tensor([[0, 0]]), bounds) == 0.5
+    assert retrieval.recall(problem, torch.tensor([[-1, -1]]), bounds) == 0.0
+
+
+def test_figures_are_the_same_piece_by_piece(problem, monkeypatch):
+    found = torch.randint(
+        len(problem.items), (len(problem.queries), problem.k), generator=torch.Generator().manual_seed(0)
+    )
+    bounds = retrieval.exact_bounds(problem)
+    share = retrieval.recall(problem, found, bounds)
+    monkeypatch.setattr(retrieval, "_CELLS", 3 * problem.k * problem.dim)
+    assert retrieval.recall(problem, found, bounds) == share
+    assert np.allclose(retrieval.exact_bounds(problem), bounds, rtol=1e-6)

@@ -102,3 +102,20 @@ def test_as_mask():
 def test_rejects_bad_input(call, error, sentence):
     with pytest.raises(error, match=sentence):
         call()
+
+
+def test_code_search_refuses_a_bitmap_of_other_queries_or_items():
+    """Also where its words by position are kept: they would be read beyond their end."""
+    codes = torch.randint(16, (500, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    packed = ops.packed_codes.packed_append(ops.pack_codes(codes, n_codes=16, order="lex"), codes[:5])
+    grown, further = (ops.packed_codes.packed_append(packed, codes[:items]) for items in (70, 3))
+    assert grown.slots is packed.slots
+    table = torch.zeros(3, 3, 16)
+    with pytest.raises(ValueError, match=r"mask.words must have shape \[3, 8\], got \[2, 8\]"):
+        ops.code_search(packed, table, 4, mask=Bitmap.from_mask(torch.ones(2, 505, dtype=torch.bool)))
+    whole = Bitmap.from_mask(torch.ones(505, dtype=torch.bool))
+    assert ops.code_search(packed, table, 4, mask=whole)[1].tolist() == [[0, 1, 2, 3]] * 3
+    with pytest.raises(ValueError, match=r"mask.words must have shape \[9\], got \[8\]"):
+        ops.code_search(grown, table, 4, mask=whole)
+    with pytest.raises(ValueError, match="there must be 505 items, got 508"):
+        ops.code_search(further, table, 4, mask=whole)

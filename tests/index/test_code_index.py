@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from recfast import ops
 from recfast.errors import InputError
-from recfast.index import Bitmap, CodeIndex, _file, code_index
+from recfast.index import Bitmap, CodeIndex, _file, _guard, code_index
 from recfast.index._guard import Guard
 
 OLD_FILE = Path(__file__).parent / "files" / "code_index_1.safetensors"
@@ -454,12 +454,11 @@ def test_a_change_waits_for_reads_and_later_reads_for_the_change():
     threads = [threading.Thread(target=read)]
     threads[0].start()
     assert reading.wait(10)
-    for work, waiting in ((change, 1), (read_later, 1)):
+    for work, asked in ((change, lambda: guard._asked == 1), (read_later, lambda: guard._waiting == {1: 1})):
         threads.append(threading.Thread(target=work))
         threads[-1].start()
-        while guard._changes != waiting:
+        while not asked():
             time.sleep(0.001)
-    time.sleep(0.02)
     assert events == []
     release.set()
     for thread in threads:
@@ -702,3 +701,139 @@ def test_the_file_is_plain_safetensors(stored):
         assert file.metadata()["format"] == "recfast.CodeIndex"
         np.testing.assert_array_equal(file.get_tensor("planes"), index._packed.planes.numpy())
         np.testing.assert_array_equal(file.get_tensor("ids"), index.ids.numpy())
+
+
+def test_reads_come_between_changes_that_follow_each_other():
+    """A read waits for the changes that asked before it and for no others, though there is always one that waits."""
+    guard, events = Guard(), []
+    first = guard.changing
+    first.__enter__()
+
+    def read():
+        with guard.reading:
+            events.append("read")
+
+    def change():
+        with guard.changing:
+            events.append("change")
+
+    threads = []
+    for work, asked in ((read, lambda: guard._waiting == {1: 1}), (change, lambda: guard._asked == 2)):
+        threads.append(threading.Thread(target=work))
+        threads[-1].start()
+        end = time.monotonic() + 10
+        while not asked():
+            assert time.monotonic() < end
+            time.sleep(0.001)
+    first.__exit__()
+    for thread in threads:
+        thread.join(10)
+    assert events == ["read", "change"]
+
+
+@pytest.mark.parametrize("given_up", ["read", "first change", "second change"])
+def test_whoever_gives_up_waiting_holds_nobody_up(given_up, monkeypatch):
+    guard = Guard()
+    waits = {"read": guard.reading, "first change": guard.changing, "second change": guard.changing}
+    begun = threading.Event()
+
+    def interrupted(*_):
+        begun.set()
+        raise KeyboardInterrupt
+
+    holder = guard.reading if given_up == "first change" else guard.changing
+    holder.__enter__()
+    with monkeypatch.context() as patch:
+        patch.setattr(guard._condition, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            waits[given_up].__enter__()
+    assert begun.is_set()
+    holder.__exit__()
+    done = []
+
+    def work():
+        with guard.changing:
+            done.append("change")
+        with guard.reading:
+            done.append("read")
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert done == ["change", "read"]
+    assert guard._readers == 0
+
+
+def test_a_pickle_is_of_one_moment():
+    """What is pickled was copied under the lock: changes that come while it is written out do not show."""
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 16, (300, 4))
+    index = CodeIndex(codes, 16, order="lex", bias=np.zeros(300, dtype=np.float32))
+    state = index.__getstate__()
+    index.update(np.arange(300), 15 - codes, bias=np.ones(300, dtype=np.float32))
+    other = CodeIndex.__new__(CodeIndex)
+    other.__setstate__(state)
+    assert np.array_equal(other.codes.numpy(), codes)
+    assert bool((other.bias == 0).all())
+    # And one that came with read-only buffers can be changed.
+    other.__setstate__({**state, "_packed": (*state["_packed"][:2], _read_only(state["_packed"][2]))})
+    other.update([0], 15 - codes[:1])
+    assert np.array_equal(other.codes[0].numpy(), 15 - codes[0])
+
+
+def _read_only(parts):
+    parts = {name: part.copy() for name, part in parts.items()}
+    for part in parts.values():
+        part.flags.writeable = False
+    return parts
+
+
+def test_adding_nothing_behind_the_highest_id():
+    index = CodeIndex(CODES, ids=[1, 2, 2**63 - 1])
+    made = index.add(CODES[:0])
+    assert made.dtype == torch.int64
+    assert len(made) == 0
+    with pytest.raises(ValueError, match="the highest id there can be is taken"):
+        index.add(CODES[:1])
+
+
+def test_a_child_builds_lists_though_a_thread_of_its_parent_was_building():
+    index = CodeIndex(CODES, 256)
+    table = (np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.float32), np.arange(2))
+    found = []
+    with index._guard.building:
+        _guard._forget()  # what a child does first
+        thread = threading.Thread(target=lambda: found.append(index.search(table, 1, plan="postings")), daemon=True)
+        thread.start()
+        thread.join(10)
+    assert [ids.tolist() for _, ids in found] == [[[0]]]
+
+
+def test_a_bitmap_made_while_compact_renumbers_speaks_of_the_new_slots():
+    index = CodeIndex(np.arange(100)[:, None].astype(np.uint8), 256)
+    index.remove([0, 1, 2])
+    find, calls = index.slots_of, []
+
+    class Racing:
+        """Another thread's `compact` comes right after the slots were looked up."""
+
+        epoch = property(lambda self: index.epoch)
+        n_slots = property(lambda self: index.n_slots)
+
+        def slots_of(self, ids):
+            slots = find(ids)
+            calls.append(len(calls))
+            if len(calls) == 1:
+                index.compact()
+            return slots
+
+    bitmap = Bitmap.allow(Racing(), [50, 99])
+    table = np.zeros((1, 1, 256), dtype=np.float32)
+    assert index.search(table, 3, bitmap)[1].tolist() == [[50, 99, -1]]
+
+
+def test_a_header_of_endless_brackets_is_refused(tmp_path):
+    path = tmp_path / "index"
+    path.write_bytes((10**6).to_bytes(8, "little") + b"[" * 10**6)
+    with pytest.raises(InputError, match="is not a recfast index"):
+        CodeIndex.load(path)

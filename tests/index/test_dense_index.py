@@ -1,3 +1,4 @@
+import copy
 import pickle
 import threading
 
@@ -366,3 +367,61 @@ def test_refining_finds_more():
 def test_rejects_bad_input(call, error, sentence):
     with pytest.raises(error, match=sentence):
         call(problem()[0])
+
+
+@EVERY
+def test_a_copy_shares_nothing(kind):
+    vectors, queries, _ = problem(whole=False)
+    index = make(kind, vectors)
+    before = index.search(queries, 5)
+    for made in (copy.copy, copy.deepcopy):
+        other = made(index)
+        other.update([0, 1], vectors[:2] + 9)
+        other.remove(before[1].flatten().unique().numpy())
+        assert len(index) == len(vectors)
+        assert all(torch.equal(*pair) for pair in zip(index.search(queries, 5), before, strict=True))
+
+
+@EVERY
+def test_a_pickle_is_of_one_moment(kind):
+    """What is pickled was copied under the lock: changes that come while it is written out do not show."""
+    vectors, queries, _ = problem(whole=False)
+    index = make(kind, vectors)
+    before = index.search(queries, 5)
+    state = index.__getstate__()
+    index.update(np.arange(100), vectors[100:200])
+    index.remove(before[1].flatten().unique().numpy())
+    other = DenseIndex.__new__(DenseIndex)
+    other.__setstate__(state)
+    assert all(torch.equal(*pair) for pair in zip(other.search(queries, 5), before, strict=True))
+
+
+@EVERY
+def test_vectors_too_long_to_multiply_are_refused(kind):
+    vectors, queries, _ = problem(whole=False)
+    index = make(kind, vectors)
+    vectors[3] *= 1e19
+    # FAISS would end the process, or return NaN.
+    with pytest.raises(ValueError, match=r"vectors\[3\] must be finite and shorter than 2\*\*60, got length "):
+        make(kind, vectors)
+    with pytest.raises(ValueError, match=r"queries\[0\] must be finite and shorter than 2\*\*60"):
+        index.search(queries * np.float32(1e30), 3)
+
+
+def test_adding_nothing_behind_the_highest_id():
+    vectors, _, _ = problem(3)
+    index = DenseIndex(vectors, ids=[1, 2, 2**63 - 1])
+    made = index.add(vectors[:0])
+    assert made.dtype == torch.int64
+    assert len(made) == 0
+
+
+def test_bits_are_spread_out_one_query_at_a_time(monkeypatch):
+    vectors, queries, random = problem()
+    mask = random.random((len(queries), len(vectors))) < 0.5
+    index, bits, shapes = DenseIndex(vectors), Bitmap.from_mask(mask), []
+    spread = Bitmap.to_mask
+    monkeypatch.setattr(Bitmap, "to_mask", lambda self: shapes.append(self.shape) or spread(self))
+    for answer, wanted in zip(index.search(queries, 5, bits), index.search(queries, 5, mask), strict=True):
+        assert torch.equal(answer, wanted)
+    assert shapes == [(len(vectors),)] * len(queries)

@@ -156,3 +156,25 @@ def test_state_of_an_empty_assignment_fits_any_method():
 def test_rejects_bad_input(call, error, sentence):
     with pytest.raises(error, match=sentence):
         call(torch.tensor([[3, 1], [3, 1]]))
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_more_equal_items_than_codes_are_not_looked_at(first):
+    """Of many equal items only as many as there are codes left take part: the others keep theirs."""
+    asked = []
+
+    def distances(rows):
+        asked.append(len(rows))
+        return np.tile(np.arange(8.0), (len(rows), 1))
+
+    assignment = Assignment(2, 8, "sinkhorn")
+    assignment.add(np.zeros((first, 2), dtype=np.int64), distances)
+    asked.clear()
+    codes = assignment.add(np.zeros((100_000, 2), dtype=np.int64), distances).numpy()
+    assert sum(asked) == 8 - first
+    # Nothing is left for those after them.
+    assignment.add(np.zeros((10, 2), dtype=np.int64), distances)
+    assert sum(asked) == 8 - first
+    assert len(np.unique(codes[: 8 - first, 1])) == 8 - first
+    assert not codes[8 - first :].any()
+    assert assignment.report()["unique_codes"] == 8

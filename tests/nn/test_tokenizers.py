@@ -410,3 +410,48 @@ def test_rejects_bad_training():
         model.loss(vectors(20)[:0])
     with pytest.raises(RuntimeError, match="loss: the centroids must be fitted"):
         model.eval().loss(vectors(20))
+
+
+@EVERY
+def test_decode_refuses_what_is_no_code(kind):
+    tokenizer = fitted(kind, vectors())
+    for dtype, name in ((torch.float32, "float32"), (torch.bool, "bool")):
+        with pytest.raises(TypeError, match=f"decode: codes must be integers, got {name}"):
+            tokenizer.decode(torch.zeros(2, 3, dtype=dtype))
+
+
+@EVERY
+def test_vectors_too_long_to_measure_are_refused(kind):
+    """FAISS would end the process."""
+    x = torch.as_tensor(vectors()).clone()
+    tokenizer = fitted(kind, x)
+    x[7] *= 1e25
+    for method in ("fit", "encode", "assign", "report"):
+        with pytest.raises(ValueError, match=r"x\[7\] must be finite and shorter than 2\*\*60, got length "):
+            getattr(tokenizer, method)(x)
+
+
+@EVERY
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**40])
+def test_any_seed_will_do(kind, seed):
+    x = vectors()
+    one, other = fitted(kind, x, seed), fitted(kind, x, seed)
+    assert torch.equal(one.encode(x), other.encode(x))
+
+
+@EVERY
+def test_rows_are_measured_piece_by_piece(kind, monkeypatch):
+    """Never distances of all items at once; a batch of the training is one of 128."""
+    from recfast.nn import _tokenizer
+
+    monkeypatch.setattr(_tokenizer, "_CELLS", 16 * 64)
+    shapes, measure = [], _tokenizer.squared_distances
+
+    def measured(x, *rest):
+        shapes.append(len(x))
+        return measure(x, *rest)
+
+    for module in ("quantizer", "residual_kmeans", "residual_quantizer"):
+        monkeypatch.setattr(f"recfast.nn.{module}.squared_distances", measured)
+    fitted(kind, vectors())
+    assert max(shapes) <= 128

@@ -24,7 +24,7 @@ from recfast.index import CodeIndex, DenseIndex
 from recfast.nn import ProductQuantizer, ResidualKMeans, Tokenizer
 
 FORMAT = 1
-# Cells [queries, items] of the scores that exact search holds at once: 256 MiB.
+# Numbers held at once, of scores [queries, items] and of vectors looked up: 256 MiB of float32.
 _CELLS = 1 << 26
 
 
@@ -388,7 +388,7 @@ for _contender in (
 
 def exact_bounds(problem: Problem) -> np.ndarray:
     """The k-th best score of each query, [Q] float64, less what float32 cannot tell: an item at or above it counts."""
-    rows = max(1, _CELLS // len(problem.items))
+    rows = max(1, _CELLS // max(len(problem.items), problem.k * problem.dim))
     bounds = []
     for queries in problem.queries.split(rows):
         best = (queries @ problem.items.T).topk(problem.k, dim=1).indices
@@ -399,10 +399,20 @@ def exact_bounds(problem: Problem) -> np.ndarray:
 
 
 def recall(problem: Problem, ids: Tensor, bounds: np.ndarray) -> float:
-    """The share of the k best that were found, where an item as good as the k-th is as good an answer."""
-    scores = torch.einsum("qd,qkd->qk", problem.queries.double(), problem.items[ids.clamp(min=0)].double())
-    good = (ids >= 0).numpy() & (scores.numpy() >= bounds[:, None])
-    return float(good.mean())
+    """The share of the k best that were found, where an item as good as the k-th is as good an answer.
+
+    An item that is named twice for a query counts once.
+    """
+    rows = max(1, _CELLS // (ids.shape[1] * problem.dim))
+    found = 0
+    for queries, named, least in zip(
+        problem.queries.split(rows), ids.split(rows), torch.from_numpy(bounds).split(rows), strict=True
+    ):
+        named = named.sort(dim=1).values
+        new = F.pad(named[:, 1:] != named[:, :-1], (1, 0), value=True)
+        scores = torch.einsum("qd,qkd->qk", queries.double(), problem.items[named.clamp(min=0)].double())
+        found += int(((named >= 0) & new & (scores >= least[:, None])).sum())
+    return found / ids.numel()
 
 
 def queries_per_second(search: Callable[[Tensor], Any], queries: Tensor, batch: int, seconds: float) -> float:

@@ -56,6 +56,11 @@ def as_ids(place: str, value: Any) -> np.ndarray:
     return ids
 
 
+def following(first: int, count: int) -> np.ndarray:
+    """The ids `first`, `first` + 1, ...; int64 also where there are none and `first` is 2**63."""
+    return np.arange(count) + min(first, np.iinfo(np.int64).max)
+
+
 def refuse_repeats(place: str, ids: np.ndarray) -> None:
     """Raise ValueError where an id occurs twice."""
     order = np.argsort(ids, kind="stable")

@@ -155,7 +155,7 @@ def _header(place: str, path: Any, content: np.ndarray) -> tuple[int, dict[str, 
         header = json.loads(content[8 : 8 + length].tobytes())
         metadata = header.pop("__metadata__", {})
         metadata.get("format")
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InputError(foreign) from error
     return 8 + length, header, metadata
 

@@ -99,14 +99,20 @@ class Bitmap:
         place = "Bitmap.allow"
         ids = as_ids(place, ids)
         if isinstance(index, int | np.integer):
-            size, slots = int(index), ids
+            size, slots, epoch = int(index), ids, None
             if size < 0:
                 raise ValueError(f"{place}: size must be at least 0, got {size}")
             if len(slots) and int(slots.max()) >= size:
                 at = int((slots >= size).argmax())
                 raise IndexError(f"{place}: slots[{at}] = {slots[at]} is outside [0, {size})")
         else:
-            size, slots = index.n_slots, np.asarray(index.slots_of(ids))
+            while True:
+                epoch = getattr(index, "epoch", None)
+                slots = np.asarray(index.slots_of(ids))
+                size = index.n_slots
+                # Slots that another thread's `compact` gave to other items meanwhile are looked up again.
+                if epoch is None or not epoch.over:
+                    break
         wide = -(-size // 64)
         if offsets is not None:
             offsets = as_ids(place, offsets)
@@ -120,7 +126,7 @@ class Bitmap:
             mask = np.zeros(size, dtype=np.bool_)
             mask[slots] = True
             bitmap = cls._from_bytes(np.packbits(mask, bitorder="little"), size)
-        bitmap.epoch = getattr(index, "epoch", None)
+        bitmap.epoch = epoch
         return bitmap
 
     @classmethod
@@ -246,11 +252,12 @@ class Bitmap:
         slots = packed.slots
         if slots is None:
             return self.words
+        # Asked first, as items may have been appended to the same `slots`.
+        if packed.size != self.size:
+            raise ValueError(f"Bitmap: there must be {self.size} items, got {packed.size}")
         kept = self._permuted
         if kept is not None and kept[0]() is slots:
             return kept[1]
-        if packed.size != self.size:
-            raise ValueError(f"Bitmap: there must be {self.size} items, got {packed.size}")
         # What it costs is the bits that are set, so the smaller side is permuted.
         total = self.size * (1 if self.queries is None else self.queries)
         inverted = 2 * int(torch.as_tensor(self.count()).sum()) > total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from recfast import ops
 from recfast.errors import InputError
 from recfast.index import _file
-from recfast.index._arrays import as_ids, as_mask, as_tensor, refuse_repeats
+from recfast.index._arrays import as_ids, as_mask, as_tensor, following, refuse_repeats
 from recfast.index._guard import Guard
 from recfast.index.bitmap import Bitmap, Epoch
 from recfast.ops import PackedCodes, SparseTable, pack_codes, unpack_codes
@@ -109,7 +108,6 @@ class CodeIndex:
     def _start(self) -> None:
         """What is not part of the items."""
         self._guard = Guard()
-        self._building = threading.Lock()
         self.epoch = Epoch()
         self._forget()
 
@@ -128,18 +126,19 @@ class CodeIndex:
     def __getstate__(self) -> dict[str, Any]:
         with self._guard.reading:
             left_out = (
-                "_guard", "_building", "epoch", "_sorted", "_recent", "_counts", "_lists", "_sparse_queries",
+                "_guard", "epoch", "_sorted", "_recent", "_counts", "_lists", "_sparse_queries",
             )  # fmt: skip
             state = {name: value for name, value in self.__dict__.items() if name not in left_out}
-            # As arrays: torch does not pickle all dtypes.
-            parts = {name: part.numpy() for name, part in self._trimmed().items()}
+            # As arrays: torch does not pickle all dtypes. Copied while no change can come between, since they are
+            # written out after this.
+            parts = {name: part.numpy().copy() for name, part in self._trimmed().items()}
             return {**state, "_packed": (self._packed.size, self._packed.n_codes, parts)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         size, n_codes, parts = state["_packed"]
-        # Copied, as copy.deepcopy hands the arrays over as they are in this process.
-        tensors = {name: torch.from_numpy(part.copy()) for name, part in parts.items()}
+        # Buffers that came beside the pickle may be read-only.
+        tensors = {name: torch.from_numpy(np.require(part, requirements="W")) for name, part in parts.items()}
         self._packed = PackedCodes(size=size, n_codes=n_codes, **tensors)
         self._start()
 
@@ -208,7 +207,10 @@ class CodeIndex:
 
     @property
     def tail(self) -> float:
-        """The share of the items that came or changed since the items were sorted; 0 where they are not sorted."""
+        """The share of the items that came or changed since the items were sorted; 0 where they are not sorted.
+
+        An item that changes twice counts twice.
+        """
         if self.order == "none" or not self._packed.size:
             return 0.0
         return min(1.0, (self._packed.size - self._ordered + self._moved) / self._packed.size)
@@ -237,8 +239,8 @@ class CodeIndex:
     @property
     def ids(self) -> torch.Tensor:
         """The external id of each slot, [n_slots] int64. Not to be written to."""
-        size = self._packed.size
-        return torch.arange(size) if self._packed.ids is None else self._packed.ids[:size]
+        packed = self._packed
+        return torch.arange(packed.size) if packed.ids is None else packed.ids[: packed.size]
 
     @property
     def live(self) -> torch.Tensor | None:
@@ -368,7 +370,7 @@ class CodeIndex:
 
     def _posting_lists(self) -> ops.PostingLists:
         # Searches that come meanwhile wait for these lists, and no change can come between.
-        with self._building:
+        with self._guard.building:
             if self._lists is None:
                 self._lists = ops.posting_lists(self._packed, self._n_codes)
             return self._lists
@@ -443,7 +445,7 @@ class CodeIndex:
             if names is None:
                 if self._next_id + len(codes) > 2**63:
                     raise ValueError(f"{place}: ids must be given, since the highest id there can be is taken")
-                names = np.arange(self._next_id, self._next_id + len(codes))
+                names = following(self._next_id, len(codes))
             else:
                 present = self._find(names) >= 0
                 if present.any():

@@ -11,12 +11,14 @@ import torch
 
 from recfast.errors import InputError
 from recfast.index import _file
-from recfast.index._arrays import as_ids, as_mask, as_tensor, refuse_repeats
+from recfast.index._arrays import as_ids, as_mask, as_tensor, following, refuse_repeats
 from recfast.index._guard import Guard
 from recfast.index.bitmap import Bitmap, Epoch
 
 _KINDS = ("flat", "ivf", "hnsw", "pq", "ivfpq")
 _CODED = ("pq", "ivfpq")
+# Products and squared distances of shorter vectors are finite; FAISS ends the process where one is not.
+_LONGEST = 2.0**60
 
 
 class DenseIndex:
@@ -27,7 +29,7 @@ class DenseIndex:
 
     Parameters
     ----------
-    vectors : array or Tensor [N, D], float32, finite
+    vectors : array or Tensor [N, D], float32, finite, shorter than 2**60
     kind : "flat", "ivf", "hnsw", "pq" or "ivfpq"
         Exact; inverted lists; a graph; product quantisation (FAISS IndexPQ, codes of 8 bits); inverted lists of product
         codes. All but the first are approximate and need not find every one of the k best.
@@ -50,7 +52,7 @@ class DenseIndex:
     Raises
     ------
     TypeError, ValueError
-        A wrong dtype or shape, a vector that is not finite, a repeated or negative id.
+        A wrong dtype or shape, a vector that is not finite or too long, a repeated or negative id.
 
     Notes
     -----
@@ -163,13 +165,24 @@ class DenseIndex:
             raise ValueError(f"DenseIndex: {self.kind} needs at least 256 items to learn its codes, got {size}")
 
     def __getstate__(self) -> dict[str, Any]:
-        # Of a mapped file the vectors travel, not the map; locks stay behind.
-        with self._guard.changing:
-            self._own()
-            return {name: value for name, value in self.__dict__.items() if name not in ("_guard", "epoch")}
+        import faiss
+
+        # Everything is copied while no change can come between: what is pickled is one moment of the index, and a
+        # shallow copy shares nothing with it. Of a mapped file the vectors travel, not the map; locks stay behind.
+        with self._guard.reading:
+            left_out = ("_guard", "epoch", "_index", "_mapped", "_sorted")
+            state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+            for name in ("_live", "_ids", "_slots", "_vectors"):
+                if state[name] is not None:
+                    state[name] = np.array(state[name])
+            return {**state, "_written": faiss.serialize_index(self._index)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        import faiss
+
         self.__dict__.update(state)
+        self._index = faiss.deserialize_index(self.__dict__.pop("_written"))
+        self._mapped, self._sorted = None, None
         self.epoch, self._guard = Epoch(), Guard()
 
     def __len__(self) -> int:
@@ -213,7 +226,7 @@ class DenseIndex:
 
         Parameters
         ----------
-        queries : array or Tensor [Q, D], float32, finite
+        queries : array or Tensor [Q, D], float32, finite, shorter than 2**60
         k : int
             May exceed N, may be 0.
         mask : array or Tensor [n_slots] or [Q, n_slots], bool; the same packed in uint8; or a Bitmap; optional
@@ -228,7 +241,7 @@ class DenseIndex:
         Raises
         ------
         TypeError, ValueError
-            A wrong dtype or shape, a query that is not finite, a negative k.
+            A wrong dtype or shape, a query that is not finite or too long, a negative k.
         """
         import faiss
 
@@ -237,17 +250,17 @@ class DenseIndex:
         if k < 0:
             raise ValueError(f"{place}: k must be at least 0, got {k}")
         with self._guard.reading:
-            allowed = as_mask(place, mask, len(queries), self.n_slots, form="bool", epoch=self.epoch)
-            allowed = None if allowed is None else allowed.numpy()
+            allowed = as_mask(place, mask, len(queries), self.n_slots, epoch=self.epoch)
             scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
             ids = np.full((len(queries), k), -1, dtype=np.int64)
             if len(queries) and k and len(self):
                 _threads(faiss)
-                if allowed is not None and allowed.ndim == 2:
+                if allowed is not None and len(allowed.shape) == 2:
                     for row in range(len(queries)):
-                        self._best(queries[row : row + 1], scores[row : row + 1], ids[row : row + 1], allowed[row])
+                        one = slice(row, row + 1)
+                        self._best(queries[one], scores[one], ids[one], _as_bools(allowed[row]))
                 else:
-                    self._best(queries, scores, ids, allowed)
+                    self._best(queries, scores, ids, None if allowed is None else _as_bools(allowed))
             return torch.from_numpy(scores), torch.from_numpy(ids)
 
     def _best(self, queries: np.ndarray, scores: np.ndarray, ids: np.ndarray, allowed: np.ndarray | None) -> None:
@@ -377,7 +390,7 @@ class DenseIndex:
 
         Parameters
         ----------
-        vectors : array or Tensor [n, D], float32, finite
+        vectors : array or Tensor [n, D], float32, finite, shorter than 2**60
         ids : integers [n], optional
             Distinct and not in the index. Left out, they go on from the highest id the index has ever had.
 
@@ -399,7 +412,7 @@ class DenseIndex:
         automatic = ids is None
         if automatic and self._next_id + len(vectors) > 2**63:
             raise ValueError(f"{place}: ids must be given, since the highest id there can be is taken")
-        ids = np.arange(self._next_id, self._next_id + len(vectors)) if automatic else as_ids(place, ids)
+        ids = following(self._next_id, len(vectors)) if automatic else as_ids(place, ids)
         if len(ids) != len(vectors):
             raise ValueError(f"{place}: ids must have shape [{len(vectors)}], got [{len(ids)}]")
         if not automatic:
@@ -661,6 +674,11 @@ class DenseIndex:
         return slots
 
 
+def _as_bools(mask: torch.Tensor | Bitmap) -> np.ndarray:
+    """The mask [n_slots] of one query or of all: bits are spread out one query at a time."""
+    return (mask.to_mask() if isinstance(mask, Bitmap) else mask).numpy()
+
+
 def _threads(faiss: Any) -> None:
     faiss.omp_set_num_threads(torch.get_num_threads())
 
@@ -677,7 +695,10 @@ def _vectors(place: str, name: str, value: Any, width: int | None) -> np.ndarray
         raise TypeError(f"{place}: {name} must be float32, got {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.dim() != 2 or tensor.shape[1] == 0 or (width is not None and tensor.shape[1] != width):
         raise ValueError(f"{place}: {name} must have shape [N, {width or 'D'}], got {list(tensor.shape)}")
-    wrong = ~torch.isfinite(tensor).all(dim=1)
+    length = torch.linalg.vector_norm(tensor, dim=1)
+    wrong = ~(length < _LONGEST)
     if bool(wrong.any()):
-        raise ValueError(f"{place}: {name}[{int(wrong.nonzero()[0])}] must be finite, got NaN or infinity")
+        at = int(wrong.nonzero()[0])
+        found = f"length {float(length[at]):.3g}" if bool(torch.isfinite(tensor[at]).all()) else "NaN or infinity"
+        raise ValueError(f"{place}: {name}[{at}] must be finite and shorter than 2**60, got {found}")
     return tensor.numpy()

@@ -15,6 +15,8 @@ from recfast.nn.collisions import Assignment, Method, _keys, group_sizes, shared
 
 # Distances [rows, K] of a piece of the rows: 1 MiB of float32, which stays in the cache.
 _CELLS = 1 << 18
+# Squared distances of shorter vectors are finite; FAISS ends the process where one is not.
+_LONGEST = 2.0**60
 
 
 class Tokenizer(nn.Module):
@@ -91,7 +93,7 @@ class Tokenizer(nn.Module):
         RuntimeError
             Before `fit` or `load_state_dict`.
         TypeError, ValueError
-            Another dtype or shape, NaN or infinity.
+            Another dtype or shape, NaN or infinity, a vector of length 2**60 or more.
         """
         self._require_fitted("encode")
         x = self._vectors("encode", x).to(self._device)
@@ -116,14 +118,16 @@ class Tokenizer(nn.Module):
         ------
         RuntimeError
             Before `fit` or `load_state_dict`.
-        ValueError, IndexError
-            Another shape, a code out of range.
+        TypeError, ValueError, IndexError
+            Something else than integers, another shape, a code out of range.
         """
         self._require_fitted("decode")
         place = f"{type(self).__name__}.decode"
         codes = torch.as_tensor(codes)
         if codes.dim() != 2 or codes.shape[1] != self.n_codebooks:
             raise ValueError(f"{place}: codes must have shape [N, {self.n_codebooks}], got {list(codes.shape)}")
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise TypeError(f"{place}: codes must be integers, got {str(codes.dtype).removeprefix('torch.')}")
         codes = codes.long().to(self._device)
         wrong = (codes < 0) | (codes >= self.n_codes)
         if bool(wrong.any()):
@@ -300,9 +304,12 @@ class Tokenizer(nn.Module):
             raise TypeError(f"{place}: x must be float32, got {str(x.dtype).removeprefix('torch.')}")
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise ValueError(f"{place}: x must have shape [N, {self.dim}], got {list(x.shape)}")
-        wrong = ~torch.isfinite(x).all(1)
+        length = torch.linalg.vector_norm(x, dim=1)
+        wrong = ~(length < _LONGEST)
         if bool(wrong.any()):
-            raise ValueError(f"{place}: x[{int(wrong.nonzero()[0])}] must be finite, got NaN or infinity")
+            at = int(wrong.nonzero()[0])
+            found = f"length {float(length[at]):.3g}" if bool(torch.isfinite(x[at]).all()) else "NaN or infinity"
+            raise ValueError(f"{place}: x[{at}] must be finite and shorter than 2**60, got {found}")
         return x
 
     def _rows_to_fit(self, x: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -335,7 +342,7 @@ def kmeans(
         x.shape[1],
         n_codes,
         niter=iterations,
-        seed=seed,
+        seed=seed % 2**31,
         spherical=spherical,
         min_points_per_centroid=1,
         max_points_per_centroid=max(256, -(-len(x) // n_codes)),
@@ -349,7 +356,7 @@ def sample(x: torch.Tensor, n_codes: int, seed: int) -> torch.Tensor:
     most = 256 * n_codes
     if len(x) <= most:
         return x
-    return x[np.sort(np.random.default_rng(seed).permutation(len(x))[:most])]
+    return x[np.sort(np.random.default_rng(seed % 2**63).permutation(len(x))[:most])]
 
 
 def squared_distances(x: torch.Tensor, centroids: torch.Tensor, n_used: torch.Tensor | int) -> torch.Tensor:

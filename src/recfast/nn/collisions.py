@@ -274,7 +274,11 @@ class Assignment(nn.Module):
             used[self._last_codes_taken(table[block[0], :-1])] = True
             first, end = (np.searchsorted(stays, prefix[block[0]], side) for side in ("left", "right"))
             used[table[staying[first:end], -1]] = True
-            blocks.append((block, used))
+            # Who came later goes without where there are too few codes. Left out here, since such items can be many:
+            # all that have no features, say.
+            block = block[: self.n_codes - int(used.sum())]
+            if len(block):
+                blocks.append((block, used))
         # Alike in size, so that little of a batch is padding.
         blocks.sort(key=lambda pair: len(pair[0]))
         resolved = table.copy()
@@ -311,7 +315,7 @@ class Assignment(nn.Module):
         for block, used in blocks:
             here = np.where(used, np.inf, found[begin : begin + len(block)])
             begin += len(block)
-            # Who came later goes without where there are too few codes.
+            # As above, where codes are forbidden by their distance.
             here = here[: int(np.isfinite(here[0]).sum())]
             # The best assignment of n items never sends one further than to its n-th nearest code.
             columns = np.unique(np.argsort(here, axis=1, kind="stable")[:, : len(here)])

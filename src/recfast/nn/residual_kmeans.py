@@ -120,9 +120,10 @@ class ResidualKMeans(Tokenizer):
             self.centroids[level] = torch.from_numpy(centroids)
             self.n_used[level] = used
             codes = torch.empty(len(x), dtype=torch.int64)
+            totals = torch.zeros(self.n_codes, self.dim, dtype=torch.float64)
             for rows in self._pieces(len(x)):
                 codes[rows] = self._nearest(level, scaled[rows].to(device)).cpu()
-            totals = torch.zeros(self.n_codes, self.dim, dtype=torch.float64).index_add_(0, codes, residual.double())
+                totals.index_add_(0, codes[rows], residual[rows].double())
             counts = torch.bincount(codes, minlength=self.n_codes)[:, None]
             # A code that no row has says its direction at the common length.
             scale = (residual.norm(dim=1).mean() / scaled.norm(dim=1).mean()).nan_to_num(0.0, posinf=0.0)

@@ -281,20 +281,23 @@ class ResidualQuantizer(Tokenizer):
             rows = sample(residual.cpu(), self.n_codes, int(self.seed) + level)
             centroids, _ = kmeans(rows.numpy(), self.n_codes, int(self.seed) + level, 10)
             self.centroids[level] = torch.from_numpy(centroids).to(residual.device)
-            codes = squared_distances(residual, self.centroids[level], self.n_codes).argmin(1)
-            residual = residual - self.centroids[level][codes]
+            for rows in self._pieces(len(residual)):
+                residual[rows] -= self.centroids[level][self._nearest(level, residual[rows])]
             # As if every code had been used alike: none is dead before it had its time.
             self.counts[level] = 1.0
         if self.codebook == "ema":
             self.sums.copy_(self.centroids)
         self.steps.fill_(1)
 
+    def _nearest(self, level: int, residual: torch.Tensor) -> torch.Tensor:
+        return squared_distances(residual, self.centroids[level], self.n_codes).argmin(1)
+
     @torch.no_grad()
     def _levels(self, z: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The codes [n, M] and what each level was to code."""
         codes, residuals = [], [z]
         for level in range(self.n_codebooks):
-            codes.append(squared_distances(residuals[-1], self.centroids[level], self.n_codes).argmin(1))
+            codes.append(self._nearest(level, residuals[-1]))
             residuals.append(residuals[-1] - self.centroids[level][codes[-1]])
         return torch.stack(codes, dim=1), residuals[:-1]
 

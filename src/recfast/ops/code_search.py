@@ -431,6 +431,8 @@ def _search_packed(packed: PackedCodes, table: Any, k: int, mask: Any, plan: str
     if mask is not None:
         ordered = getattr(mask, "by_position", None)
         if not by_position and ordered is not None:
+            # The shape first: what a mask keeps may be of a time when there were fewer items.
+            mask_words(_NAME, mask, queries, packed.size)
             words, by_position = ordered(packed), True
         else:
             words = mask_words(_NAME, mask, queries, packed.size)
