@@ -243,14 +243,15 @@ class Bitmap:
         What was made last is kept for as long as the same `slots` come, which nobody writes to below `size`: whoever
         lays items out anew makes a new tensor.
         """
+        # Before what is kept: items may have been appended where `slots` had room.
+        if packed.size != self.size:
+            raise ValueError(f"Bitmap: there must be {self.size} items, got {packed.size}")
         slots = packed.slots
         if slots is None:
             return self.words
         kept = self._permuted
         if kept is not None and kept[0]() is slots:
             return kept[1]
-        if packed.size != self.size:
-            raise ValueError(f"Bitmap: there must be {self.size} items, got {packed.size}")
         # What it costs is the bits that are set, so the smaller side is permuted.
         total = self.size * (1 if self.queries is None else self.queries)
         inverted = 2 * int(torch.as_tensor(self.count()).sum()) > total
