@@ -12,9 +12,9 @@ namespace {
   return k + (k / 2 > 1024 ? k / 2 : 1024);
 }
 
-// An int32 that orders as the float does; never called on NaN.
+// An int32 that orders as the float does, -0 and 0 alike, since they are a tie; never called on NaN.
 [[nodiscard]] inline std::int32_t ordered(float value) noexcept {
-  const auto bits = std::bit_cast<std::int32_t>(value);
+  const auto bits = std::bit_cast<std::int32_t>(value + 0.0f);
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
 

@@ -66,6 +66,17 @@ def test_a_new_order_is_permuted_anew():
         gc.collect()
 
 
+def test_a_kept_order_is_not_for_more_items():
+    codes = torch.zeros((300, 1), dtype=torch.uint8)
+    packed = ops.packed_append(ops.pack_codes(codes, n_codes=4, order="lex"), codes)
+    bitmap = Bitmap.allow(600, [0])
+    assert len(bitmap.by_position(packed)) == 10
+    longer = ops.packed_append(packed, codes[:100])
+    assert longer.slots is packed.slots
+    with pytest.raises(ValueError, match="Bitmap: there must be 600 items, got 700"):
+        bitmap.by_position(longer)
+
+
 def test_as_mask():
     mask = torch.tensor([True, False, True])
     bitmap = Bitmap.from_mask(mask)

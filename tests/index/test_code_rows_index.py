@@ -1,3 +1,5 @@
+import copy
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +9,7 @@ import torch
 from recfast import ops
 from recfast.errors import InputError
 from recfast.index import CodeIndex, CodeRows, _file
+from recfast.ops import packed_rows
 
 
 def problem(kind=np.int32):
@@ -73,6 +76,16 @@ def test_masks_and_row_bias():
         same(index.search(rows, 25, weights=weights, mask=one, row_bias=bias), wanted)
     with pytest.raises(ValueError, match="mask must be a bitmap of 300 items, got one of 299"):
         index.search(rows, 25, mask=SimpleNamespace(words=bitmap.words, size=299))
+
+
+def test_copies_read_their_own_arrays():
+    arrays, rows, weights, _ = problem()
+    index = CodeRows(*arrays, 300)
+    wanted = index.search(rows, 25, weights=weights)
+    for copied in (copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
+        # What a search reads through must be where the copy's arrays are, not the original's.
+        assert copied._fields == packed_rows.fields_of(copied.packed) != index._fields
+        same(copied.search(rows, 25, weights=weights), wanted)
 
 
 def test_expected_bytes():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recfast import ops
+from recfast.index import Bitmap
 from recfast.ops._library import REGISTRY
 
 
@@ -228,6 +229,7 @@ TABLE = {"codes": torch.tensor([0, 5]), "values": torch.tensor([1.0, 2.0]), "off
         ({"k": -1}, ValueError, "k must be at least 0, got -1"),
         ({"mask": torch.zeros(2, dtype=torch.int64)}, ValueError, r"mask must have shape \[1\], got \[2\]"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, TypeError, "mask must be int64, got bool"),
+        ({"mask": Bitmap.allow(4, [0])}, ValueError, "mask must be a bitmap of 3 items, got one of 4"),
         ({"packed": PACKED._replace(size=65)}, ValueError, r"positions must have shape \[130\], got \[6\]"),
         ({"packed": PACKED._replace(ids=torch.zeros(2).long())}, ValueError, r"ids must have shape \[3\], got \[2\]"),
     ],
@@ -237,3 +239,10 @@ def test_rejects_bad_input(change, error, sentence):
     lists = ops.posting_lists(PACKED, 4)
     with pytest.raises(error, match=sentence):
         ops.code_postings(lists, change.get("packed", PACKED), table, change.get("k", 2), mask=change.get("mask"))
+
+
+@pytest.mark.parametrize("op", [ops.posting_counts, ops.posting_lists])
+def test_lists_for_fewer_codes_are_refused(op):
+    packed = ops.pack_codes(torch.tensor([[3]], dtype=torch.uint8), n_codes=4)
+    with pytest.raises(ValueError, match=f"{op.__name__}: n_codes must be at least 4, as the items have, got 2"):
+        op(packed, 2)

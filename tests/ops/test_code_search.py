@@ -4,6 +4,7 @@ Every plan, layout, instruction set and number of threads must give the bits of 
 """
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recfast import ops
+from recfast.index import Bitmap
 from recfast.ops._library import REGISTRY
 
 
@@ -493,6 +495,7 @@ def test_packing_refuses(change, error, sentence):
         ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, r"mask must have shape \[70\], got \[4\]"),
         ({"mask": torch.ones(70, dtype=torch.uint8)}, ValueError, r"mask must have shape \[9\], got \[70\]"),
         ({"mask": torch.ones(70)}, TypeError, "mask must be bool or uint8, got float32"),
+        ({"mask": Bitmap.allow(69, [0])}, ValueError, "mask must be a bitmap of 70 items, got one of 69"),
         ({"plan": "block_max"}, ValueError, "plan block_max needs the bitmaps"),
         ({"plan": "fast"}, ValueError, "plan must be one of auto, scan, block_max, scalar, got 'fast'"),
         ({"k": -1}, ValueError, "k must be at least 0, got -1"),
@@ -508,6 +511,22 @@ def test_packed_rejects_bad_input(change, error, sentence):
         )
     with pytest.raises(error, match=sentence):
         ops.code_search(packed, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (torch.zeros(1, 2, dtype=torch.int64), r"mask.words must have shape \[3, 2\], got \[1, 2\]"),
+        (torch.zeros(1, dtype=torch.int64), r"mask.words must have shape \[2\], got \[1\]"),
+    ],
+)
+def test_words_by_position_are_checked(words, sentence):
+    packed = ops.pack_codes(torch.zeros((70, 2), dtype=torch.uint8), n_codes=4, order="lex")
+    mask = SimpleNamespace(words=torch.zeros(2, dtype=torch.int64), by_position=lambda packed: words)
+    with pytest.raises(ValueError, match=sentence):
+        ops.code_search(packed, torch.zeros(3, 2, 4), 1, mask=mask)
+    with pytest.raises(ValueError, match=r"permute_mask: words must have shape \[..., 2\], got \[1\]"):
+        ops.permute_mask(torch.zeros(1, dtype=torch.int64), packed)
 
 
 def test_pieces_with_too_few_items_are_merged(monkeypatch):

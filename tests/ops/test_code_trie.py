@@ -129,6 +129,17 @@ def test_known_values():
     assert alone.states.tolist() == [[3], [5]]
 
 
+def test_zeros_of_both_signs_are_a_tie(isa_levels):
+    chain = ops.TrieArrays(torch.tensor([1, 2], dtype=torch.int32), torch.tensor([0, 0], dtype=torch.uint8))
+    zeros = torch.tensor([[-0.0, 0.0, -0.0]])
+    for _ in isa_levels():
+        for width in (1, 2, 3):
+            step = ops.code_trie_step(
+                chain, torch.zeros(1, 3, dtype=torch.int64), zeros[..., None], zeros, width, renormalise=False
+            )
+            assert step.parents.tolist() == [list(range(width))]
+
+
 def test_gradient_is_cut():
     """Inference only: logits that require a gradient are detached, and the answer asks for none."""
     logits = torch.zeros(1, 1, 5, requires_grad=True)

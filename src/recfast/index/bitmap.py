@@ -249,6 +249,9 @@ class Bitmap:
         What was made last is kept for as long as the same `slots` come, which nobody writes to below `size`: whoever
         lays items out anew makes a new tensor.
         """
+        # Before what is kept: items may have been appended where `slots` had room.
+        if packed.size != self.size:
+            raise ValueError(f"Bitmap: there must be {self.size} items, got {packed.size}")
         slots = packed.slots
         if slots is None:
             return self.words

@@ -65,6 +65,13 @@ class CodeRows:
         self.packed = packed
         self._fields = packed_rows.fields_of(packed)
 
+    # A copy has its arrays elsewhere.
+    def __getstate__(self) -> ops.PackedRows:
+        return self.packed
+
+    def __setstate__(self, state: ops.PackedRows) -> None:
+        self._hold(state)
+
     @property
     def n_items(self) -> int:
         """N."""

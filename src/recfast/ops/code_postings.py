@@ -41,8 +41,16 @@ class PostingLists(NamedTuple):
     order: torch.Tensor | None
 
 
+def _refuse_fewer(op: str, packed: Any, n_codes: int) -> None:
+    # A count or a list is written to for every code there is.
+    least = getattr(packed, "n_codes", n_codes)
+    if n_codes < least:
+        raise ValueError(f"{op}: n_codes must be at least {least}, as the items have, got {n_codes}")
+
+
 def posting_counts(packed: Any, n_codes: int) -> torch.Tensor:
     """How many items have each code: int64 [M K]. What a query's entries add up to is what `code_postings` reads."""
+    _refuse_fewer("posting_counts", packed, n_codes)
     planes, size, books = packed.planes, packed.size, packed.planes.shape[1]
     counts = torch.empty(books * n_codes, dtype=torch.int64)
     _COUNT[planes.dtype](planes.data_ptr(), size, books, n_codes, counts.data_ptr())
@@ -51,6 +59,7 @@ def posting_counts(packed: Any, n_codes: int) -> torch.Tensor:
 
 def posting_lists(packed: Any, n_codes: int) -> PostingLists:
     """The lists of `packed` (a `PackedCodes`), whose codes must all be below `n_codes`."""
+    _refuse_fewer("posting_lists", packed, n_codes)
     planes, size, books = packed.planes, packed.size, packed.planes.shape[1]
     if size >= 2**31:
         raise ValueError(f"posting_lists: there must be fewer than 2**31 items, got {size}")
@@ -94,7 +103,7 @@ def _cpu(planes, indptr, positions, order, codes, values, offsets, k, size, slot
     scores = torch.empty((queries, k), dtype=torch.float32)
     found = torch.empty((queries, k), dtype=torch.int64)
     longest = int((offsets[1:] - offsets[:-1]).max()) if queries else 0
-    threads = min(_C.max_threads(), max(queries, 1)) if _C.max_threads() == 1 else _C.max_threads()
+    threads = _C.max_threads()
     tile = min(_TILE, -(-size // 64) * 64)
     # Sums, which of them were touched, and the codes named: 4 bytes, a bit, and a bit each.
     zeros = torch.zeros(threads * (4 * tile + tile // 8 + -(-books * entries // 64) * 8), dtype=torch.uint8)
@@ -217,6 +226,8 @@ def _mask_words(mask: Any, queries: int, size: int) -> torch.Tensor | None:
     if mask is None:
         return None
     words = getattr(mask, "words", mask)
+    if words is not mask and getattr(mask, "size", size) != size:
+        raise ValueError(f"{_NAME}: mask must be a bitmap of {size} items, got one of {mask.size}")
     wide = -(-size // 64)
     shape = [wide] if isinstance(words, torch.Tensor) and words.dim() == 1 else [queries, wide]
     return _check.tensor(_NAME, "mask", words, dtypes=[torch.int64], shape=shape)

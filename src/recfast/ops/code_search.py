@@ -13,6 +13,7 @@ from recfast.ops.packed_codes import (
     CODE_DTYPES,
     PackedCodes,
     SparseTable,
+    check_words,
     mask_words,
     pack_codes,
     pack_mask,
@@ -434,6 +435,7 @@ def _search_packed(packed: PackedCodes, table: Any, k: int, mask: Any, plan: str
             # The shape first: what a mask keeps may be of a time when there were fewer items.
             mask_words(_NAME, mask, queries, packed.size)
             words, by_position = ordered(packed), True
+            check_words(_NAME, mask, words, queries, packed.size)
         else:
             words = mask_words(_NAME, mask, queries, packed.size)
             if not by_position and worth_permuting(words, packed):

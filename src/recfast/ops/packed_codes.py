@@ -524,7 +524,15 @@ pack_mask.reference = _mask_reference
 
 
 def permute_mask(words: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
-    """Words of a mask by slot as words by position. The same where `packed` keeps the order of slots."""
+    """Words of a mask by slot, int64 [..., ceil(N / 64)], as words by position.
+
+    The same where `packed` keeps the order of slots.
+    """
+    _check.tensor("permute_mask", "words", words, dtypes=[torch.int64])
+    if words.dim() == 0 or words.shape[-1] != _blocks_of(packed.size):
+        raise ValueError(
+            f"permute_mask: words must have shape [..., {_blocks_of(packed.size)}], got {list(words.shape)}"
+        )
     if packed.slots is None:
         return words
     words = words.contiguous()
@@ -553,14 +561,22 @@ def worth_permuting(words: torch.Tensor, packed: PackedCodes) -> bool:
     return allowed * _SPARSE <= packed.size * (words.shape[0] if words.dim() == 2 else 1)
 
 
+def check_words(op: str, mask: Any, words: Any, queries: int, size: int) -> None:
+    """Refuse `words` of `mask` that are not int64 [W] or [Q, W], W = ceil(N / 64), or made for another N."""
+    # As many words do not make as many items.
+    if getattr(mask, "size", size) != size:
+        raise ValueError(f"{op}: mask must be a bitmap of {size} items, got one of {mask.size}")
+    _check.tensor(op, "mask.words", words, dtypes=[torch.int64])
+    shape = [_blocks_of(size)] if words.dim() == 1 else [queries, _blocks_of(size)]
+    _check.tensor(op, "mask.words", words, shape=shape)
+
+
 def mask_words(op: str, mask: Any, queries: int, size: int) -> torch.Tensor:
     """Any kind of mask as words [W] or [Q, W] of int64 by slot, W = ceil(N / 64)."""
-    width = _blocks_of(size)
     if hasattr(mask, "words"):
-        words = mask.words
-        _check.tensor(op, "mask.words", words, dtypes=[torch.int64])
-        shape = [width] if words.dim() == 1 else [queries, width]
-        return _check.tensor(op, "mask.words", words, shape=shape).contiguous()
+        check_words(op, mask, mask.words, queries, size)
+        return mask.words.contiguous()
+    width = _blocks_of(size)
     _check.tensor(op, "mask", mask, dtypes=[torch.bool, torch.uint8])
     length = size if mask.dtype == torch.bool else -(-size // 8)
     _check.tensor(op, "mask", mask, shape=[length] if mask.dim() == 1 else [queries, length])
