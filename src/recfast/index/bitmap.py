@@ -255,9 +255,6 @@ class Bitmap:
         slots = packed.slots
         if slots is None:
             return self.words
-        # Asked first, as items may have been appended to the same `slots`.
-        if packed.size != self.size:
-            raise ValueError(f"Bitmap: there must be {self.size} items, got {packed.size}")
         kept = self._permuted
         if kept is not None and kept[0]() is slots:
             return kept[1]
