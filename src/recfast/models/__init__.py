@@ -24,6 +24,7 @@ _PLACES = {
     "DCNv2": "recfast.models.ctr.dcn_v2",
     "DeepFM": "recfast.models.ctr.deepfm",
     "DIN": "recfast.models.ctr.din",
+    "DSSM": "recfast.models.retrieval.dssm",
     "ETA": "recfast.models.ctr.eta",
     "ItemKNN": "recfast.models.retrieval.baselines",
     "Popularity": "recfast.models.retrieval.baselines",
@@ -31,6 +32,7 @@ _PLACES = {
     "SDIM": "recfast.models.ctr.sdim",
     "SIM": "recfast.models.ctr.sim",
     "SimpleX": "recfast.models.retrieval.simplex",
+    "SparCode": "recfast.models.retrieval.sparcode",
     "TWIN": "recfast.models.ctr.twin",
     "TwoTower": "recfast.models.retrieval.two_tower",
 }
@@ -38,6 +40,7 @@ _PLACES = {
 __all__ = [
     "DARE",
     "DIN",
+    "DSSM",
     "ETA",
     "QIN",
     "SDIM",
@@ -48,6 +51,7 @@ __all__ = [
     "ItemKNN",
     "Popularity",
     "SimpleX",
+    "SparCode",
     "TwoTower",
     "build",
     "convert",

@@ -21,6 +21,7 @@ from recfast.nn.quantizer import ProductQuantizer
 from recfast.nn.sdim import SDIM
 from recfast.nn.target_attention import TargetAttention
 from recfast.nn.transformer_block import TransformerBlock
+from recfast.nn.vector_quantizer import VectorQuantizer
 
 __all__ = [
     "DARE",
@@ -43,6 +44,7 @@ __all__ = [
     "SparseTables",
     "TargetAttention",
     "TransformerBlock",
+    "VectorQuantizer",
     "best_step",
     "fm_interaction",
     "second_pass",

@@ -1,0 +1,122 @@
+"""Softmax over the catalogue, or a sample of it, where several positives may share one history."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recfast.data import Batch, Jagged
+from recfast.errors import InputError
+from recfast.models.retrieval.base import Retriever
+
+NEGATIVES = ("auto", "all", "batch", "uniform", "mixed")
+# Up to so many items the softmax over all of them is taken where nothing else is asked for.
+_ALL = 5_000
+# Minus infinity that leaves gradients finite where nothing else is in the sum.
+_NEVER = -1e30
+
+
+class Positives(NamedTuple):
+    """The positives of a batch: positive r belongs to history `owner[r]`; both int64 [R], unknown items left out."""
+
+    owner: Tensor
+    items: Tensor
+
+
+class Candidates(NamedTuple):
+    """Items that stand for the catalogue.
+
+    ids
+        int64 [K], ascending, without repeats; every positive is among them.
+    log_weight
+        float32 [K]: how many items of the catalogue this one stands for as a negative; minus infinity for one that is
+        here as a positive only.
+    """
+
+    ids: Tensor
+    log_weight: Tensor
+
+
+def positives_of(model: Retriever, batch: Batch) -> tuple[Jagged, Tensor | None, Positives]:
+    """Return the histories [B], their users int64 [B] and the positives of a batch whose rows may share histories."""
+    histories = batch.sequences[model.sequence] if batch.candidate_offsets is not None else model.histories(batch)
+    items, offsets = batch.column(model.item_column), batch.candidate_offsets
+    owner = torch.arange(len(items), device=items.device)
+    users = None if model.user_column is None else batch.column(model.user_column)
+    if offsets is not None:
+        owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=items.device), offsets.diff())
+        if users is not None:
+            # A history without positives has no row to say whose it is.
+            first = offsets[:-1].clamp(max=max(len(items) - 1, 0))
+            users = users[first] if len(items) else users.new_zeros(len(first))
+    known = items != 0
+    return histories, users, Positives(owner[known], items[known])
+
+
+def draw(positives: Positives, counts: Tensor, negatives: str, number: int) -> Candidates:
+    r"""Return the candidates of a batch.
+
+    Parameters
+    ----------
+    positives
+        Of the batch.
+    counts
+        int64 [rows(item)], train positives of each item.
+    negatives
+        "all" items; those of the "batch"; `number` "uniform" ones; "mixed", both of the latter. An item that comes m
+        times where E times are expected stands for m / E items (Yi et al., RecSys 2019).
+    """
+    rows, items = len(counts), positives.items
+    if negatives == "auto":
+        negatives = "all" if rows <= _ALL else "mixed"
+    if negatives == "all":
+        return Candidates(torch.arange(1, rows, device=items.device), torch.zeros(rows - 1, device=items.device))
+    seen, expected = torch.zeros(rows, device=items.device), torch.zeros(rows, device=items.device)
+    if negatives in ("batch", "mixed"):
+        if not counts.any():
+            raise InputError("negatives of the batch need item counts: call prepare(dataset) first")
+        seen += torch.bincount(items, minlength=rows)
+        # A row sees the positives of the others.
+        expected += (len(items) - 1) * counts / counts.sum()
+    if negatives in ("uniform", "mixed"):
+        drawn = torch.randint(1, rows, (number,), device=items.device)
+        seen += torch.bincount(drawn, minlength=rows)
+        expected += number / (rows - 1)
+    here = seen > 0
+    here[items] = True
+    ids = here.nonzero()[:, 0]
+    weight = seen[ids] / expected[ids].clamp(min=1e-12)
+    return Candidates(ids, weight.log())
+
+
+def softmax_loss(logits: Tensor, candidates: Candidates, positives: Positives) -> Tensor:
+    r"""Return the mean over the positives of their cross-entropy against the negatives of their history.
+
+    .. math::
+        L_r = \ln\Bigl(e^{s_{r}} + \sum_{j \notin P_{o(r)}} w_j e^{s_{o(r) j}}\Bigr) - s_{r}
+
+    P is what is positive for the history in this batch: one positive is no negative of another.
+
+    Parameters
+    ----------
+    logits
+        float32 [B, K], of each history and candidate.
+    """
+    if len(positives.items) == 0:
+        return logits.sum() * 0.0
+    column = torch.searchsorted(candidates.ids, positives.items)
+    own = logits[positives.owner, column]
+    excluded = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    excluded[positives.owner, column] = True
+    others = (logits + candidates.log_weight).masked_fill(excluded | (candidates.log_weight == -torch.inf), _NEVER)
+    return F.softplus(torch.logsumexp(others, dim=1)[positives.owner] - own).mean()
+
+
+def start_biases(bias: Tensor, counts: Tensor) -> None:
+    """Let the biases of the items begin at the logarithm of their share of the positives, the rarest at 0."""
+    share = (counts + 1.0).log()
+    with torch.no_grad():
+        bias.copy_(share - share[1:].min())

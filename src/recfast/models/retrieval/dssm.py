@@ -1,0 +1,104 @@
+"""DSSM: the query encoder of SparCode with one vector instead of tokens, and its dot product with an item vector.
+
+Huang, He, Gao, Deng, Acero, Heck, "Learning Deep Structured Semantic Models for Web Search using Clickthrough Data",
+CIKM 2013. It is what SparCode is to be compared with: same encoder, same negatives, same loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recfast.errors import InputError
+from recfast.models.retrieval._candidates import NEGATIVES, Positives, draw, positives_of, softmax_loss, start_biases
+from recfast.models.retrieval._history_encoder import HistoryEncoder
+from recfast.models.retrieval.base import Retriever
+
+if TYPE_CHECKING:
+    from recfast.data import Batch, Dataset, Jagged, Schema
+
+
+class DSSM(Retriever):
+    r"""Two towers: :math:`y_{ui} = W\,\mathrm{encoder}(u) \cdot v_i + b_i`.
+
+    The last coordinate of an item vector is its bias, that of a user vector is 1.
+
+    Parameters
+    ----------
+    schema
+        Fitted; needs a column with the role "item" and a `Sequence` of items.
+    dim
+        Width of the vectors, without the bias.
+    event_dim
+        Width of the embeddings of the history; `dim` if None.
+    sequence, max_length, encoder, hidden, user_id, recency, history_dropout, dropout, negatives, num_negatives, seed
+        As `SparCode` has them.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        dim: int = 64,
+        event_dim: int | None = None,
+        sequence: str | None = None,
+        max_length: int = 50,
+        encoder: Literal["mean", "gru", "attention"] = "mean",
+        hidden: Sequence[int] = (128,),
+        user_id: bool = True,
+        recency: bool = True,
+        history_dropout: float = 0.3,
+        dropout: float = 0.0,
+        negatives: Literal["auto", "all", "batch", "uniform", "mixed"] = "auto",
+        num_negatives: int = 2048,
+        seed: int = 0,
+    ) -> None:
+        options = {k: v for k, v in locals().items() if k not in ("self", "schema", "__class__")}
+        super().__init__(schema, sequence, options | {"hidden": list(hidden)})
+        if negatives not in NEGATIVES:
+            raise InputError(f"DSSM: negatives = {negatives!r} is not one of {', '.join(map(repr, NEGATIVES))}")
+        if dim < 1 or num_negatives < 1:
+            raise InputError(f"DSSM: dim = {dim}, num_negatives = {num_negatives}; expected at least 1 and 1")
+        self.negatives, self.num_negatives = negatives, num_negatives
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            users = schema.rows(self.user_column) if user_id and self.user_column is not None else 0
+            self.encoder = HistoryEncoder(
+                self.rows, users, event_dim or dim, kind=encoder, hidden=hidden, max_length=max_length,
+                recency=recency, history_dropout=history_dropout, dropout=dropout,
+            )  # fmt: skip
+            self.head = nn.Linear(self.encoder.width, dim)
+            self.items = nn.Parameter(torch.randn(self.rows, dim) * 0.4 / dim**0.5)
+        self.bias = nn.Parameter(torch.zeros(self.rows))
+
+    def prepare(self, dataset: Dataset) -> None:
+        """Count the items; before the first training, begin the biases at the popularity."""
+        first = not self.counts.any()
+        super().prepare(dataset)
+        if first:
+            start_biases(self.bias, self.counts)
+
+    def user_vectors(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
+        return F.pad(self.head(self.encoder(histories, users)), (0, 1), value=1.0)
+
+    def item_vectors(self) -> Tensor:
+        return torch.cat([self.items, self.bias[:, None]], dim=1)
+
+    def similarity_vectors(self) -> Tensor:
+        return self.items.detach()
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Positives]:
+        """Return the user vectors float32 [B, D + 1] and the positives; rows of a batch may share histories."""
+        histories, users, positives = positives_of(self, batch)
+        return self.user_vectors(histories, users), positives
+
+    def loss(self, output: tuple[Tensor, Positives], batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of the positives, over all items or a corrected sample of them."""
+        user, positives = output
+        candidates = draw(positives, self.counts, self.negatives, self.num_negatives)
+        items = torch.cat([self.items[candidates.ids], self.bias[candidates.ids, None]], dim=1)
+        return softmax_loss(user @ items.T, candidates, positives)
