@@ -45,8 +45,8 @@ def load(
     Parameters
     ----------
     name
-        "ml-100k" (`load_ml_100k`), "frappe" (`load_frappe`), "synthetic" (`recfast.data.synthetic.load`), or "folder"
-        for a log of one's own (`load_folder`).
+        "ml-100k" (`load_ml_100k`), "frappe" (`load_frappe`), "gowalla" (`load_gowalla`), "synthetic"
+        (`recfast.data.synthetic.load`), or "folder" for a log of one's own (`load_folder`).
     path
         The folder of its files; only "synthetic" needs none.
     cache
@@ -69,6 +69,7 @@ def load(
     loaders: dict[str, tuple[Callable[..., Dataset], tuple[str, ...]]] = {
         "ml-100k": (load_ml_100k, ("negatives", "popular_negatives", "seed", "max_length")),
         "frappe": (load_frappe, ()),
+        "gowalla": (load_gowalla, ("valid_share", "select_on_test", "seed")),
         "folder": (load_folder, ("name", "sampled")),
     }
     if name not in loaders:
@@ -315,3 +316,88 @@ def load_frappe(path: str | os.PathLike[str] | None, *, cache: str | os.PathLike
         (original if has_original else rebuilt, "frappe.validation.libfm", "frappe.test.libfm"),
     )
     return prepare_libfm(*files, FRAPPE_FIELDS, cache=cache, name="frappe", about=_FRAPPE_ABOUT[has_original])
+
+
+def load_gowalla(
+    path: str | os.PathLike[str] | None,
+    *,
+    valid_share: float = 0.0,
+    select_on_test: bool = False,
+    seed: int = 0,
+    cache: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """Gowalla, places that people checked in at, in the split of LightGCN (He et al., SIGIR 2020), BARS `gowalla_m1`.
+
+    29,858 users, 40,981 items, 810,128 train and 217,242 test pairs. Every row is a positive; there is no time, hence
+    no order and no sequence: a model is given a user's other items (`history="others"`).
+
+    Of the pairs of a user, some are drawn for the valid split with `valid_share`. The published results have none:
+    their epoch was chosen on the test pairs. `select_on_test` does the same, for comparison with them only.
+
+    Parameters
+    ----------
+    path
+        The folder with train.txt (or train.recovered.txt) and test.txt (plain or .zst). A line is a user and the items
+        of this user; one without items is passed over, an item that comes twice counts once.
+    valid_share
+        Share of each user's train pairs that become the valid split, in [0, 1), rounded; a user keeps one pair in
+        train at least, and so does an item.
+    select_on_test
+        The test pairs are the valid split too, and there is no test split.
+    seed
+        Of the drawing (Philox).
+    cache
+        As in `prepare`.
+    """
+    if isinstance(valid_share, bool) or not isinstance(valid_share, int | float) or not 0 <= valid_share < 1:
+        raise InputError(f"data.load: gowalla: valid_share = {valid_share!r} is not a share in [0, 1)")
+    if valid_share and select_on_test:
+        raise InputError("data.load: gowalla: valid_share and select_on_test both say what the valid split is")
+    recovered = "train.recovered.txt"
+    has_recovered = path is not None and any((Path(path) / f"{recovered}{end}").is_file() for end in ("", ".zst"))
+    files = _find("gowalla", path, (recovered if has_recovered else "train.txt", "test.txt"))
+    train, test = (_read_user_lines(file) for file in files)
+    valid = None
+    if select_on_test:
+        valid, test = test, None
+    elif valid_share:
+        held = _drawn_pairs(train, valid_share, seed)
+        train, valid = train.filter(~held), train.filter(held)
+    about = "Gowalla: places that people checked in at, each pair of user and place once, without time."
+    schema = Schema([Categorical("user", role="user"), Categorical("item", role="item")], label=None)
+    return prepare(schema, train, valid, test, cache=cache, name="gowalla", about=about)
+
+
+def _read_user_lines(path: Path) -> pl.DataFrame:
+    """Read lines ``user item item ...`` as distinct pairs, in the order of the file."""
+    try:
+        text = b"".join(byte_chunks(path))
+    except (OSError, EOFError) as error:
+        raise InputError(f"data.load: {path} is not what it should be ({first_line(error)})") from None
+    users, items = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            ids = np.array(line.split(), dtype=np.int64)
+        except (ValueError, OverflowError):
+            ids = np.array([-1])
+        if ids.size and ids.min() < 0:
+            raise InputError(f"data.load: {path}, line {number} is not a user and items, each a whole number from 0 on")
+        if ids.size > 1:
+            users.append(np.full(ids.size - 1, ids[0]))
+            items.append(ids[1:])
+    if not users:
+        raise InputError(f"data.load: {path} has no line with a user and items")
+    pairs = pl.DataFrame({"user": np.concatenate(users), "item": np.concatenate(items)})
+    return pairs.unique(maintain_order=True)
+
+
+def _drawn_pairs(pairs: pl.DataFrame, share: float, seed: int) -> np.ndarray:
+    """Draw so many pairs of each user, bool [n], but never the only one of a user, nor all of an item."""
+    user, item = (np.unique(pairs[name].to_numpy(), return_inverse=True)[1] for name in ("user", "item"))
+    count = np.bincount(user)
+    order = np.lexsort((np.random.Generator(np.random.Philox(seed)).random(len(user)), user))
+    place = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
+    held = np.zeros(len(user), dtype=bool)
+    held[order] = place < np.minimum(np.rint(share * count), count - 1)[user[order]]
+    lost = np.bincount(item[~held], minlength=item.max() + 1) == 0
+    return held & ~lost[item]

@@ -235,7 +235,8 @@ def top_items(
     model.eval()
     try:
         with torch.inference_mode():
-            rows = len(model.item_vectors())
+            # Not every model has vectors of its items.
+            rows = getattr(model, "rows", None) or len(model.item_vectors())
             blocks = _recommend(model, history, masked, users.numpy(), k, rows, batch_size)
             found = [torch.from_numpy(ids) for _, ids in blocks]
     finally:
@@ -261,14 +262,16 @@ def _recommend(
         block = torch.from_numpy(users[begin : begin + size])
         asked = history.take(block).to(device), block.to(device)
         scores = (model.scores(*asked) if items is None else model.user_vectors(*asked) @ items.T).float()
-        if torch.isnan(scores).any():
-            row = int(torch.isnan(scores).any(1).nonzero()[0])
-            raise InputError(f"evaluate: a score of the user with the id {users[begin + row]} is NaN, not a number")
         old = seen.take(block)
         owner = torch.repeat_interleave(torch.arange(len(block)), old.lengths())
         scores[owner.to(device), old.values.to(device)] = -torch.inf
         scores[:, 0] = -torch.inf
-        yield begin, top_k(scores, k)[1].cpu().numpy()
+        best, found = top_k(scores, k)
+        # To torch.topk what is not a number is more than any number.
+        if (wrong := torch.isnan(best)).any():
+            row = int(wrong.any(1).nonzero()[0])
+            raise InputError(f"evaluate: a score of the user with the id {users[begin + row]} is NaN, not a number")
+        yield begin, found.cpu().numpy()
 
 
 def top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -276,15 +279,25 @@ def top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     An entry of minus infinity is no candidate. Unlike `torch.topk`, which of equal scores are taken is defined.
     """
-    rows, width = scores.shape
+    width = scores.shape[1]
     taken = min(k, width)
-    least = torch.topk(scores, taken, sorted=True).values[:, -1:]
-    above, level = scores > least, scores == least
-    # Of those that are level with the last place, the lowest ids fill what is left.
-    left = taken - above.sum(1, keepdim=True)
-    ids = (above | (level & (level.cumsum(1) <= left))).nonzero()[:, 1].view(rows, taken)
-    best = scores.gather(1, ids)
-    best, order = best.sort(dim=1, descending=True, stable=True)
+    # One more than asked for tells where scores that are level go on beyond the end of the list.
+    best, ids = torch.topk(scores, min(taken + 1, width))
+    last = best[:, taken - 1]
+    crossing = (best[:, taken] == last).nonzero()[:, 0] if width > taken else ids.new_zeros(0)
+    best, ids = best[:, :taken], ids[:, :taken]
+    if len(crossing):
+        # Of those that are level with the last place, the lowest ids fill what is left.
+        row, level = (scores[crossing] == last[crossing, None]).nonzero().T
+        count = torch.bincount(row, minlength=len(crossing))
+        ends = best[crossing] == last[crossing, None]
+        left = ends.sum(1)
+        place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+        chosen = ids[crossing]
+        chosen[ends] = level[place < left[row]]
+        ids = ids.index_copy(0, crossing, chosen)
+    ids = ids.sort(dim=1).values
+    best, order = scores.gather(1, ids).sort(dim=1, descending=True, stable=True)
     ids = ids.gather(1, order).masked_fill_(best == -torch.inf, -1)
     missing = k - taken
     return (
