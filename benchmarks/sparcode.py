@@ -51,7 +51,7 @@ class SharedPositives:
         self.offsets = task.positives.offsets.numpy()
         self.values = task.positives.values.numpy()
         self.columns = tuple(column.name for column in task.schema.categorical)
-        self.sequence = task.schema.sequences[0].name
+        self.sequence = next((column.name for column in task.schema.sequences), "history")
 
     def __iter__(self) -> Iterator[Batch]:
         random, offsets = self.random, self.offsets
@@ -147,3 +147,31 @@ def movielens(path, split="valid", cache=None) -> Task:
     before = {"valid": "train", "test": "valid"}[split]
     users, truth = held_out(getattr(d, split), d.seen(before))
     return Task("ml-100k", d.schema, d.history("train"), d.history(before), d.seen(before), users, truth, True, d)
+
+
+def gowalla(path, split="valid", cache=None) -> Task:
+    d = data.load("gowalla", path, cache=cache, **({"valid_share": 0.1} if split == "valid" else {}))
+    part = getattr(d, split)
+    known = d.history("train")
+    users, truth = held_out(part, known)
+    return Task("gowalla", d.schema, known, known, known, users, truth, False, d)
+
+
+def pretrained(task: Task, dim: int, item_count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of items in a history, and as candidates, by the truncated SVD of the normalised interactions."""
+    import scipy.sparse as sp
+
+    h = task.positives
+    x = sp.csr_matrix(
+        (np.ones(len(h.values), dtype=np.float32), h.values.numpy(), h.offsets.numpy()), shape=(len(h.offsets) - 1, item_count)
+    )
+    of_user = np.maximum(np.asarray(x.sum(1)).ravel(), 1)
+    of_item = np.maximum(np.asarray(x.sum(0)).ravel(), 1)
+    r = (sp.diags(of_user**-0.5) @ x @ sp.diags(of_item**-0.5)).tocsr().astype(np.float32)
+    q = np.random.default_rng(0).standard_normal((item_count, dim + 16)).astype(np.float32)
+    for _ in range(4):
+        q, _ = np.linalg.qr(r.T @ (r @ q))
+    _, _, vt = np.linalg.svd(r @ q, full_matrices=False)
+    v = (q @ vt.T)[:, :dim]
+    tables = (v * of_item[:, None] ** -0.5, v * of_item[:, None] ** 0.3)
+    return tuple(torch.from_numpy((t / np.linalg.norm(t, axis=1).mean()).astype(np.float32)) for t in tables)

@@ -42,8 +42,12 @@ class Candidates(NamedTuple):
 
 def positives_of(model: Retriever, batch: Batch) -> tuple[Jagged, Tensor | None, Positives]:
     """Return the histories [B], their users int64 [B] and the positives of a batch whose rows may share histories."""
-    histories = batch.sequences[model.sequence] if batch.candidate_offsets is not None else model.histories(batch)
     items, offsets = batch.column(model.item_column), batch.candidate_offsets
+    if offsets is None:
+        histories = model.histories(batch)
+    else:
+        # A log without time has no sequence in its schema, but whoever makes such a batch may have drawn one.
+        histories = batch.sequences[model.sequence or next(iter(batch.sequences))]
     owner = torch.arange(len(items), device=items.device)
     users = None if model.user_column is None else batch.column(model.user_column)
     if offsets is not None:

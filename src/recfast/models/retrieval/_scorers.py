@@ -19,11 +19,27 @@ from recfast.errors import InputError
 _PAIR_UNITS = 1 << 23
 
 
+class Expansion(nn.Module):
+    r"""A token of few numbers, which quantise well, as a vector of the items' width: :math:`W t + \mathrm{MLP}(t)`."""
+
+    def __init__(self, token_dim: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.straight = nn.Linear(token_dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(token_dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.straight(tokens) + self.mlp(tokens)
+
+
 class DotScorer(nn.Module):
-    """The inner product with the sum of the item's tokens: what a two-tower model can say."""
+    """The expanded token's inner product with the sum of the item's tokens: no cross-interaction beyond two towers."""
+
+    def __init__(self, token_dim: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.expand = Expansion(token_dim, dim, hidden)
 
     def forward(self, tokens: Tensor, items: Tensor) -> Tensor:
-        return tokens @ items.sum(1).T
+        return self.expand(tokens) @ items.sum(1).T
 
 
 class MLPScorer(nn.Module):
@@ -43,20 +59,20 @@ class MLPScorer(nn.Module):
         Of the hidden layers, at least one.
     """
 
-    def __init__(self, dim: int, item_tokens: int, hidden: Sequence[int]) -> None:
+    def __init__(self, token_dim: int, dim: int, item_tokens: int, hidden: Sequence[int]) -> None:
         super().__init__()
         if not hidden:
             raise InputError("MLPScorer: scorer_hidden must name at least one hidden layer, got none")
-        self.dim = dim
-        self.first = nn.Linear(dim * (1 + item_tokens), hidden[0])
+        self.token_dim = token_dim
+        self.first = nn.Linear(token_dim + dim * item_tokens, hidden[0])
         layers = [m for a, b in pairwise(hidden) for m in (nn.Linear(a, b), nn.ReLU())]
         self.rest = nn.Sequential(nn.ReLU(), *layers, nn.Linear(hidden[-1], 1))
         self.widest = max(hidden)
 
     def forward(self, tokens: Tensor, items: Tensor) -> Tensor:
         weight = self.first.weight
-        of_token = tokens @ weight[:, : self.dim].T
-        of_item = F.linear(items.flatten(1), weight[:, self.dim :], self.first.bias)
+        of_token = tokens @ weight[:, : self.token_dim].T
+        of_item = F.linear(items.flatten(1), weight[:, self.token_dim :], self.first.bias)
         step = max(1, _PAIR_UNITS // max(1, len(items) * self.widest))
         blocks = of_token.split(step)
         if len(blocks) > 1 and torch.is_grad_enabled():
@@ -94,14 +110,15 @@ class AttentionScorer(nn.Module):
         D.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, token_dim: int, dim: int, hidden: int) -> None:
         super().__init__()
+        self.expand = Expansion(token_dim, dim, hidden)
         self.query = nn.Linear(dim, dim, bias=False)
         nn.init.eye_(self.query.weight)
 
     def forward(self, tokens: Tensor, items: Tensor) -> Tensor:
         # One matrix product for each token of the items; written out, since a softmax over a short first axis is slow.
-        parts = items.unbind(1)
+        parts, tokens = items.unbind(1), self.expand(tokens)
         if len(parts) == 1:
             return tokens @ parts[0].T
         queries = self.query(tokens)

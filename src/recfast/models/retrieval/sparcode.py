@@ -90,6 +90,7 @@ class SparCode(Retriever):
         history_dropout: float = 0.3,
         dropout: float = 0.0,
         tokens: int = 4,
+        token_dim: int = 16,
         item_tokens: int = 4,
         codebooks: int = 2,
         codes: int = 64,
@@ -119,7 +120,7 @@ class SparCode(Retriever):
                 f"SparCode: tokens = {tokens}, item_tokens = {item_tokens}, num_negatives = {num_negatives}, vq_weight "
                 f"= {vq_weight}; expected at least 1, 1, 1 and 0"
             )
-        self.schema, self.dim, self.tokens, self.sparsity = schema, dim, tokens, sparsity
+        self.schema, self.token_dim, self.tokens, self.sparsity = schema, token_dim, tokens, sparsity
         self.vq_weight, self.negatives, self.num_negatives = vq_weight, negatives, num_negatives
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -128,16 +129,16 @@ class SparCode(Retriever):
                 self.rows, users, dim, kind=encoder, hidden=hidden, max_length=max_length, recency=recency,
                 history_dropout=history_dropout, dropout=dropout,
             )  # fmt: skip
-            self.heads = nn.Linear(self.encoder.width, tokens * dim)
+            self.heads = nn.Linear(self.encoder.width, tokens * token_dim)
             self.items = nn.Parameter(torch.randn(self.rows, item_tokens, dim) * 0.4 / dim**0.5)
             self.scorer = {
-                "mlp": lambda: MLPScorer(dim, item_tokens, scorer_hidden),
-                "attention": lambda: AttentionScorer(dim),
-                "dot": DotScorer,
+                "mlp": lambda: MLPScorer(token_dim, dim, item_tokens, scorer_hidden),
+                "attention": lambda: AttentionScorer(token_dim, dim, 128),
+                "dot": lambda: DotScorer(token_dim, dim, 128),
             }[scorer]()
         try:
             self.quantizer = VectorQuantizer(
-                dim, codebooks, codes, update=codebook_update, decay=decay, warm_up=warm_up, seed=seed
+                token_dim, codebooks, codes, update=codebook_update, decay=decay, warm_up=warm_up, seed=seed
             )
         except ValueError as error:
             raise InputError(f"SparCode: {error}") from None
@@ -178,7 +179,7 @@ class SparCode(Retriever):
         return scores if self.threshold is None else F.relu(scores + self.threshold)
 
     def _tokens(self, histories: Jagged, users: Tensor | None) -> Tensor:
-        return self.heads(self.encoder(histories, users)).unflatten(1, (self.tokens, self.dim))
+        return self.heads(self.encoder(histories, users)).unflatten(1, (self.tokens, self.token_dim))
 
     def encode(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
         """Return the composite codes of users, int64 [B, K_u]: which rows of the index are theirs."""
