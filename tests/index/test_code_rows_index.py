@@ -86,3 +86,65 @@ def test_damaged_files_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"must hold a recfast\.CodeIndex, found recfast\.CodeRows"):
         CodeIndex.load(path)
+
+
+@pytest.mark.parametrize("values", ["normal", "few"])
+@pytest.mark.parametrize("top", [None, 0, 1, 7, 1000])
+def test_building_from_blocks_and_from_rows(values, top):
+    random = np.random.default_rng(1)
+    dense = random.standard_normal((13, 90)).astype(np.float32)
+    if values == "few":
+        dense = random.integers(-1, 3, (13, 90)).astype(np.float32)
+    dense[3] = -1.0
+    dense[4, 10:] = -np.inf
+    wanted = np.zeros_like(dense)
+    for row, scores in enumerate(dense):
+        order = np.lexsort((np.arange(90), -scores))
+        order = [item for item in order if scores[item] > 0.25][:top]
+        wanted[row, order] = scores[order]
+
+    def equal(index):
+        assert len(index) == 13
+        for row in range(13):
+            part = slice(int(index.indptr[row]), int(index.indptr[row + 1]))
+            assert index.item_ids[part].tolist() == wanted[row].nonzero()[0].tolist()
+            np.testing.assert_array_equal(index.scores[part].numpy(), wanted[row][wanted[row] != 0])
+
+    blocks = (dense[0:5], torch.from_numpy(dense[5:5]), torch.from_numpy(dense[5:12]).double(), dense[12:])
+    equal(CodeRows.build(13, 90, iter(blocks), top, threshold=0.25))
+
+    def stream():
+        for row, scores in enumerate(dense):
+            ids = random.permutation(np.isfinite(scores).nonzero()[0])
+            if row != 3:
+                yield row, ids, scores[ids]
+
+    equal(CodeRows.from_rows(13, 90, stream(), top, threshold=0.25))
+
+
+def test_building_refuses():
+    ones = np.ones((2, 4), np.float32)
+    bad = ones.copy()
+    bad[1, 2] = np.nan
+    for blocks, error, sentence in (
+        ([ones, ones], ValueError, "blocks must have 3 rows together, got 4 or more"),
+        ([ones], ValueError, "blocks must have 3 rows together, got 2"),
+        ([ones[:, :3]], ValueError, r"blocks\[0\] must have shape \[rows, 4\], got \[2, 3\]"),
+        ([ones.astype(np.int64)], TypeError, r"blocks\[0\] must be floating point numbers, got torch.int64"),
+        ([bad], ValueError, "the score of row 1, item 2 is nan"),
+    ):
+        with pytest.raises(error, match=sentence):
+            CodeRows.build(3, 4, iter(blocks))
+    for rows, error, sentence in (
+        ([(0, [1], [1.0]), (0, [2], [1.0])], ValueError, "rows must rise and stay below 3, got 0 after 0"),
+        ([(3, [1], [1.0])], ValueError, "rows must rise and stay below 3, got 3 after -1"),
+        ([(0, [4], [1.0])], IndexError, r"item 4 of row 0 is outside \[0, 4\)"),
+        ([(0, [1, 1], [1.0, 2.0])], ValueError, "row 0 names item 1 twice"),
+        ([(0, [1], [np.inf])], ValueError, "the score of row 0, item 1 is inf"),
+        ([(0, [0.5], [1.0])], TypeError, "the ids of row 0 must be integers, got float64"),
+        ([(0, [1, 2], [1.0])], ValueError, "row 0 must have as many scores as ids"),
+    ):
+        with pytest.raises(error, match=sentence):
+            CodeRows.from_rows(3, 4, iter(rows))
+    with pytest.raises(ValueError, match="top must be at least 0, got -1"):
+        CodeRows.build(3, 4, [], -1)

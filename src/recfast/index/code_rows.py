@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from recfast import ops
 from recfast.errors import InputError
-from recfast.index import _file
+from recfast.index import _file, _row_streams
 from recfast.index._arrays import as_tensor
 
 
@@ -51,6 +52,75 @@ class CodeRows:
         self.n_items = int(n_items)
         # The kernel reads the whole matrix once here, so that searches need not.
         ops.code_rows_search(self, torch.empty((0, 0), dtype=torch.int64), 0)
+
+    @classmethod
+    def from_csr(cls, indptr: Any, item_ids: Any, scores: Any, n_items: int) -> CodeRows:
+        """The same as the constructor, by the name of the format."""
+        return cls(indptr, item_ids, scores, n_items)
+
+    @classmethod
+    def build(
+        cls, n_rows: int, n_items: int, blocks: Iterable[Any], top: int | None = None, *, threshold: float = 0.0
+    ) -> CodeRows:
+        """Make the rows from dense blocks of scores, one block in memory at a time.
+
+        Parameters
+        ----------
+        n_rows, n_items : int
+            R and N.
+        blocks : iterable of arrays or Tensors [rows, N], floating point
+            The scores of all pairs, block after block in the order of the rows, R rows together. -inf is never kept.
+        top : int, optional
+            At most so many items a row: the best, ties by lowest id.
+        threshold : float
+            Only scores above it are kept.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A block of another shape or dtype; a score that is NaN or +inf; fewer or more rows than R.
+
+        Notes
+        -----
+        Scores are rounded to float32 first. Beyond one block, memory is what the finished rows take
+        (see `expected_bytes`); without `top` twice that, for a moment.
+        """
+        _check_sizes("CodeRows.build", n_rows, n_items, top)
+        return cls(*_row_streams.rows_of_blocks("CodeRows.build", n_rows, n_items, blocks, top, threshold), n_items)
+
+    @classmethod
+    def from_rows(
+        cls,
+        n_rows: int,
+        n_items: int,
+        rows: Iterable[tuple[int, Any, Any]],
+        top: int | None = None,
+        *,
+        threshold: float = 0.0,
+    ) -> CodeRows:
+        """Make the rows from a stream of (row, ids, scores); as `build`, for scores that are sparse already.
+
+        Parameters
+        ----------
+        n_rows, n_items : int
+            R and N.
+        rows : iterable of (int, ids [L] integer, scores [L] floating point)
+            Row numbers must rise; those left out are empty. Ids may come in any order, each once a row.
+        top, threshold
+            As in `build`; `threshold=-math.inf` keeps all.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            Rows that do not rise, an id named twice, a score that is not finite; an id out of range.
+        """
+        _check_sizes("CodeRows.from_rows", n_rows, n_items, top)
+        return cls(*_row_streams.rows_of_postings("CodeRows.from_rows", n_rows, n_items, rows, top, threshold), n_items)
+
+    @staticmethod
+    def expected_bytes(n_rows: int, n_items: int, per_row: float) -> int:
+        """About how many bytes an index of rows with `per_row` items on average takes, before it is built."""
+        return int(8 * (n_rows + 1) + 8 * n_rows * min(per_row, n_items))
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -109,3 +179,11 @@ class CodeRows:
             return cls(arrays["indptr"], arrays["item_ids"], arrays["scores"], config["n_items"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise InputError(f"CodeRows.load: {path} is corrupt: {error}") from error
+
+
+def _check_sizes(place: str, n_rows: int, n_items: int, top: int | None) -> None:
+    for name, value in (("n_rows", n_rows), ("n_items", n_items), ("top", 0 if top is None else top)):
+        if value < 0:
+            raise ValueError(f"{place}: {name} must be at least 0, got {value}")
+    if n_items >= 2**31:
+        raise ValueError(f"{place}: n_items must be below 2**31, got {n_items}")
