@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 # Of k-means when the codebooks begin.
 _ITERATIONS = 10
+# Vectors a code that are remembered from the warm-up.
+_RECENT = 64
 
 
 class Quantized(NamedTuple):
@@ -55,7 +57,7 @@ class VectorQuantizer(nn.Module):
         How the codebooks begin, from the vectors of the first training batch: k-means, or some of them.
     warm_up : int
         So many training batches pass unchanged, while the codebooks only follow them; then the codebooks begin anew,
-        since vectors that are not trained yet tell nothing about where codes are needed.
+        from the latest 64 K vectors: vectors that are not trained yet tell nothing about where codes are needed.
     revive : float
         A code that is used less than this share of the average use is dead, and begins again at a vector of the batch;
         0 leaves the dead alone.
@@ -125,6 +127,9 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("sums", books.clone())
         # How often a training batch takes each code, as a moving average.
         self.register_buffer("counts", torch.zeros(n_codebooks, n_codes))
+        # The latest vectors of the warm-up, oldest first, and how many of them there are.
+        self.register_buffer("recent", torch.zeros(_RECENT * n_codes if warm_up else 0, dim))
+        self.register_buffer("n_recent", torch.zeros((), dtype=torch.int64))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("begun", torch.zeros((), dtype=torch.bool))
 
@@ -153,8 +158,15 @@ class VectorQuantizer(nn.Module):
         self._check(x)
         learning = self.training and x.numel() > 0
         if learning:
+            if int(self.batches) <= self.warm_up:
+                self._remember(x.detach())
             if not bool(self.begun) or int(self.batches) == self.warm_up:
-                self._begin(x.detach())
+                self._begin(self.recent[len(self.recent) - int(self.n_recent) :] if self.warm_up else x.detach())
+                # Each code begins with the average use, so that none is dead before it had its turn.
+                self.counts.fill_(x.numel() / self.dim / self.n_codes)
+                if self.update == "ema":
+                    self.sums.copy_(self.codebooks * self.counts[..., None])
+                self.begun.fill_(True)
             self.batches += 1
         codes = self.encode(x)
         if learning:
@@ -188,13 +200,14 @@ class VectorQuantizer(nn.Module):
     def composite(self, codes: Tensor) -> Tensor:
         r"""Return one number for the M codes [..., M]: :math:`\sum_m c_m K^{M-m}`, int64 [...]."""
         number = torch.zeros_like(codes[..., 0])
-        for book in range(self.n_codebooks):
-            number = number * self.n_codes + codes[..., book]
+        for code in codes.unbind(-1):
+            number = number * self.n_codes + code
         return number
 
-    def split(self, composite: Tensor) -> Tensor:
+    def split(self, composite: Tensor, n_codebooks: int | None = None) -> Tensor:
         """Return the M codes of composite numbers, the inverse of `composite`: int64 [..., M]."""
-        powers = self.n_codes ** torch.arange(self.n_codebooks - 1, -1, -1, device=composite.device)
+        books = self.n_codebooks if n_codebooks is None else n_codebooks
+        powers = self.n_codes ** torch.arange(books - 1, -1, -1, device=composite.device)
         return composite[..., None] // powers % self.n_codes
 
     @torch.no_grad()
@@ -241,11 +254,14 @@ class VectorQuantizer(nn.Module):
                 means = torch.zeros_like(centres).index_add_(0, nearest, part) / counts.clamp(min=1)[:, None]
                 centres = torch.where(counts[:, None] > 0, means, centres)
             self.codebooks.data[book] = centres
-        # Each code begins with the average use, so that none is dead before it had its turn.
-        self.counts.fill_(len(parts) / self.n_codes)
-        if self.update == "ema":
-            self.sums.copy_(self.codebooks * self.counts[..., None])
-        self.begun.fill_(True)
+
+    @torch.no_grad()
+    def _remember(self, x: Tensor) -> None:
+        """Put the vectors of a batch behind the others, and forget as many of the oldest."""
+        x = x.flatten(0, -2)[-len(self.recent) :] if len(self.recent) else x.flatten(0, -2)[:0]
+        if len(x):
+            self.recent.copy_(torch.cat([self.recent[len(x) :], x]))
+            self.n_recent.fill_(min(len(self.recent), int(self.n_recent) + len(x)))
 
     @torch.no_grad()
     def _learn(self, x: Tensor, codes: Tensor) -> None:

@@ -12,7 +12,7 @@ from recfast.data import Batch, Jagged
 from recfast.errors import InputError
 from recfast.models.retrieval.base import Retriever
 
-NEGATIVES = ("auto", "all", "batch", "uniform", "mixed")
+NEGATIVES = ("auto", "all", "uniform", "sampled", "batch", "mixed")
 # Up to so many items the softmax over all of them is taken where nothing else is asked for.
 _ALL = 5_000
 # Minus infinity that leaves gradients finite where nothing else is in the sum.
@@ -30,10 +30,9 @@ class Candidates(NamedTuple):
     """Items that stand for the catalogue.
 
     ids
-        int64 [K], ascending, without repeats; every positive is among them.
+        int64 [K], ascending, without repeats.
     log_weight
-        float32 [K]: how many items of the catalogue this one stands for as a negative; minus infinity for one that is
-        here as a positive only.
+        float32 [K]: how many items of the catalogue this one stands for.
     """
 
     ids: Tensor
@@ -70,34 +69,38 @@ def draw(positives: Positives, counts: Tensor, negatives: str, number: int) -> C
     counts
         int64 [rows(item)], train positives of each item.
     negatives
-        "all" items; those of the "batch"; `number` "uniform" ones; "mixed", both of the latter. An item that comes m
-        times where E times are expected stands for m / E items (Yi et al., RecSys 2019).
+        "all" items; `number` "uniform" ones; "sampled", half of them uniform and half in proportion to the counts;
+        those of the "batch"; "mixed", those of the batch and `number` uniform ones. An item that comes m times where E
+        times are expected stands for m / E items (Yi et al., RecSys 2019).
     """
     rows, items = len(counts), positives.items
     if negatives == "auto":
-        negatives = "all" if rows <= _ALL else "mixed"
+        negatives = "all" if rows <= _ALL else "sampled"
     if negatives == "all":
         return Candidates(torch.arange(1, rows, device=items.device), torch.zeros(rows - 1, device=items.device))
     seen, expected = torch.zeros(rows, device=items.device), torch.zeros(rows, device=items.device)
+    if negatives != "uniform" and not counts.any():
+        raise InputError(f"negatives = {negatives!r} need item counts: call prepare(dataset) first")
     if negatives in ("batch", "mixed"):
-        if not counts.any():
-            raise InputError("negatives of the batch need item counts: call prepare(dataset) first")
         seen += torch.bincount(items, minlength=rows)
         # A row sees the positives of the others.
         expected += (len(items) - 1) * counts / counts.sum()
-    if negatives in ("uniform", "mixed"):
-        drawn = torch.randint(1, rows, (number,), device=items.device)
-        seen += torch.bincount(drawn, minlength=rows)
-        expected += number / (rows - 1)
-    here = seen > 0
-    here[items] = True
-    ids = here.nonzero()[:, 0]
-    weight = seen[ids] / expected[ids].clamp(min=1e-12)
-    return Candidates(ids, weight.log())
+    popular = number // 2 if negatives == "sampled" else 0
+    if popular:
+        ends = counts.cumsum(0)
+        drawn = torch.randint(int(ends[-1]), (popular,), device=items.device)
+        seen += torch.bincount(torch.searchsorted(ends, drawn, right=True), minlength=rows)
+        expected += popular * counts / counts.sum()
+    uniform = 0 if negatives == "batch" else number - popular
+    if uniform:
+        seen += torch.bincount(torch.randint(1, rows, (uniform,), device=items.device), minlength=rows)
+        expected += uniform / (rows - 1)
+    ids = seen.nonzero()[:, 0]
+    return Candidates(ids, (seen[ids] / expected[ids].clamp(min=1e-12)).log())
 
 
-def softmax_loss(logits: Tensor, candidates: Candidates, positives: Positives) -> Tensor:
-    r"""Return the mean over the positives of their cross-entropy against the negatives of their history.
+def softmax_loss(own: Tensor, others: Tensor, candidates: Candidates, positives: Positives) -> Tensor:
+    r"""Return the mean over the positives of their cross-entropy against the candidates, by the scores of both.
 
     .. math::
         L_r = \ln\Bigl(e^{s_{r}} + \sum_{j \notin P_{o(r)}} w_j e^{s_{o(r) j}}\Bigr) - s_{r}
@@ -106,17 +109,20 @@ def softmax_loss(logits: Tensor, candidates: Candidates, positives: Positives) -
 
     Parameters
     ----------
-    logits
+    own
+        float32 [R], of each positive for its history.
+    others
         float32 [B, K], of each history and candidate.
     """
-    if len(positives.items) == 0:
-        return logits.sum() * 0.0
-    column = torch.searchsorted(candidates.ids, positives.items)
-    own = logits[positives.owner, column]
-    excluded = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-    excluded[positives.owner, column] = True
-    others = (logits + candidates.log_weight).masked_fill(excluded | (candidates.log_weight == -torch.inf), _NEVER)
-    return F.softplus(torch.logsumexp(others, dim=1)[positives.owner] - own).mean()
+    if len(own) == 0:
+        return others.sum() * 0.0
+    ids = candidates.ids
+    column = torch.searchsorted(ids, positives.items).clamp(max=len(ids) - 1)
+    here = ids[column] == positives.items
+    excluded = torch.zeros(others.shape, dtype=torch.bool, device=others.device)
+    excluded[positives.owner[here], column[here]] = True
+    weighed = (others + candidates.log_weight).masked_fill(excluded, _NEVER)
+    return F.softplus(torch.logsumexp(weighed, dim=1)[positives.owner] - own).mean()
 
 
 def start_biases(bias: Tensor, counts: Tensor) -> None:

@@ -1,6 +1,7 @@
 """All-to-all scorers: one number for any token of a query and any item, where towers have only a dot product.
 
-A scorer takes tokens float32 [T, D] and the tokens of items float32 [N, K_i, D] and gives scores float32 [T, N].
+A scorer takes tokens float32 [T, C] and the tokens of items float32 [N, K_i, D] and gives scores float32 [T, N]; its
+`pairs` takes as many items as tokens and gives the score of each pair, float32 [T].
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class DotScorer(nn.Module):
     def forward(self, tokens: Tensor, items: Tensor) -> Tensor:
         return self.expand(tokens) @ items.sum(1).T
 
+    def pairs(self, tokens: Tensor, items: Tensor) -> Tensor:
+        return (self.expand(tokens) * items.sum(1)).sum(1)
+
 
 class MLPScorer(nn.Module):
     r"""An MLP over the token and all tokens of the item, joined.
@@ -77,24 +81,16 @@ class MLPScorer(nn.Module):
         blocks = of_token.split(step)
         if len(blocks) > 1 and torch.is_grad_enabled():
             # What is inside the pairs is computed again in the backward pass, not kept.
-            scores = [checkpoint(self._pairs, block, of_item, use_reentrant=False) for block in blocks]
+            scores = [checkpoint(self._all, block, of_item, use_reentrant=False) for block in blocks]
         else:
-            scores = [self._pairs(block, of_item) for block in blocks]
+            scores = [self._all(block, of_item) for block in blocks]
         return torch.cat(scores)
 
-    def _pairs(self, of_token: Tensor, of_item: Tensor) -> Tensor:
+    def _all(self, of_token: Tensor, of_item: Tensor) -> Tensor:
         return self.rest(of_token[:, None] + of_item).squeeze(-1)
 
-    def joined(self, tokens: Tensor, items: Tensor) -> Tensor:
-        """Return the same by the joined input, [T, N], as the formula stands; for checks."""
-        pairs = torch.cat(
-            [
-                tokens[:, None].expand(-1, len(items), -1),
-                items.flatten(1).expand(len(tokens), -1, -1),
-            ],
-            dim=2,
-        )
-        return self.rest(self.first(pairs)).squeeze(-1)
+    def pairs(self, tokens: Tensor, items: Tensor) -> Tensor:
+        return self.rest(self.first(torch.cat([tokens, items.flatten(1)], dim=1))).squeeze(-1)
 
 
 class AttentionScorer(nn.Module):
@@ -127,3 +123,8 @@ class AttentionScorer(nn.Module):
         weights = [torch.exp(part - highest) for part in logits]
         found = sum(weight * (tokens @ part.T) for weight, part in zip(weights, parts, strict=True))
         return found / sum(weights)
+
+    def pairs(self, tokens: Tensor, items: Tensor) -> Tensor:
+        tokens = self.expand(tokens)
+        weights = torch.softmax(torch.einsum("td,tjd->tj", self.query(tokens), items), dim=1)
+        return (weights * torch.einsum("td,tjd->tj", tokens, items)).sum(1)

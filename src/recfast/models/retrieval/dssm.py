@@ -53,7 +53,7 @@ class DSSM(Retriever):
         recency: bool = True,
         history_dropout: float = 0.3,
         dropout: float = 0.0,
-        negatives: Literal["auto", "all", "batch", "uniform", "mixed"] = "auto",
+        negatives: Literal["auto", "all", "uniform", "sampled", "batch", "mixed"] = "auto",
         num_negatives: int = 2048,
         seed: int = 0,
     ) -> None:
@@ -86,7 +86,7 @@ class DSSM(Retriever):
         return F.pad(self.head(self.encoder(histories, users)), (0, 1), value=1.0)
 
     def item_vectors(self) -> Tensor:
-        return torch.cat([self.items, self.bias[:, None]], dim=1)
+        return self._vectors(slice(None))
 
     def similarity_vectors(self) -> Tensor:
         return self.items.detach()
@@ -100,5 +100,8 @@ class DSSM(Retriever):
         """Return the mean cross-entropy of the positives, over all items or a corrected sample of them."""
         user, positives = output
         candidates = draw(positives, self.counts, self.negatives, self.num_negatives)
-        items = torch.cat([self.items[candidates.ids], self.bias[candidates.ids, None]], dim=1)
-        return softmax_loss(user @ items.T, candidates, positives)
+        own = (user[positives.owner] * self._vectors(positives.items)).sum(1)
+        return softmax_loss(own, user @ self._vectors(candidates.ids).T, candidates, positives)
+
+    def _vectors(self, ids: Tensor | slice) -> Tensor:
+        return torch.cat([self.items[ids], self.bias[ids, None]], dim=1)

@@ -65,8 +65,9 @@ class SparCode(Retriever):
         "train": ReLU and a learnt bias are part of the function. "index": training sums the scores as they are, and
         `build_index` cuts. What the source does is not certain.
     negatives, num_negatives
-        "all" items, those of the "batch", `num_negatives` "uniform" ones, "mixed", or "auto": all up to 5,000 items and
-        mixed beyond. Sampled ones are corrected by how often they come.
+        "all" items; `num_negatives` "uniform" ones; "sampled", half of them uniform and half by popularity; those of
+        the "batch"; "mixed", those of the batch and the uniform ones; "auto", all up to 5,000 items and sampled beyond.
+        Each is weighed by how often it was to be expected.
     seed
         Of the initial weights and of the codebooks' beginning.
 
@@ -91,6 +92,7 @@ class SparCode(Retriever):
         dropout: float = 0.0,
         tokens: int = 4,
         token_dim: int = 16,
+        shared_codebooks: bool = True,
         item_tokens: int = 4,
         codebooks: int = 2,
         codes: int = 64,
@@ -101,7 +103,7 @@ class SparCode(Retriever):
         scorer: Literal["attention", "mlp", "dot"] = "attention",
         scorer_hidden: Sequence[int] = (64,),
         sparsity: Literal["index", "train"] = "index",
-        negatives: Literal["auto", "all", "batch", "uniform", "mixed"] = "auto",
+        negatives: Literal["auto", "all", "uniform", "sampled", "batch", "mixed"] = "auto",
         num_negatives: int = 2048,
         seed: int = 0,
     ) -> None:
@@ -120,7 +122,8 @@ class SparCode(Retriever):
                 f"SparCode: tokens = {tokens}, item_tokens = {item_tokens}, num_negatives = {num_negatives}, vq_weight "
                 f"= {vq_weight}; expected at least 1, 1, 1 and 0"
             )
-        self.schema, self.token_dim, self.tokens, self.sparsity = schema, token_dim, tokens, sparsity
+        self.schema, self.token_dim, self.tokens, self.shared = schema, token_dim, tokens, shared_codebooks
+        self.codebooks, self.codes = codebooks, codes
         self.vq_weight, self.negatives, self.num_negatives = vq_weight, negatives, num_negatives
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -131,14 +134,18 @@ class SparCode(Retriever):
             )  # fmt: skip
             self.heads = nn.Linear(self.encoder.width, tokens * token_dim)
             self.items = nn.Parameter(torch.randn(self.rows, item_tokens, dim) * 0.4 / dim**0.5)
+            # Of tokens with codebooks of their own, the scorer is told which one it has.
+            seen = token_dim if shared_codebooks else tokens * token_dim
             self.scorer = {
-                "mlp": lambda: MLPScorer(token_dim, dim, item_tokens, scorer_hidden),
-                "attention": lambda: AttentionScorer(token_dim, dim, 128),
-                "dot": lambda: DotScorer(token_dim, dim, 128),
+                "mlp": lambda: MLPScorer(seen, dim, item_tokens, scorer_hidden),
+                "attention": lambda: AttentionScorer(seen, dim, 128),
+                "dot": lambda: DotScorer(seen, dim, 128),
             }[scorer]()
         try:
+            # With codebooks of their own all tokens of a user are one vector of many parts.
+            width, books = (token_dim, codebooks) if shared_codebooks else (tokens * token_dim, tokens * codebooks)
             self.quantizer = VectorQuantizer(
-                token_dim, codebooks, codes, update=codebook_update, decay=decay, warm_up=warm_up, seed=seed
+                width, books, codes, update=codebook_update, decay=decay, warm_up=warm_up, seed=seed
             )
         except ValueError as error:
             raise InputError(f"SparCode: {error}") from None
@@ -149,8 +156,8 @@ class SparCode(Retriever):
 
     @property
     def n_composite(self) -> int:
-        """How many composite codes there are, K_c^M."""
-        return self.quantizer.n_codes**self.quantizer.n_codebooks
+        """How many composite codes there are: K_c^M, for each token where these have codebooks of their own."""
+        return self.codes**self.codebooks * (1 if self.shared else self.tokens)
 
     def prepare(self, dataset: Dataset) -> None:
         """Count the items; before the first training, begin the biases at the popularity."""
@@ -163,33 +170,62 @@ class SparCode(Retriever):
         """Return the quantised tokens float32 [B, K_u, D], the quantiser's loss and the positives."""
         histories, users, positives = positives_of(self, batch)
         quantized = self.quantizer(self._tokens(histories, users))
-        return quantized.vectors, quantized.loss, positives
+        return self._placed(quantized.vectors), quantized.loss, positives
 
     def loss(self, output: tuple[Tensor, Tensor, Positives], batch: Batch) -> Tensor:
         """Return the softmax loss of the positives plus the quantiser's."""
         tokens, vq_loss, positives = output
         candidates = draw(positives, self.counts, self.negatives, self.num_negatives)
-        scores = self.token_scores(tokens.flatten(0, 1), candidates.ids).unflatten(0, tokens.shape[:2])
-        return softmax_loss(scores.sum(1), candidates, positives) + self.vq_weight * vq_loss
+        others = self.token_scores(tokens.flatten(0, 1), candidates.ids).unflatten(0, tokens.shape[:2])
+        items = positives.items.repeat_interleave(self.tokens)
+        pairs = self.scorer.pairs(tokens[positives.owner].flatten(0, 1), self.items[items])
+        own = self._term(pairs, items).unflatten(0, (-1, self.tokens))
+        return softmax_loss(own.sum(1), others.sum(1), candidates, positives) + self.vq_weight * vq_loss
 
     def token_scores(self, tokens: Tensor, items: Tensor | None = None) -> Tensor:
-        """Return the term of each token [T, D] and item (ids int64 [N]; all rows if None), float32 [T, N]."""
+        """Return the term of each token [T, C] and item (ids int64 [N]; all rows if None), float32 [T, N]."""
         rows = slice(None) if items is None else items
-        scores = self.scorer(tokens, self.items[rows]) + self.bias[rows] / self.tokens
+        return self._term(self.scorer(tokens, self.items[rows]), rows)
+
+    def _term(self, scores: Tensor, items: Tensor | slice) -> Tensor:
+        scores = scores + self.bias[items] / self.tokens
         return scores if self.threshold is None else F.relu(scores + self.threshold)
 
     def _tokens(self, histories: Jagged, users: Tensor | None) -> Tensor:
-        return self.heads(self.encoder(histories, users)).unflatten(1, (self.tokens, self.token_dim))
+        """Return what is quantised: the tokens [B, K_u, C], or side by side [B, K_u C] for codebooks of their own."""
+        tokens = self.heads(self.encoder(histories, users))
+        return tokens.unflatten(1, (self.tokens, self.token_dim)) if self.shared else tokens
+
+    def _placed(self, tokens: Tensor) -> Tensor:
+        """Return the tokens as the scorer takes them: with codebooks of their own, token k at place k among zeros."""
+        if self.shared:
+            return tokens
+        parts = tokens.unflatten(1, (self.tokens, self.token_dim))
+        return (torch.eye(self.tokens, device=tokens.device)[:, :, None] * parts[:, None]).flatten(2)
 
     def encode(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
         """Return the composite codes of users, int64 [B, K_u]: which rows of the index are theirs."""
         with torch.no_grad():
-            return self.quantizer.composite(self.quantizer.encode(self._tokens(histories, users)))
+            codes = self.quantizer.encode(self._tokens(histories, users))
+        if self.shared:
+            return self.quantizer.composite(codes)
+        digits = codes.unflatten(1, (self.tokens, self.codebooks))
+        return self.quantizer.composite(digits) + self._first_of_token(codes.device)
+
+    def _first_of_token(self, device: torch.device) -> Tensor:
+        return torch.arange(self.tokens, device=device) * self.codes**self.codebooks
 
     def code_scores(self, codes: Tensor) -> Tensor:
         """Return the term of each composite code [T] and item, float32 [T, rows(item)]; a row of the dense index."""
         with torch.no_grad():
-            return self.token_scores(self.quantizer.decode(self.quantizer.split(codes)))
+            token, code = codes // self.codes**self.codebooks, codes % self.codes**self.codebooks
+            digits = self.quantizer.split(code, self.codebooks)
+            if self.shared:
+                return self.token_scores(self.quantizer.decode(digits))
+            books = token[:, None] * self.codebooks + torch.arange(self.codebooks, device=codes.device)
+            parts = torch.zeros(len(codes), self.tokens, self.token_dim, device=codes.device)
+            parts[torch.arange(len(codes)), token] = self.quantizer.codebooks[books, digits].flatten(1)
+            return self.token_scores(parts.flatten(1))
 
     def scores(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
         """Return the scores of all items by the quantised tokens, float32 [B, rows(item)]; -inf for item 0.
