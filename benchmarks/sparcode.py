@@ -137,7 +137,7 @@ def train(model, task, *, epochs, rows, lr, decay=0.0, seed=0, window=5, share=0
             t = time.perf_counter()
             got = measured(model.eval(), task, users)
             history.append({"epoch": epoch + 1, "loss": total / n, "seconds": seconds, **got})
-            extra = model.quantizer.report()["perplexity"] if hasattr(model, "quantizer") else ""
+            extra = model.tokens.quantizer.report()["perplexity"][:4] if hasattr(model, "tokens") else ""
             say(f"  {epoch + 1:3d} loss {total / n:.4f} r20 {got['recall@20']:.4f} r50 {got['recall@50']:.4f} n20 {got['ndcg@20']:.4f} n50 {got['ndcg@50']:.4f} {seconds:.1f}s eval {time.perf_counter()-t:.1f}s", extra, flush=True)
     return history, seconds
 

@@ -39,6 +39,13 @@ class Candidates(NamedTuple):
     log_weight: Tensor
 
 
+def known_negatives(place: str, negatives: str) -> str:
+    """Return the name, or raise InputError."""
+    if negatives not in NEGATIVES:
+        raise InputError(f"{place}: negatives = {negatives!r} is not one of {', '.join(map(repr, NEGATIVES))}")
+    return negatives
+
+
 def positives_of(model: Retriever, batch: Batch) -> tuple[Jagged, Tensor | None, Positives]:
     """Return the histories [B], their users int64 [B] and the positives of a batch whose rows may share histories."""
     items, offsets = batch.column(model.item_column), batch.candidate_offsets

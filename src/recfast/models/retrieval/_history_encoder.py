@@ -61,7 +61,7 @@ class HistoryEncoder(nn.Module):
                 f"HistoryEncoder: dim = {dim}, max_length = {max_length}, history_dropout = {history_dropout}, dropout "
                 f"= {dropout}; expected at least 1, 1, and probabilities below 1"
             )
-        self.kind, self.max_length, self.history_dropout = kind, max_length, history_dropout
+        self.dim, self.kind, self.max_length, self.history_dropout = dim, kind, max_length, history_dropout
         self.events = nn.Parameter(torch.randn(rows, dim) * 0.4 / dim**0.5)
         self.users = None
         if user_rows:
@@ -110,3 +110,13 @@ class HistoryEncoder(nn.Module):
         place = torch.arange(len(owner), device=owner.device) - offsets[owner]
         padded = steps.new_zeros(len(lengths), int(lengths.max()), steps.shape[1]).index_put((owner, place), steps)
         return self.gru(padded)[0][owner, place]
+
+
+def head(encoder: HistoryEncoder, out: int) -> nn.Linear:
+    """Return a linear layer on the encoder's vector [z; MLP(z)] that begins near z, as far as the widths go."""
+    linear = nn.Linear(encoder.width, out)
+    with torch.no_grad():
+        linear.weight.mul_(0.3)
+        linear.weight.diagonal()[: encoder.dim] += 1.0
+        linear.bias.zero_()
+    return linear

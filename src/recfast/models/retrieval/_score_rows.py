@@ -44,7 +44,7 @@ class ScoreRows:
         state = _state_of(model)
         missing = [code for code in wanted if code not in self._places]
         if state is None or state != self._state or len(self._places) + len(missing) > len(self._table):
-            capacity = max(len(wanted), min(_BUDGET // (4 * model.rows), model.n_composite))
+            capacity = max(len(wanted), min(_BUDGET // (4 * model.rows), model.tokens.n_composite))
             if self._table.shape != (capacity, model.rows) or self._table.device != codes.device:
                 self._table = torch.empty(capacity, model.rows, device=codes.device)
             self._places, self._state, missing = {}, state, wanted

@@ -16,17 +16,27 @@ from torch.utils.checkpoint import checkpoint
 
 from recfast.errors import InputError
 
+# Hidden units of the expansion of a token.
+_EXPANSION = 128
 # Hidden units of pairs that are held at once: 32 MiB in float32.
 _PAIR_UNITS = 1 << 23
 
 
 class Expansion(nn.Module):
-    r"""A token of few numbers, which quantise well, as a vector of the items' width: :math:`W t + \mathrm{MLP}(t)`."""
+    r"""A token of few numbers, which quantise well, as a vector of the items' width: :math:`W t + \mathrm{MLP}(t)`.
+
+    It begins as the token itself where the widths are the same, and the MLP with nothing to add.
+    """
 
     def __init__(self, token_dim: int, dim: int, hidden: int) -> None:
         super().__init__()
         self.straight = nn.Linear(token_dim, dim)
         self.mlp = nn.Sequential(nn.Linear(token_dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        if token_dim == dim:
+            nn.init.eye_(self.straight.weight)
+            nn.init.zeros_(self.straight.bias)
+        nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.straight(tokens) + self.mlp(tokens)
@@ -128,3 +138,15 @@ class AttentionScorer(nn.Module):
         tokens = self.expand(tokens)
         weights = torch.softmax(torch.einsum("td,tjd->tj", self.query(tokens), items), dim=1)
         return (weights * torch.einsum("td,tjd->tj", tokens, items)).sum(1)
+
+
+def scorer_of(name: str, token_dim: int, dim: int, item_tokens: int, hidden: Sequence[int]) -> nn.Module:
+    """Return the scorer called `name` for tokens of width `token_dim` and items of K_i tokens of width `dim`."""
+    known = {
+        "attention": lambda: AttentionScorer(token_dim, dim, _EXPANSION),
+        "mlp": lambda: MLPScorer(token_dim, dim, item_tokens, hidden),
+        "dot": lambda: DotScorer(token_dim, dim, _EXPANSION),
+    }
+    if name not in known:
+        raise InputError(f"SparCode: scorer = {name!r} is not one of {', '.join(map(repr, known))}")
+    return known[name]()

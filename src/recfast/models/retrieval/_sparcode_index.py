@@ -36,7 +36,7 @@ class SparCodeIndex:
     rows
         `index.CodeRows`; its columns are item ids.
     row_of
-        int64 [K_c^M], the row of each composite code, -1 for one that was left out.
+        int64 [n_composite], the row of each composite code, -1 for one that was left out.
     """
 
     def __init__(self, model: SparCode, rows: CodeRows, row_of: Tensor) -> None:
@@ -67,8 +67,8 @@ class SparCodeIndex:
             row; nothing is dropped beside the cut, and where `top` cuts nothing, scores stay as they are. The default
             is "floor" for a model with sparsity "index", and 0 for "train", whose ReLU is in the score already.
         codes
-            int64, composite codes (`model.encode`) that get a row, such as those of all known users; all K_c^M if None.
-            A code without a row adds nothing to a query.
+            int64, composite codes (`model.encode`) that get a row, such as those of all known users; all if None. A
+            code without a row adds nothing to a query.
         say
             Told, after the first rows, how much is to come: rows, scores, bytes and seconds.
 
@@ -81,19 +81,21 @@ class SparCodeIndex:
             raise InputError(f"SparCode.build_index: top = {top}, expected at least 1")
         if isinstance(bias, str) and bias != "floor":
             raise InputError(f"SparCode.build_index: bias = {bias!r} is not a number or 'floor'")
-        if model.n_composite > _MOST_CODES:
+        if model.tokens.n_composite > _MOST_CODES:
             raise InputError(
-                f"SparCode.build_index: {model.n_composite} composite codes, expected at most {_MOST_CODES}; take fewer "
-                "codebooks or codes"
+                f"SparCode.build_index: {model.tokens.n_composite} composite codes, expected at most {_MOST_CODES}; "
+                "take fewer codebooks or codes"
             )
-        if not bool(model.quantizer.begun):
+        if not bool(model.tokens.quantizer.begun):
             raise InputError("SparCode.build_index: the model's codebooks have not begun; train it first")
         device = model.items.device
-        chosen = torch.arange(model.n_composite) if codes is None else codes.flatten().cpu().unique()
-        if len(chosen) and (chosen[0] < 0 or chosen[-1] >= model.n_composite):
+        chosen = torch.arange(model.tokens.n_composite) if codes is None else codes.flatten().cpu().unique()
+        if len(chosen) and (chosen[0] < 0 or chosen[-1] >= model.tokens.n_composite):
             wrong = int(chosen[0] if chosen[0] < 0 else chosen[-1])
-            raise InputError(f"SparCode.build_index: codes holds {wrong}, which is outside [0, {model.n_composite})")
-        row_of = torch.full((model.n_composite,), -1)
+            raise InputError(
+                f"SparCode.build_index: codes holds {wrong}, which is outside [0, {model.tokens.n_composite})"
+            )
+        row_of = torch.full((model.tokens.n_composite,), -1)
         row_of[chosen] = torch.arange(len(chosen))
         model.eval()
         floor = bias == "floor" or (bias is None and model.threshold is None)
@@ -186,7 +188,9 @@ class SparCodeIndex:
 
         folder = Path(path)
         if not folder.is_dir():
-            raise InputError(f"SparCodeIndex.load: {folder} is not a folder, expected one that SparCodeIndex.save wrote")
+            raise InputError(
+                f"SparCodeIndex.load: {folder} is not a folder, expected one that SparCodeIndex.save wrote"
+            )
         verify_checksums(folder, "SparCodeIndex.load")
         settings = storage.read_json(folder / "index.json")
         if (settings.get("kind"), settings.get("format")) != ("SparCodeIndex", FORMAT):

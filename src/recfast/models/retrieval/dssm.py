@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recfast.errors import InputError
-from recfast.models.retrieval._candidates import NEGATIVES, Positives, draw, positives_of, softmax_loss, start_biases
-from recfast.models.retrieval._history_encoder import HistoryEncoder
+from recfast.models.retrieval._candidates import (
+    Positives,
+    draw,
+    known_negatives,
+    positives_of,
+    softmax_loss,
+    start_biases,
+)
+from recfast.models.retrieval._history_encoder import HistoryEncoder, head
 from recfast.models.retrieval.base import Retriever
 
 if TYPE_CHECKING:
@@ -52,18 +59,16 @@ class DSSM(Retriever):
         user_id: bool = True,
         recency: bool = True,
         history_dropout: float = 0.3,
-        dropout: float = 0.0,
+        dropout: float = 0.3,
         negatives: Literal["auto", "all", "uniform", "sampled", "batch", "mixed"] = "auto",
         num_negatives: int = 2048,
         seed: int = 0,
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "schema", "__class__")}
         super().__init__(schema, sequence, options | {"hidden": list(hidden)})
-        if negatives not in NEGATIVES:
-            raise InputError(f"DSSM: negatives = {negatives!r} is not one of {', '.join(map(repr, NEGATIVES))}")
         if dim < 1 or num_negatives < 1:
             raise InputError(f"DSSM: dim = {dim}, num_negatives = {num_negatives}; expected at least 1 and 1")
-        self.negatives, self.num_negatives = negatives, num_negatives
+        self.negatives, self.num_negatives = known_negatives("DSSM", negatives), num_negatives
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             users = schema.rows(self.user_column) if user_id and self.user_column is not None else 0
@@ -71,7 +76,7 @@ class DSSM(Retriever):
                 self.rows, users, event_dim or dim, kind=encoder, hidden=hidden, max_length=max_length,
                 recency=recency, history_dropout=history_dropout, dropout=dropout,
             )  # fmt: skip
-            self.head = nn.Linear(self.encoder.width, dim)
+            self.head = head(self.encoder, dim)
             self.items = nn.Parameter(torch.randn(self.rows, dim) * 0.4 / dim**0.5)
         self.bias = nn.Parameter(torch.zeros(self.rows))
 
