@@ -116,7 +116,7 @@ SETTINGS = {
     ],
     "gowalla": [
         Setting("two towers", {}, 18),
-        Setting("SparCode", {**SPARCODE, "scorer": "attention", "decay": 0.97}, 14, free=10),
+        Setting("SparCode", {**SPARCODE, "scorer": "attention", "decay": 0.97}, 12, free=10),
     ],
 }
 
@@ -251,7 +251,7 @@ def built(setting: Setting, task: Task, seed: int, batches: SharedPositives) -> 
 def train(
     setting: Setting, task: Task, seed: int, epochs: int, look: Callable[[torch.nn.Module, int, float], object] | None
 ) -> tuple[torch.nn.Module, float]:
-    """Train, and return the model and the seconds of the processor; `look(model, epoch, loss)` is called after every epoch."""
+    """Train, and return the model and the seconds of the processor; `look(model, epoch, loss)` after every epoch."""
     batches = SharedPositives(task, ROWS, seed)
     model = built(setting, task, seed, batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, weight_decay=setting.decay)
@@ -498,8 +498,8 @@ def report(study: Study) -> None:
     load = [run["load"] for run in study.runs]
     paragraphs = (
         "Two towers is `models.DSSM`: the encoder of SparCode (weighted mean of the history, MLP of 128 beside it), "
-        "one vector of 64, dot product and item bias. Same negatives, loss, batches, optimiser and, on Gowalla, the same "
-        "embeddings to begin with (truncated SVD of the normalised interactions). Settings common to both sides: "
+        "one vector of 64, dot product and item bias. Same negatives, loss, batches, optimiser and, on Gowalla, the "
+        "same embeddings to begin with (truncated SVD of the normalised interactions). Settings common to both sides: "
         + "; ".join(f"{name}: {options}" for name, options in COMMON.items())
         + ".",
         f"ml-100k: a history predicts the next {WINDOW} likes; asked for the likes of the test split with all before "

@@ -19,6 +19,7 @@ from recfast.models.retrieval._sparcode_index import SparCodeIndex
 from recfast.models.retrieval.baselines import Popularity
 from recfast.models.retrieval.dssm import DSSM
 from recfast.models.retrieval.sparcode import SparCode
+from recfast.train import fit
 from recfast.train.evaluate import evaluate, top_k
 
 SMALL = {"dim": 8, "hidden": (8,), "tokens": 3, "token_dim": 4, "codes": 8, "dropout": 0.0}
@@ -134,12 +135,15 @@ def test_pairs_are_cells_of_the_matrix(name, item_tokens):
 def test_attention_is_its_formula_and_with_one_item_token_the_dot_product():
     torch.manual_seed(0)
     scorer = _scorers.AttentionScorer(4, 6, 8)
-    tokens, items = torch.randn(3, 4), torch.randn(5, 2, 6)
-    for t, i in itertools.product(range(3), range(5)):
-        token = scorer.expand(tokens[t])
-        weights = torch.softmax(items[i] @ scorer.query(token), dim=0)
-        expected = token @ (weights[:, None] * items[i]).sum(0)
-        torch.testing.assert_close(scorer(tokens, items)[t, i], expected, rtol=1e-4, atol=1e-5)
+    torch.nn.init.normal_(scorer.expand.mlp[-1].weight)
+    tokens = torch.randn(3, 4)
+    for count in (1, 2, 3):
+        items = torch.randn(5, count, 6)
+        for t, i in itertools.product(range(3), range(5)):
+            token = scorer.expand(tokens[t])
+            weights = torch.softmax(items[i] @ scorer.query(token), dim=0)
+            expected = token @ (weights[:, None] * items[i]).sum(0)
+            torch.testing.assert_close(scorer(tokens, items)[t, i], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scorer(tokens, items[:, :1]), scorer.expand(tokens) @ items[:, 0].T)
 
 
@@ -323,6 +327,14 @@ def test_same_seed_same_weights(walks):
     assert not torch.equal(first["items"], other["items"])
 
 
+def test_fit_trains_it_and_its_run_can_be_loaded(walks, tmp_path):
+    model = SparCode(walks.schema, **SMALL)
+    run = fit(model, walks, epochs=2, batch_size=128, lr=0.01, out=tmp_path / "run", progress=False)
+    assert set(run.metrics) >= {"recall@10", "ndcg@50"}
+    histories, users = ask(walks)
+    assert torch.equal(models.load(tmp_path / "run").scores(histories, users), model.scores(histories, users))
+
+
 # -- scores and index ------------------------------------------------------------------------------------------------
 
 
@@ -467,9 +479,7 @@ def test_saved_and_loaded(walks, trained, name, tmp_path):
         again = SparCodeIndex.load(tmp_path / "index", mmap=mmap)
         for a, b in zip(again.retrieve(histories, users, 9), index.retrieve(histories, users, 9), strict=True):
             assert torch.equal(a, b)
-    assert index.nbytes() == 8 * 10 * len(index.rows) + 8 * (len(index.rows) + 1) + 8 * model.tokens.n_composite or (
-        name == "train"
-    )
+    assert index.nbytes() == 8 * len(index.rows.scores) + 8 * (len(index.rows) + 1) + 8 * model.tokens.n_composite
     damaged = tmp_path / "index" / "codes.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     with pytest.raises(InputError, match=r"SparCodeIndex.load"):

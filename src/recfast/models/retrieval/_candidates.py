@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recfast.data import Batch, Jagged
 from recfast.errors import InputError
 from recfast.models.retrieval.base import Retriever
+
+if TYPE_CHECKING:
+    from recfast.data import Dataset
 
 NEGATIVES = ("auto", "all", "uniform", "sampled", "batch", "mixed")
 # Up to so many items the softmax over all of them is taken where nothing else is asked for.
@@ -132,8 +135,19 @@ def softmax_loss(own: Tensor, others: Tensor, candidates: Candidates, positives:
     return F.softplus(torch.logsumexp(weighed, dim=1)[positives.owner] - own).mean()
 
 
-def start_biases(bias: Tensor, counts: Tensor) -> None:
-    """Let the biases of the items begin at the logarithm of their share of the positives, the rarest at 0."""
-    share = (counts + 1.0).log()
-    with torch.no_grad():
-        bias.copy_(share - share[1:].min())
+class SoftmaxRetriever(Retriever):
+    """Base of retrievers with `bias` [rows(item)], trained by `softmax_loss`."""
+
+    bias: nn.Parameter
+
+    def prepare(self, dataset: Dataset) -> None:
+        """Count the items; before the first training, let the biases begin at the logarithm of the items' share.
+
+        The rarest is at 0, so that a sum of terms that are cut at 0 begins whole.
+        """
+        first = not self.counts.any()
+        super().prepare(dataset)
+        if first:
+            share = (self.counts + 1.0).log()
+            with torch.no_grad():
+                self.bias.copy_(share - share[1:].min())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from recfast.data import Jagged
 from recfast.errors import InputError
 from recfast.nn.history import recent_events, segment_softmax, weighted_sum
 from recfast.nn.transformer_block import TransformerBlock
+
+if TYPE_CHECKING:
+    from recfast.data import Schema
+    from recfast.models.retrieval.base import Retriever
 
 ENCODERS = ("mean", "gru", "attention")
 
@@ -110,6 +115,13 @@ class HistoryEncoder(nn.Module):
         place = torch.arange(len(owner), device=owner.device) - offsets[owner]
         padded = steps.new_zeros(len(lengths), int(lengths.max()), steps.shape[1]).index_put((owner, place), steps)
         return self.gru(padded)[0][owner, place]
+
+
+def encoder_of(model: Retriever, schema: Schema, options: dict[str, Any], dim: int) -> HistoryEncoder:
+    """Return the encoder that a model's options ask for."""
+    users = schema.rows(model.user_column) if options["user_id"] and model.user_column is not None else 0
+    names = ("hidden", "max_length", "recency", "history_dropout", "dropout")
+    return HistoryEncoder(model.rows, users, dim, kind=options["encoder"], **{name: options[name] for name in names})
 
 
 def head(encoder: HistoryEncoder, out: int) -> nn.Linear:

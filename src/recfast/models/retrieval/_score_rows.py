@@ -46,7 +46,9 @@ class ScoreRows:
         if state is None or state != self._state or len(self._places) + len(missing) > len(self._table):
             capacity = max(len(wanted), min(_BUDGET // (4 * model.rows), model.tokens.n_composite))
             if self._table.shape != (capacity, model.rows) or self._table.device != codes.device:
-                self._table = torch.empty(capacity, model.rows, device=codes.device)
+                # A tensor that is made in inference mode could not be written to outside of it later.
+                with torch.inference_mode(False):
+                    self._table = torch.empty(capacity, model.rows, device=codes.device)
             self._places, self._state, missing = {}, state, wanted
         for begin in range(0, len(missing), _BLOCK):
             block = missing[begin : begin + _BLOCK]

@@ -128,6 +128,10 @@ class AttentionScorer(nn.Module):
         if len(parts) == 1:
             return tokens @ parts[0].T
         queries = self.query(tokens)
+        if len(parts) == 2:
+            # A softmax over two is a sigmoid of their difference.
+            apart = (parts[0] - parts[1]).T
+            return torch.addcmul(tokens @ parts[1].T, torch.sigmoid(queries @ apart), tokens @ apart)
         logits = [queries @ part.T for part in parts]
         highest = torch.stack([part.detach() for part in logits]).amax(0)
         weights = [torch.exp(part - highest) for part in logits]

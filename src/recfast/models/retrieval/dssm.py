@@ -16,20 +16,19 @@ from torch.nn import functional as F
 from recfast.errors import InputError
 from recfast.models.retrieval._candidates import (
     Positives,
+    SoftmaxRetriever,
     draw,
     known_negatives,
     positives_of,
     softmax_loss,
-    start_biases,
 )
-from recfast.models.retrieval._history_encoder import HistoryEncoder, head
-from recfast.models.retrieval.base import Retriever
+from recfast.models.retrieval._history_encoder import encoder_of, head
 
 if TYPE_CHECKING:
-    from recfast.data import Batch, Dataset, Jagged, Schema
+    from recfast.data import Batch, Jagged, Schema
 
 
-class DSSM(Retriever):
+class DSSM(SoftmaxRetriever):
     r"""Two towers: :math:`y_{ui} = W\,\mathrm{encoder}(u) \cdot v_i + b_i`.
 
     The last coordinate of an item vector is its bias, that of a user vector is 1.
@@ -71,21 +70,10 @@ class DSSM(Retriever):
         self.negatives, self.num_negatives = known_negatives("DSSM", negatives), num_negatives
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            users = schema.rows(self.user_column) if user_id and self.user_column is not None else 0
-            self.encoder = HistoryEncoder(
-                self.rows, users, event_dim or dim, kind=encoder, hidden=hidden, max_length=max_length,
-                recency=recency, history_dropout=history_dropout, dropout=dropout,
-            )  # fmt: skip
+            self.encoder = encoder_of(self, schema, options, event_dim or dim)
             self.head = head(self.encoder, dim)
             self.items = nn.Parameter(torch.randn(self.rows, dim) * 0.4 / dim**0.5)
         self.bias = nn.Parameter(torch.zeros(self.rows))
-
-    def prepare(self, dataset: Dataset) -> None:
-        """Count the items; before the first training, begin the biases at the popularity."""
-        first = not self.counts.any()
-        super().prepare(dataset)
-        if first:
-            start_biases(self.bias, self.counts)
 
     def user_vectors(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
         return F.pad(self.head(self.encoder(histories, users)), (0, 1), value=1.0)

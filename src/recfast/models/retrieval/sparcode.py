@@ -16,24 +16,23 @@ from torch.nn import functional as F
 from recfast.errors import InputError
 from recfast.models.retrieval._candidates import (
     Positives,
+    SoftmaxRetriever,
     draw,
     known_negatives,
     positives_of,
     softmax_loss,
-    start_biases,
 )
-from recfast.models.retrieval._history_encoder import HistoryEncoder, head
+from recfast.models.retrieval._history_encoder import encoder_of, head
 from recfast.models.retrieval._query_tokens import QueryTokens
 from recfast.models.retrieval._score_rows import ScoreRows
 from recfast.models.retrieval._scorers import scorer_of
-from recfast.models.retrieval.base import Retriever
 
 if TYPE_CHECKING:
-    from recfast.data import Batch, Dataset, Jagged, Schema
+    from recfast.data import Batch, Jagged, Schema
     from recfast.models.retrieval._sparcode_index import SparCodeIndex
 
 
-class SparCode(Retriever):
+class SparCode(SoftmaxRetriever):
     r"""Retriever whose score is any function of token and item, and is served as a sum of a few sparse rows.
 
     .. math::
@@ -123,11 +122,7 @@ class SparCode(Retriever):
         self.negatives = known_negatives("SparCode", negatives)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            users = schema.rows(self.user_column) if user_id and self.user_column is not None else 0
-            self.encoder = HistoryEncoder(
-                self.rows, users, dim, kind=encoder, hidden=hidden, max_length=max_length, recency=recency,
-                history_dropout=history_dropout, dropout=dropout,
-            )  # fmt: skip
+            self.encoder = encoder_of(self, schema, options, dim)
             try:
                 self.tokens = QueryTokens(
                     head(self.encoder, tokens * token_dim), tokens, token_dim, codebooks, codes, shared_codebooks,
@@ -143,13 +138,6 @@ class SparCode(Retriever):
         self.bias = nn.Parameter(torch.zeros(self.rows))
         self.threshold = nn.Parameter(torch.zeros(())) if sparsity == "train" else None
         self._score_rows = ScoreRows(self)
-
-    def prepare(self, dataset: Dataset) -> None:
-        """Count the items; before the first training, begin the biases at the popularity."""
-        first = not self.counts.any()
-        super().prepare(dataset)
-        if first:
-            start_biases(self.bias, self.counts)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Positives]:
         """Return the quantised tokens float32 [B, K_u, C], the quantiser's loss and the positives."""
