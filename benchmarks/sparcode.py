@@ -116,7 +116,12 @@ SETTINGS = {
     ],
     "gowalla": [
         Setting("two towers", {}, 18),
-        Setting("SparCode", {**SPARCODE, "scorer": "attention", "decay": 0.97}, 12, free=10),
+        Setting(
+            "SparCode",
+            {**SPARCODE, "scorer": "attention", "tokens": 8, "token_dim": 8, "codebooks": 1, "codes": 512},
+            10,
+            free=8,
+        ),
     ],
 }
 
@@ -292,6 +297,24 @@ def measured(model: torch.nn.Module, task: Task, every: int = 1) -> dict[str, fl
     return found(ids, task.truth.take(chosen))
 
 
+class Unquantised(torch.nn.Module):
+    """SparCode's scores by the tokens themselves: what its codes cost is the difference."""
+
+    task = "retrieval"
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def item_vectors(self) -> torch.Tensor:
+        return self.model.item_vectors()
+
+    def scores(self, histories: Jagged, users: torch.Tensor) -> torch.Tensor:
+        model = self.model
+        tokens = model.tokens.placed(model.tokens.unquantized(model.encoder(histories, users)))
+        return torch.cat([model.token_scores(part).sum(0, keepdim=True) for part in tokens])
+
+
 def allowed(task: Task, users: torch.Tensor, rows: int) -> torch.Tensor:
     lists = task.seen.take(users)
     mask = torch.ones(len(users), rows, dtype=torch.bool)
@@ -431,6 +454,9 @@ class Study:
         model, seconds = train(setting, task, seed, epochs, None)
         # Score rows of all codes do not fit the memory that they are kept in where there are many items.
         exact = measured(model, task, 1 if task.ordered else 20)
+        free = None
+        if hasattr(model, "tokens"):
+            free = measured(Unquantised(model), task, 1 if task.ordered else 100)
         indexes = {}
         with torch.inference_mode():
             for index in served(model, task, self.top):
@@ -443,7 +469,7 @@ class Study:
         report = model.tokens.quantizer.report()["perplexity"] if hasattr(model, "tokens") else None
         self.remember(
             kind="test", data=name, seed=seed, **described(setting), epochs=epochs, seconds=seconds, exact=exact,
-            indexes=indexes, perplexity=report, parameters=sum(p.numel() for p in model.parameters()),
+            unquantised=free, indexes=indexes, perplexity=report, parameters=sum(p.numel() for p in model.parameters()),
         )  # fmt: skip
 
 
