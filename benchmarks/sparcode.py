@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import textwrap
@@ -44,6 +45,8 @@ ROWS, WINDOW, SHARE = 256, 5, 0.5
 # Codes of the two towers' vectors in CodeIndex.
 PQ_BOOKS, PQ_CODES = 8, 256
 TIMED = 300
+# Codebooks and codes of the two towers' user vectors, where it is asked what coding a query costs.
+QUERY_CODES = ((8, 64), (8, 256), (8, 512), (16, 256))
 
 
 @dataclass
@@ -320,6 +323,24 @@ class Unquantised(torch.nn.Module):
         return torch.cat([model.token_scores(part).sum(0, keepdim=True) for part in tokens])
 
 
+class Coded(torch.nn.Module):
+    """Two towers whose user vectors are product-quantised."""
+
+    task = "retrieval"
+
+    def __init__(self, model: torch.nn.Module, quantizer: ProductQuantizer) -> None:
+        super().__init__()
+        self.model, self.quantizer = model, quantizer
+
+    def item_vectors(self) -> torch.Tensor:
+        return self.model.item_vectors()
+
+    def user_vectors(self, histories: Jagged, users: torch.Tensor) -> torch.Tensor:
+        vectors = self.model.user_vectors(histories, users)
+        codes = self.quantizer.encode(vectors[:, :-1].contiguous())
+        return torch.cat([self.quantizer.decode(codes), vectors[:, -1:]], dim=1)
+
+
 def allowed(task: Task, users: torch.Tensor, rows: int) -> torch.Tensor:
     lists = task.seen.take(users)
     mask = torch.ones(len(users), rows, dtype=torch.bool)
@@ -438,6 +459,25 @@ class Study:
             best = max(seen, key=lambda entry: entry[CHOICE])
             self.remember(**wanted, epochs=setting.epochs, seconds=seconds, best=best)
 
+    def coded_queries(self, name: str, path: Path) -> None:
+        """What it costs two towers to code their user vectors after training, by bits; on validation items, seed 0."""
+        chosen = self.best(name, "two towers")
+        if chosen is None or self.find(kind="coded queries", data=name):
+            return
+        setting, epochs = chosen
+        task = TASKS[name](path, "valid", self.cache)
+        model, _ = train(setting, task, 0, epochs, None)
+        every = 1 if task.ordered else 20
+        out = {"none": {"bits": 32 * model.head.out_features, **measured(model, task, every)}}
+        with torch.inference_mode():
+            users = torch.arange(1, len(task.known.offsets) - 1)
+            vectors = model.user_vectors(task.known.take(users), users)[:, :-1].contiguous()
+            for books, codes in QUERY_CODES:
+                quantizer = ProductQuantizer(vectors.shape[1], books, codes).fit(vectors, iterations=10)
+                coded = {"bits": books * math.log2(codes), **measured(Coded(model, quantizer), task, every)}
+                out[f"{books} x {codes}"] = coded
+        self.remember(kind="coded queries", data=name, side="two towers", epochs=epochs, codes=out)
+
     def best(self, name: str, side: str) -> tuple[Setting, int] | None:
         """The configuration and the epoch of the best validation."""
         runs = self.find(kind="tuning", data=name, side=side)
@@ -511,6 +551,30 @@ def table(study: Study) -> str:
     return "\n".join(out)
 
 
+def lost(study: Study) -> str:
+    """What the codes cost: SparCode by its tokens as they are, by codes, and by the rows that were cut."""
+    head = ["data", "model", "tokens or vectors", "Recall@20", "Recall@50", "NDCG@20", "NDCG@50"]
+    out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    columns = ("recall@20", "recall@50", "ndcg@20", "ndcg@50")
+
+    def line(name: str, side: str, what: str, cells: list[dict[str, float]]) -> None:
+        row = [name, side, what, *(f"{statistics.fmean(c[m] for c in cells):.4f}" for m in columns)]
+        out.append("| " + " | ".join(row) + " |")
+
+    for name in SETTINGS:
+        runs = study.find(kind="test", data=name, side="SparCode")
+        if runs:
+            line(name, "SparCode, test", "as they are", [run["unquantised"] for run in runs])
+            line(name, "SparCode, test", "coded, all items of a row", [run["exact"] for run in runs])
+            best = f"coded, {study.top:,} best of a row"
+            line(name, "SparCode, test", best, [run["indexes"]["CodeRows"] for run in runs])
+        for run in study.find(kind="coded queries", data=name):
+            for what, cell in run["codes"].items():
+                coded = "as they are" if what == "none" else f"coded after training, {what} ({cell['bits']:.0f} bits)"
+                line(name, "two towers, validation", coded, [cell])
+    return "\n".join(out)
+
+
 def tuned(study: Study) -> str:
     head = ["data", "model", "configuration", "best epoch of", "Recall@20", "Recall@50", "NDCG@20", "NDCG@50"]
     out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -552,6 +616,12 @@ def report(study: Study) -> None:
 
 {table(study)}
 
+## What the codes cost
+
+On Gowalla measured on some of the users: every hundredth for tokens as they are, every twentieth for the others.
+
+{lost(study)}
+
 ## Every configuration that was tried, on validation items
 
 {tuned(study)}
@@ -584,6 +654,7 @@ def main() -> None:
             for side in ("two towers", "SparCode"):
                 study.test(name, path, side, seed)
                 report(study)
+        study.coded_queries(name, path)
     report(study)
 
 

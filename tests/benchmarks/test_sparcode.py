@@ -51,6 +51,7 @@ def sparcode(walks):
         patch.setitem(__import__("sys").modules, spec.name, module)
         spec.loader.exec_module(module)
         module.ROWS = 16
+        module.QUERY_CODES = ((2, 4), (4, 64))
         module.PQ_BOOKS, module.PQ_CODES, module.TIMED = 4, 8, 5
         small = {"tokens": 2, "token_dim": 4, "codes": 4, "shared_codebooks": False}
         for name, ordered in (("ml-100k", True), ("gowalla", False)):
@@ -71,6 +72,7 @@ def finished(sparcode, tmp_path_factory):
         study.tune(name, Path("nowhere"))
         for side in ("two towers", "SparCode"):
             study.test(name, Path("nowhere"), side, 0)
+    study.coded_queries("ml-100k", Path("nowhere"))
     return study
 
 
@@ -143,6 +145,7 @@ def test_nothing_is_trained_twice(sparcode, finished, monkeypatch, tmp_path):
     for name in sparcode.SETTINGS:
         again.tune(name, Path("nowhere"))
         again.test(name, Path("nowhere"), "SparCode", 0)
+    again.coded_queries("ml-100k", Path("nowhere"))
     assert finished.path.read_text() == before
     # A line that was cut off is a run that was not done.
     (tmp_path / sparcode.RUNS).write_text(before[:-30])
@@ -157,7 +160,15 @@ def test_tables(sparcode, finished):
     for name in sparcode.SETTINGS:
         assert text.count(f"| {name} | two towers | DenseIndex flat | 1 |") == 1
         assert text.count(f"| {name} | SparCode | CodeRows | 1 |") == 1
+        assert text.count(f"| {name} | SparCode, test | as they are |") == 1
     assert text.count("quantised from epoch 3") == 2
+    assert text.count("coded after training, 2 x 4 (4 bits)") == 1
+
+
+def test_more_bits_lose_less(finished):
+    codes = finished.find(kind="coded queries", data="ml-100k")[0]["codes"]
+    assert [entry["bits"] for entry in codes.values()] == [256, 4, 24]
+    assert codes["2 x 4"]["ndcg@50"] <= codes["4 x 64"]["ndcg@50"] + 0.05
 
 
 def test_unquantised_scores_are_those_of_many_codes(sparcode, walks):

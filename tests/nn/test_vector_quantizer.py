@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recfast.nn import VectorQuantizer
+from recfast.nn import VectorQuantizer, vector_quantizer
 
 
 def blobs(n: int, dim: int = 4, centres: int = 6, seed: int = 0) -> torch.Tensor:
@@ -47,7 +47,9 @@ def test_values_are_the_code_vectors_to_the_last_bit():
     assert torch.equal(again.codes, quantizer.encode(x))
 
 
-def test_nearest_code_by_brute_force_ties_to_the_lowest():
+@pytest.mark.parametrize("held", [1 << 24, 14 * 7])
+def test_nearest_code_by_brute_force_ties_to_the_lowest(held, monkeypatch):
+    monkeypatch.setattr(vector_quantizer, "_DISTANCES", held)
     quantizer = VectorQuantizer(4, 2, 7)
     x = blobs(30)
     quantizer(x)

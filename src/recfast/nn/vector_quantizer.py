@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 # Of k-means when the codebooks begin.
 _ITERATIONS = 10
+# Distances held at once, 64 MiB.
+_DISTANCES = 1 << 24
 # Vectors a code that are remembered from the warm-up.
 _RECENT = 64
 
@@ -189,8 +191,9 @@ class VectorQuantizer(nn.Module):
         parts = x.unflatten(-1, (self.n_codebooks, -1)).flatten(0, -3).transpose(0, 1)
         # |x|^2 is the same for every code and left out.
         norms = self.codebooks.square().sum(-1)[:, None]
-        distances = torch.baddbmm(norms, parts, self.codebooks.transpose(1, 2), alpha=-2)
-        return distances.argmin(-1).T.reshape(*x.shape[:-1], self.n_codebooks)
+        pieces = parts.split(max(1, _DISTANCES // (self.n_codebooks * self.n_codes)), dim=1)
+        codes = [torch.baddbmm(norms, p, self.codebooks.transpose(1, 2), alpha=-2).argmin(-1) for p in pieces]
+        return torch.cat(codes, dim=1).T.reshape(*x.shape[:-1], self.n_codebooks)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the vectors that codes [..., M] stand for, float32 [..., D]; differentiable in the codebooks."""
