@@ -207,6 +207,13 @@ def test_lightgcn_vectors_follow_the_weights(clubs):
         assert not torch.equal(model.item_vectors(), before)
 
 
+def test_lightgcn_is_measured_anew_after_each_epoch(clubs):
+    """The optimiser that `train.fit` takes does not count up the version of a parameter."""
+    run = train.fit(LightGCN(clubs.schema, dim=8), clubs, epochs=3, batch_size=64, lr=0.03, monitor="ndcg@10")
+    assert len({entry["valid"]["ndcg@10"] for entry in run.history}) == 3
+    assert train.evaluate(run.model, clubs.valid, dataset=clubs, k=(10,))["ndcg@10"] == run.metrics["ndcg@10"]
+
+
 def test_lightgcn_draws_users_evenly_and_no_false_negatives(clubs):
     model = fitted("lightgcn", clubs)
     x = dense(clubs)

@@ -99,6 +99,12 @@ class LightGCN(Retriever):
         self.interactions.fill(dataset)
         self._known = self._pairs = None
 
+    def train(self, mode: bool = True) -> LightGCN:
+        """As of any module; what is known of the vectors is forgotten."""
+        # Not every optimiser counts up the version of a parameter: fused ones do not.
+        self._known = None
+        return super().train(mode)
+
     def vectors(self) -> tuple[Tensor, Tensor]:
         """Return the vectors of all users and all items, float32 [rows(user), D] and [rows(item), D]."""
         if len(self.interactions) == 0:
