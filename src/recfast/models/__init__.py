@@ -44,8 +44,8 @@ _PLACES = {
 __all__ = [
     "DARE",
     "DIN",
-    "EASE",
     "DSSM",
+    "EASE",
     "ETA",
     "GFCF",
     "MF",
