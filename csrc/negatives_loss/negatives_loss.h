@@ -18,12 +18,12 @@
 //              there is once a row or once a column; a tile of scores a thread. kContrastive keeps one bit a pair.
 // Plan         Queries are turned once, so that they are the lanes of vectors. Forward streams tiles of columns past
 //              blocks of queries: scores, the online softmax (or the sums of the others), and, for a gradient,
-//              dL_i/dq_i on the way (`direction`), which backward only has to multiply by the gradient of L_i. Backward computes
+//              dL_i/dq_i on the way (`direction`), which backward multiplies by the gradient of L_i. Backward computes
 //              the scores of a tile again for the gradient of its rows; kContrastive reads its bits instead.
 //              kPrivate gathers each row once forward; backward sorts the pairs by id, reads each row once and
 //              multiplies it with its queries, which stay in cache.
 // Accumulator  T. Every sum runs in one fixed order: over D, over the columns of a tile and the tiles (forward), over
-//              the rows (gradient of a column), over the columns of an id and then its positives. So nothing depends on the
+//              the rows (gradient of a column), over the columns of an id, then its positives. Nothing depends on the
 //              number of threads, and row i's loss not on the other rows. AVX2 and AVX-512 use FMA, the scalar form
 //              does not, and the forms sum norms and private products in vectors of their own width:
 //              |error of z| <= (D + 6) eps |scale| sum_d |q_d w_d|, and z enters a loss with slope at most 1 (weight).

@@ -90,7 +90,7 @@ struct Kernel : Tiles<Simd> {
     for (std::int64_t d = 0; d < width; d += kWidth) store(y + d, factor * load(y + d));
   }
 
-  // What the gradient of a normalised row is for the row x itself, of norm 1 / inverse: (dy - (y dy) y) / |x|, in place.
+  // The gradient of a normalised row, for the row x itself, of norm 1 / inverse: (dy - (y dy) y) / |x|, in place.
   static void project(T* gradient, const T* x, T inverse, std::int64_t width) noexcept {
     if (inverse >= static_cast<T>(1 / kSmallestNorm)) {
       std::fill_n(gradient, width, T{0});
