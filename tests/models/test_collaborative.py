@@ -19,6 +19,7 @@ from recfast.models.retrieval.lightgcn import LightGCN, smooth
 from recfast.models.retrieval.mf import MF
 from recfast.models.retrieval.simplex import SimpleX
 from recfast.models.retrieval.two_tower import TwoTower
+from recfast.pipeline import Pipeline
 from recfast.train.evaluate import held_out, top_items
 
 FILTERS = {
@@ -170,6 +171,14 @@ def test_filters_have_no_vectors(clubs, name):
             ask()
     with pytest.raises(InputError, match=r"call prepare\(dataset\) first"):
         model.scores(lists([1]))
+
+
+@pytest.mark.parametrize("name", [*FILTERS, "sparcode"])
+def test_a_pipeline_refuses_them_at_once(clubs, name):
+    """Not at the first request."""
+    model = models.SparCode(clubs.schema, dim=8, codes=4) if name == "sparcode" else FILTERS[name](clubs.schema)
+    with pytest.raises(InputError, match="no dot product"):
+        Pipeline(model, None, None, clubs, codebooks=2, n_codes=4)
 
 
 def test_lightgcn_is_the_formula(clubs):
