@@ -103,8 +103,13 @@ class Pipeline:
             features = "both" if len(self.catalogue.genre_names) > 1 else "vectors"
         self.features = features
         with torch.inference_mode():
+            # Asked for before anything is coded: not every retriever has vectors whose dot product is its score.
+            unknown = torch.zeros(1, dtype=torch.int64)
+            width = retriever.user_vectors(self.catalogue.history.take(unknown), unknown).shape[1]
             # Row 0 stands for unknown items and is never recommended.
             vectors = _finite("item_vectors of the retriever", retriever.item_vectors().float().cpu())[1:]
+        if vectors.shape[1] != width:
+            raise InputError(f"Pipeline: the retriever's items have {vectors.shape[1]} coordinates, its users {width}")
         if quantizer is None:
             quantizer = ProductQuantizer(-(-vectors.shape[1] // codebooks) * codebooks, codebooks, n_codes)
             quantizer.fit(_widened(vectors, quantizer.dim), seed=seed)

@@ -19,6 +19,7 @@ from recfast.models.retrieval.lightgcn import LightGCN, smooth
 from recfast.models.retrieval.mf import MF
 from recfast.models.retrieval.simplex import SimpleX
 from recfast.models.retrieval.two_tower import TwoTower
+from recfast.pipeline import Pipeline
 from recfast.train.evaluate import held_out, top_items
 
 FILTERS = {
@@ -172,6 +173,14 @@ def test_filters_have_no_vectors(clubs, name):
         model.scores(lists([1]))
 
 
+@pytest.mark.parametrize("name", [*FILTERS, "sparcode"])
+def test_a_pipeline_refuses_them_at_once(clubs, name):
+    """Not at the first request."""
+    model = models.SparCode(clubs.schema, dim=8, codes=4) if name == "sparcode" else FILTERS[name](clubs.schema)
+    with pytest.raises(InputError, match="no dot product"):
+        Pipeline(model, None, None, clubs, codebooks=2, n_codes=4)
+
+
 def test_lightgcn_is_the_formula(clubs):
     x = dense(clubs)
     users, items = x.shape
@@ -275,6 +284,76 @@ def test_saved_and_loaded(clubs, name, tmp_path):
     histories, users = clubs.history("train").take([1, 2, 3]), torch.tensor([1, 2, 0])
     with torch.no_grad():
         assert torch.equal(again.scores(histories, users), model.scores(histories, users))
+
+
+@pytest.fixture(scope="module")
+def rare(tmp_path_factory) -> data.Dataset:
+    """Twenty users, three of them with too few items to be known."""
+    random = np.random.default_rng(0)
+    pairs = [(u, int(i)) for u in range(20) for i in random.permutation(30)[: 2 if u < 3 else 10]]
+    columns = [data.Categorical("user", role="user", min_count=5), data.Categorical("item", role="item")]
+    frame = pl.DataFrame(pairs, schema=["user", "item"], orient="row")
+    return data.prepare(data.Schema(columns, label=None), frame, cache=tmp_path_factory.mktemp("rare"))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lazy_adam"])
+@pytest.mark.parametrize("name", ["mf_ccl", "mf_bpr", "simplex", "lightgcn_rows"])
+def test_the_unknown_user_is_not_trained(rare, name, optimizer):
+    assert (rare.train.column("user") == 0).sum() == 6
+    run = train.fit(TRAINED[name](rare.schema), rare, epochs=2, batch_size=32, lr=0.01, optimizer=optimizer)
+    users = run.model.users
+    assert (getattr(users, "weight", users)[0] == 0).all()
+    assert (getattr(users, "weight", users)[1:] != 0).any(1).all()
+
+
+def test_simplex_reads_the_latest_of_the_other_items(clubs):
+    """A full history beside the positive, wherever in it the positive stands; and no hole in the ages."""
+    model = SimpleX(clubs.schema, dim=8, history="others", max_length=4, shared_items=False).eval()
+    with torch.no_grad():
+        model.recency.copy_(torch.tensor([1.0, -2.0, 0.5, 3.0]))
+    model.prepare(clubs)
+    batch = next(iter(Loader(clubs.train, 60)))
+    every = clubs.history("train")
+    others = [[i for i in every.row(u).tolist() if i != item] for u, item in batch.ids.tolist()]
+    wanted = model.user_vectors(lists(*others), batch.column("user"))
+    torch.testing.assert_close(model(batch), wanted)
+
+
+def test_what_does_not_fit_the_interactions_is_refused(clubs, rare, tmp_path):
+    model = fitted("gf_cf", clubs)
+    state = dict(zip(("tensors", "extra"), storage.split_state(model), strict=True))
+    tensors = {name: value.clone() for name, value in state["tensors"].items()}
+
+    def load(changed, schema=clubs.schema):
+        storage.restore_state(GFCF(schema, rank=5), tensors | changed, state["extra"], tmp_path)
+
+    load({})
+    for name, message in (
+        ("items", r"interactions.items has an id outside \[1, 91\)"),
+        ("users", r"interactions.users has an id outside \[1, 91\)"),
+    ):
+        for wrong in (91, 0, -1):
+            ids = tensors[f"interactions.{name}"].clone()
+            ids[3] = wrong
+            with pytest.raises(InputError, match=message):
+                load({f"interactions.{name}": ids})
+        with pytest.raises(InputError, match="does not rise from 0 to the"):
+            load({f"interactions.{name}": tensors[f"interactions.{name}"][:-1]})
+    with pytest.raises(InputError, match=r"'interactions.user_offsets' has the shape \[92\], expected \[93\]"):
+        load({}, clubs.schema.fit({"user": 92, "item": 91}))
+
+
+def test_no_second_copy_of_what_is_not_trained(clubs):
+    """Of a closed form there is but one state, and it can be gigabytes."""
+    copied = []
+
+    class Watched(EASE):
+        def state_dict(self, *args, **kwargs):
+            copied.append(True)
+            return super().state_dict(*args, **kwargs)
+
+    train.fit(Watched(clubs.schema), clubs, epochs=2)
+    assert not copied
 
 
 def test_every_parameter_has_a_gradient(clubs):

@@ -39,7 +39,7 @@ def test_build(known):
     [
         ("DeepFN", {}, "models.build: model 'DeepFN' is unknown, did you mean 'DeepFM'?"),
         ("deepfm", {}, "model 'deepfm' is unknown, did you mean 'DeepFM'?"),
-        ("zzz", {}, "model 'zzz' is unknown, expected one of DARE, DCNv2, DIN, DeepFM, EASE, ETA, GFCF"),
+        ("zzz", {}, "model 'zzz' is unknown, expected one of DARE, DCNv2, DIN, DSSM, DeepFM, EASE, ETA"),
         ("Known", {"dimm": 1}, "models.build: Known has no option 'dimm', did you mean 'dim'?"),
         ("Known", {"schema": 1}, "Known has no option 'schema', expected one of dim, dropout"),
     ],

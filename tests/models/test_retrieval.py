@@ -234,7 +234,9 @@ def test_simplex_others_leaves_out_the_positive(walks):
     model.prepare(walks)
     users, positive = batch.column("user"), batch.column("item")
     every = walks.history("train")
-    without = [[i for i in every.row(u)[-6:].tolist() if i != p] for u, p in zip(users.tolist(), positive, strict=True)]
+    # Six others, where there are as many: the seventh stands in for the positive.
+    recent = [every.row(u)[-7:].tolist() for u in users.tolist()]
+    without = [[i for i in row if i != p][-6:] for row, p in zip(recent, positive.tolist(), strict=True)]
     torch.testing.assert_close(model(batch), model.user_vectors(lists(*without), users))
 
 

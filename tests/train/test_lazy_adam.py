@@ -108,6 +108,19 @@ def test_gradients_stay_and_a_closure_is_called():
     assert model.table.grad.is_sparse
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_step_counts_as_writing(sparse):
+    """Who keeps something made of the weights sees that they are others; so does autograd."""
+    model = Model(sparse=sparse)
+    loss = model(torch.tensor([1, 2])) * model.table.square().sum()
+    versions = {p: p._version for p in model.parameters()}
+    model(torch.tensor([3])).backward()
+    train.LazyAdam(model.parameters()).step()
+    assert all(p._version > version for p, version in versions.items())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_rejects_bad_input():
     with pytest.raises(ValueError, match="learning rate"):
         train.LazyAdam([nn.Parameter(torch.zeros(2))], lr=-1.0)

@@ -25,6 +25,7 @@ _PLACES = {
     "DeepFM": "recfast.models.ctr.deepfm",
     "DIN": "recfast.models.ctr.din",
     "EASE": "recfast.models.retrieval.ease",
+    "DSSM": "recfast.models.retrieval.dssm",
     "ETA": "recfast.models.ctr.eta",
     "GFCF": "recfast.models.retrieval.gf_cf",
     "ItemKNN": "recfast.models.retrieval.baselines",
@@ -35,6 +36,7 @@ _PLACES = {
     "SDIM": "recfast.models.ctr.sdim",
     "SIM": "recfast.models.ctr.sim",
     "SimpleX": "recfast.models.retrieval.simplex",
+    "SparCode": "recfast.models.retrieval.sparcode",
     "TWIN": "recfast.models.ctr.twin",
     "TwoTower": "recfast.models.retrieval.two_tower",
 }
@@ -42,6 +44,7 @@ _PLACES = {
 __all__ = [
     "DARE",
     "DIN",
+    "DSSM",
     "EASE",
     "ETA",
     "GFCF",
@@ -56,6 +59,7 @@ __all__ = [
     "LightGCN",
     "Popularity",
     "SimpleX",
+    "SparCode",
     "TwoTower",
     "build",
     "convert",

@@ -133,10 +133,11 @@ def restore_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], extra: 
         raise InputError(f"{place} is of another model: expected the tensor {name!r}, found none of that name")
     for name in sorted(tensors.keys() - expected.keys()) + sorted(extra.keys() - expected_extra.keys()):
         raise InputError(f"{place} is of another model: found the tensor {name!r}, which this model does not have")
-    # Tables that grow take as many rows as were saved.
-    growing = tuple(
-        f"{name}." if name else "" for name, part in model.named_modules() if getattr(part, "resizable_state", False)
-    )
+    # Tables that grow take as many rows as were saved: all tensors of a module, or those that it names.
+    growing: tuple[str, ...] = ()
+    for name, part in model.named_modules():
+        which = getattr(part, "resizable_state", False)
+        growing += tuple(f"{name}." * bool(name) + own for own in (("",) if which is True else which or ()))
     for name, tensor in expected.items():
         wanted, found = list(tensor.shape), list(tensors[name].shape)
         if name.startswith(growing) and len(found) == len(wanted):
@@ -148,6 +149,14 @@ def restore_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], extra: 
             )
         if tensor.dtype != tensors[name].dtype:
             raise InputError(f"{place} does not fit: {name!r} is {tensors[name].dtype}, expected {tensor.dtype}")
+    for name, module in model.named_modules():
+        # Tensors whose values something relies on.
+        if hasattr(module, "check_tensors"):
+            begin = f"{name}." * bool(name)
+            try:
+                module.check_tensors({k[len(begin) :]: v for k, v in tensors.items() if k.startswith(begin)})
+            except InputError as error:
+                raise InputError(f"{place} is damaged: {begin}{error}") from None
     model.load_state_dict({**tensors, **extra})
 
 

@@ -27,6 +27,7 @@ from recfast.nn.residual_quantizer import ResidualQuantizer
 from recfast.nn.sdim import SDIM
 from recfast.nn.target_attention import TargetAttention
 from recfast.nn.transformer_block import TransformerBlock
+from recfast.nn.vector_quantizer import VectorQuantizer
 
 __all__ = [
     "DARE",
@@ -56,6 +57,7 @@ __all__ = [
     "TargetAttention",
     "Tokenizer",
     "TransformerBlock",
+    "VectorQuantizer",
     "best_step",
     "chamfer",
     "fm_interaction",

@@ -313,7 +313,8 @@ class _Training:
         best = self._is_best(entry)
         if best:
             state.best, state.stale = entry, 0
-            if self.out is None:
+            # A model without anything to train has but one state, which may be large.
+            if self.out is None and self.optimizer is not None:
                 self.best_weights = {
                     k: v.detach().clone() if isinstance(v, torch.Tensor) else v
                     for k, v in self.model.state_dict().items()

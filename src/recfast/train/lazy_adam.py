@@ -49,16 +49,21 @@ class LazyAdam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sparse = []
+        sparse, moved = [], []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and parameter.grad.is_sparse:
+                if parameter.grad is None:
+                    continue
+                moved.append(parameter)
+                if parameter.grad.is_sparse:
                     self._move(parameter, parameter.grad, group)
                     sparse.append((parameter, parameter.grad))
                     parameter.grad = None
         super().step()
         for parameter, gradient in sparse:
             parameter.grad = gradient
+        # Fused updates do not count as writing: autograd would not notice a backward of before, nor a cache of vectors.
+        torch.autograd.graph.increment_version(moved)
         return loss
 
     def _move(self, table: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,8 +41,8 @@ class Interactions(nn.Module):
     item_offsets: Tensor
     """int64 [I + 1]."""
 
-    # What a checkpoint has may be longer than what a new model has.
-    resizable_state = True
+    # What a checkpoint has of these may be longer than what a new model has.
+    resizable_state = ("items", "users")
 
     def __init__(self, users: int, items: int) -> None:
         super().__init__()
@@ -83,6 +84,15 @@ class Interactions(nn.Module):
     def of_users(self, dense: Tensor) -> Tensor:
         """Return :math:`X^T E`, float32 [I, n], of `dense` [U, n]: to each item the sum of the rows of its users."""
         return _product(dense, self.users, self.item_offsets)
+
+    def check_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        """Refuse saved tensors that are no matrix of this shape: what multiplies with them does not look again."""
+        for ids, offsets, rows in (("items", "user_offsets", self.shape[1]), ("users", "item_offsets", self.shape[0])):
+            values, ends = saved[ids], saved[offsets]
+            if len(values) and not 0 < int(values.min()) <= int(values.max()) < rows:
+                raise InputError(f"{ids} has an id outside [1, {rows})")
+            if ends[0] != 0 or ends[-1] != len(values) or (ends.diff() < 0).any():
+                raise InputError(f"{offsets} does not rise from 0 to the {len(values)} {ids}")
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         for name in ("items", "users"):

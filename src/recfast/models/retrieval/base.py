@@ -98,9 +98,11 @@ class Retriever(nn.Module):
         scores[:, 0] = -torch.inf
         return scores
 
-    def look_up(self, table: Tensor, ids: Tensor) -> Tensor:
-        """Return the rows `ids` of a table, with a gradient as `sparse_gradients` says."""
-        return F.embedding(ids, table, sparse=True) if self.sparse_gradients else table.index_select(0, ids)
+    def look_up(self, table: Tensor, ids: Tensor, *, padding_idx: int | None = None) -> Tensor:
+        """Return the rows `ids` of a table, with a gradient as `sparse_gradients` says and none for `padding_idx`."""
+        if self.sparse_gradients or padding_idx is not None:
+            return F.embedding(ids, table, padding_idx=padding_idx, sparse=self.sparse_gradients)
+        return table.index_select(0, ids)
 
     def histories(self, batch: Batch) -> Jagged:
         """Return the histories of a batch of positive rows, one for each row."""

@@ -135,6 +135,8 @@ class LightGCN(Retriever):
             user, positive = self._draw_users(len(batch))
         else:
             user, positive = trained_rows(batch.column(self.user_column), batch.column(self.item_column))
+            # What the graph does not know keeps its zeros.
+            user, positive = user[user != 0], positive[user != 0]
             if len(positive) == 0:
                 return output[0].sum() * 0.0
         negative = self._draw_negatives(user)

@@ -112,14 +112,14 @@ class MF(Retriever):
     def user_vectors(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
         if users is None:
             users = torch.zeros(histories.offsets.shape[0] - 1, dtype=torch.int64, device=self.users.device)
-        return self._scaled(self.look_up(self.users, users))
+        return self._scaled(self.look_up(self.users, users, padding_idx=0))
 
     def item_vectors(self) -> Tensor:
         return self._scaled(self.items)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the user vectors of a batch of positive rows, float32 [R, D]; in training with dropout."""
-        vectors = self._scaled(self.look_up(self.users, batch.column(self.user_column)))
+        vectors = self._scaled(self.look_up(self.users, batch.column(self.user_column), padding_idx=0))
         return F.dropout(vectors, self.dropout, self.training)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recfast.errors import InputError
-from recfast.models.retrieval.base import Retriever, against_uniform, trained_rows
+from recfast.models.retrieval.base import Retriever, against_uniform, trained_rows, without
 from recfast.nn.history import Events, recent_events, segment_softmax, segment_sum
 from recfast.nn.losses import NegativesLoss
 
@@ -136,14 +136,11 @@ class SimpleX(Retriever):
         self._all_positives = dataset.history("train") if self.history == "others" else None
 
     def user_vectors(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
-        return self._user_vectors(histories, users, None)
-
-    def _user_vectors(self, histories: Jagged, users: Tensor | None, exclude: Tensor | None) -> Tensor:
-        events = recent_events(histories.values, histories.offsets, self.max_length, exclude=exclude)
+        events = recent_events(histories.values, histories.offsets, self.max_length)
         count = histories.offsets.shape[0] - 1
         if users is None:
             users = torch.zeros(count, dtype=torch.int64, device=histories.offsets.device)
-        user = self.look_up(self.users.weight, users)
+        user = self.look_up(self.users.weight, users, padding_idx=0)
         # Read once: each look-up would leave a gradient as large as the table.
         rows = self.look_up(self.events, events.ids)
         weight = segment_softmax(self._logits(events, rows, user), events.owner, count)
@@ -166,13 +163,13 @@ class SimpleX(Retriever):
         """Return the user vectors of a batch of positive rows, float32 [R, D]; in training with dropout."""
         users, positive = batch.column(self.user_column), batch.column(self.item_column)
         if self.history == "earlier":
-            vectors = self._user_vectors(self.histories(batch), users, None)
+            vectors = self.user_vectors(self.histories(batch), users)
         elif self._all_positives is None:
             raise InputError("SimpleX: history = 'others' needs the users' positives: call prepare(dataset) first")
         else:
             # One item more than count, for the positive may be among them.
             others = self._all_positives.take(users.cpu(), last=self.max_length + 1).to(users.device)
-            vectors = self._user_vectors(others, users, positive)
+            vectors = self.user_vectors(without(others, positive), users)
         return F.dropout(vectors, self.dropout, self.training)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
