@@ -34,6 +34,7 @@ from recfast.data import Batch, Jagged
 from recfast.data.dataset import gather_jagged
 from recfast.files import write_text
 from recfast.index import CodeIndex, DenseIndex
+from recfast.models.retrieval._sparcode_index import allowed
 from recfast.nn import ProductQuantizer
 from recfast.train.evaluate import held_out, top_items
 
@@ -341,14 +342,6 @@ class Coded(torch.nn.Module):
         return torch.cat([self.quantizer.decode(codes), vectors[:, -1:]], dim=1)
 
 
-def allowed(task: Task, users: torch.Tensor, rows: int) -> torch.Tensor:
-    lists = task.seen.take(users)
-    mask = torch.ones(len(users), rows, dtype=torch.bool)
-    mask[torch.arange(len(users)).repeat_interleave(lists.lengths()), lists.values] = False
-    mask[:, 0] = False
-    return mask
-
-
 class Served:
     """A trained model behind an index: `ids(histories, users)` are the best new items."""
 
@@ -384,11 +377,15 @@ def served(model: torch.nn.Module, task: Task, top: int) -> list[Served]:
             return index.retrieve(histories, users, k, exclude=task.seen.take(users))[1]
 
         return [Served("CodeRows", by_rows, index.nbytes(), time.perf_counter() - started)]
-    vectors = model.item_vectors().detach()
+    vectors = model.item_vectors().detach().clone()
+    # The unknown item is never found.
+    vectors[0, :-1], vectors[0, -1] = 0.0, -1e9
     flat = DenseIndex(vectors)
 
     def by_flat(histories: Jagged, users: torch.Tensor) -> torch.Tensor:
-        return flat.search(model.user_vectors(histories, users), k, mask=allowed(task, users, len(vectors)))[1]
+        return flat.search(model.user_vectors(histories, users), k, mask=allowed(task.seen.take(users), len(vectors)))[
+            1
+        ]
 
     first = Served("DenseIndex flat", by_flat, vectors.numel() * 4, time.perf_counter() - started)
     started = time.perf_counter()
@@ -399,7 +396,7 @@ def served(model: torch.nn.Module, task: Task, top: int) -> list[Served]:
 
     def by_codes(histories: Jagged, users: torch.Tensor) -> torch.Tensor:
         table = quantizer.score_table(model.user_vectors(histories, users)[:, :-1])
-        return coded.search(table, k, mask=allowed(task, users, len(vectors)))[1]
+        return coded.search(table, k, mask=allowed(task.seen.take(users), len(vectors)))[1]
 
     size = codes.numel() + 4 * len(codes) + quantizer.centroids.numel() * 4
     return [first, Served("CodeIndex", by_codes, size, time.perf_counter() - started)]
