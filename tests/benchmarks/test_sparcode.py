@@ -176,8 +176,22 @@ def test_tables(sparcode, finished):
         assert text.count(f"| {name} | two towers | DenseIndex flat | 1 |") == 1
         assert text.count(f"| {name} | SparCode | CodeRows, 5 best of a row | 1 |") == 1
         assert text.count(f"| {name} | SparCode, test | as they are |") == 1
+    assert text.count(" times the query time.") == 4
     assert text.count("quantised from epoch 3") == 2
     assert text.count("coded after training, 2 x 4 (4 bits)") == 1
+
+
+def test_gains_are_relative_to_the_exact_search(sparcode, tmp_path):
+    study = sparcode.Study(tmp_path)
+    metric = {"recall@20": 0.1, "recall@50": 0.2, "ndcg@20": 0.3, "ndcg@50": 0.4, "query_us": 50}
+    towers = {"kind": "test", "data": "ml-100k", "side": "two towers", "indexes": {"DenseIndex flat": metric}}
+    better = {**metric, "recall@20": 0.11, "ndcg@50": 0.3, "query_us": 25}
+    ours = {"kind": "test", "data": "ml-100k", "side": "SparCode", "indexes": {"rows": better}}
+    study.runs = [towers, ours]
+    assert sparcode.gains(study) == (
+        "- ml-100k, rows: Recall@20 +10.0 %, Recall@50 +0.0 %, NDCG@20 +0.0 %, NDCG@50 -25.0 %; "
+        "0.50 times the query time."
+    )
 
 
 def test_more_bits_lose_less(finished):
