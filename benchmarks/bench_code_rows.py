@@ -1,13 +1,15 @@
-"""code_rows_search against scipy's sparse product, numpy and torch, and against reading the postings once.
+"""code_rows_search against bm25s, scipy's sparse product, numpy and torch, and against reading the postings once.
 
-Rows hold popular items more often, as posting lists do. The unit of work is one posting.
+Rows hold popular items more often, as posting lists do. The unit of work is one posting. `ours` searches packed rows
+through the op, `index.CodeRows` the same through the index, `unpacked` the plain rows; the last case is a mask of one
+item in a hundred.
 """
 
 import numpy as np
 import pytest
 import torch
 
-from recfast import ops
+from recfast import index, ops
 
 N, KU, TOP = 1_000_000, 4, 100
 
@@ -26,14 +28,30 @@ def problem(mean, queries, n_rows=512, seed=0):
     return index, torch.from_numpy(random.integers(0, n_rows, (queries, KU)))
 
 
+def bm25(matrix, rows):
+    """bm25s has the same index (its eager scores) and the same sum, weights all 1."""
+    bm25s = pytest.importorskip("bm25s")
+    pytest.importorskip("numba")
+    searcher = bm25s.BM25(backend="numba")
+    by_row = {"data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr, "num_docs": N}
+    searcher.scores = by_row
+    searcher.nonoccurrence_array = None
+    searcher.vocab_dict = {str(row): row for row in range(matrix.shape[0])}
+    searcher.unique_token_ids_set = set(searcher.vocab_dict.values())
+    tokens = rows.tolist()
+    return lambda: searcher.retrieve(tokens, k=TOP, n_threads=torch.get_num_threads(), show_progress=False).documents
+
+
 @pytest.mark.parametrize("queries", [1, 64])
 @pytest.mark.parametrize("mean", [1_000, 10_000])
 def test_code_rows(race, mean, queries):
     sparse = pytest.importorskip("scipy.sparse")
-    index, rows = problem(mean, queries)
-    indptr, item_ids, scores = (part.numpy() for part in index[:3])
-    postings = int((index.indptr[rows + 1] - index.indptr[rows]).sum())
-    wanted = ops.code_rows_search.reference(index, rows[:4], TOP)
+    plain, rows = problem(mean, queries)
+    indptr, item_ids, scores = (part.numpy() for part in plain[:3])
+    postings = int((plain.indptr[rows + 1] - plain.indptr[rows]).sum())
+    wanted = ops.code_rows_search.reference(plain, rows[:4], TOP)
+    packed = ops.pack_rows(plain)
+    searched = index.CodeRows(*plain)
     matrix = sparse.csr_matrix((scores, item_ids, indptr), shape=(len(indptr) - 1, N))
     starts = np.arange(queries + 1) * KU
 
@@ -66,7 +84,7 @@ def test_code_rows(race, mean, queries):
             total = torch.zeros(N)
             for row in named.tolist():
                 part = slice(indptr[row], indptr[row + 1])
-                total.index_add_(0, index.item_ids[part], index.scores[part])
+                total.index_add_(0, plain.item_ids[part], plain.scores[part])
             answers.append(total.topk(TOP).indices)
         return answers
 
@@ -78,10 +96,11 @@ def test_code_rows(race, mean, queries):
             words.sum()
 
     def check(answer, column):
-        found = answer[1] if column == "ours" else answer
+        exact = column in ("ours", "index.CodeRows", "unpacked")
+        found = answer[1] if exact else answer
         for row, right in enumerate(wanted[1]):
             ids = np.asarray(found[row])
-            if column == "ours":
+            if exact:
                 assert np.array_equal(ids, right.numpy())
             else:  # other orders of addition may change the last place
                 assert len(set(ids.tolist()) & set(right.tolist())) >= TOP - 2, column
@@ -91,11 +110,42 @@ def test_code_rows(race, mean, queries):
         f"N={N} Ku={KU} Q={queries}, {postings // queries} postings",
         postings,
         {
-            "ours": lambda: ops.code_rows_search(index, rows, TOP, check=False),
+            "ours": lambda: ops.code_rows_search(packed, rows, TOP, check=False),
+            "index.CodeRows": lambda: searched.search(rows, TOP),
+            "unpacked": lambda: ops.code_rows_search(plain, rows, TOP, check=False),
             "torch": torch_index_add,
             "numpy": numpy_unique,
             "rival: scipy": scipy_product,
+            "rival: bm25s": bm25(matrix, rows),
             "limit": limit,
         },
         check=check,
+        settle=True,
+    )
+
+
+@pytest.mark.parametrize("mean", [1_000, 10_000])
+def test_code_rows_with_a_mask(race, mean):
+    plain, rows = problem(mean, 64)
+    postings = int((plain.indptr[rows + 1] - plain.indptr[rows]).sum())
+    packed = ops.pack_rows(plain)
+    mask = torch.from_numpy(np.random.default_rng(1).random(N) < 0.01)
+    bits = torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
+    wanted = ops.code_rows_search.reference(plain, rows[:4], TOP, mask=mask)
+
+    def check(answer, column):
+        if column != "without":
+            assert torch.equal(answer[1][:4], wanted[1]), column
+
+    race(
+        "code_rows, 1 % of items",
+        f"N={N} Ku={KU} Q=64, {postings // 64} postings",
+        postings,
+        {
+            "ours": lambda: ops.code_rows_search(packed, rows, TOP, mask=bits, check=False),
+            "bool mask": lambda: ops.code_rows_search(packed, rows, TOP, mask=mask, check=False),
+            "without": lambda: ops.code_rows_search(packed, rows, TOP, check=False),
+        },
+        check=check,
+        settle=True,
     )

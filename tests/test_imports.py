@@ -10,7 +10,7 @@ EVERYONE = {"errors", "files"}
 BELOW_NN = {"_C", "_cuda", "ops"}
 BELOW_MODELS = BELOW_NN | {"nn", "index", "rerank", "data", "metrics"}
 BELOW_TRAIN = BELOW_MODELS | {"models"}
-BELOW_CLI = BELOW_TRAIN | {"train", "pipeline", "cascade", "report", "doctor"}
+BELOW_CLI = BELOW_TRAIN | {"train", "pipeline", "cascade", "report", "doctor", "bench"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
@@ -26,6 +26,7 @@ ALLOWED = {
     "doctor": BELOW_NN,
     "cascade": BELOW_CLI,
     "report": BELOW_CLI,
+    "bench": BELOW_TRAIN | {"pipeline", "report", "doctor"},
     "cli": BELOW_CLI,
     "__init__": BELOW_CLI,
     "__main__": {"cli"},

@@ -418,7 +418,7 @@ def _full(*_arguments, **_options):
         "os.rename",
         "polars.DataFrame.write_parquet",
         "recfast.models.storage.save_file",
-        "recfast.index._file.save_file",
+        "recfast.index._file._write",
         "recfast.files._crc32",
         "pathlib.Path.write_text",
     ],

@@ -67,8 +67,10 @@ class Fields {
 };
 
 void bind_category_top_k(py::module_& m);
+void bind_code_postings(py::module_& m);
 void bind_code_rows(py::module_& m);
 void bind_code_search(py::module_& m);
+void bind_code_trie(py::module_& m);
 void bind_din_attention(py::module_& m);
 void bind_dpp_greedy(py::module_& m);
 void bind_embedding_bag(py::module_& m);
@@ -78,6 +80,8 @@ void bind_hamming_top_k(py::module_& m);
 void bind_hstu_attention(py::module_& m);
 void bind_id_map(py::module_& m);
 void bind_initial_rows(py::module_& m);
+void bind_packed_rows(py::module_& m);
+void bind_negatives_loss(py::module_& m);
 void bind_sdim_attention(py::module_& m);
 void bind_sequence_attention(py::module_& m);
 void bind_simhash(py::module_& m);

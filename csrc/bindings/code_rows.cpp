@@ -9,7 +9,7 @@ namespace {
 
 template <class Id>
 py::tuple code_rows(Address indptr, Address item_ids, Address scores, Address rows, Address weights,
-                                   Address mask, std::int64_t mask_stride, Address sums, Address touched,
+                                   Address row_bias, int mask_kind, Address mask, std::int64_t mask_stride, Address sums, Address touched,
                                    Address cursors, Address heaps, std::int64_t threads, Address out_scores,
                                    Address out_ids, std::int64_t queries, std::int64_t width, std::int64_t n_rows,
                                    std::int64_t n_items, std::int64_t k, bool all) {
@@ -19,8 +19,10 @@ py::tuple code_rows(Address indptr, Address item_ids, Address scores, Address ro
                       .scores = at<const float>(scores),
                       .rows = at<const std::int64_t>(rows),
                       .weights = at<const float>(weights),
-                      .mask = at<const std::uint8_t>(mask),
-                      .mask_stride = mask_stride,
+                      .row_bias = at<const float>(row_bias),
+                      .masks = {.kind = static_cast<MaskKind>(mask_kind),
+                                .data = at<const std::uint8_t>(mask),
+                                .stride = mask_stride},
                       .sums = span_at<float>(sums, threads * kTile),
                       .touched = span_at<std::uint64_t>(touched, threads * kTile / 64),
                       .cursors = span_at<std::int64_t>(cursors, threads * width),

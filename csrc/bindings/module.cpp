@@ -65,8 +65,10 @@ PYBIND11_MODULE(_C, m) {
   using namespace recfast::bindings;
   bind_runtime(m);
   bind_category_top_k(m);
+  bind_code_postings(m);
   bind_code_rows(m);
   bind_code_search(m);
+  bind_code_trie(m);
   bind_din_attention(m);
   bind_dpp_greedy(m);
   bind_embedding_bag(m);
@@ -76,6 +78,8 @@ PYBIND11_MODULE(_C, m) {
   bind_hstu_attention(m);
   bind_id_map(m);
   bind_initial_rows(m);
+  bind_packed_rows(m);
+  bind_negatives_loss(m);
   bind_sdim_attention(m);
   bind_sequence_attention(m);
   bind_simhash(m);

@@ -24,7 +24,7 @@ template <class Id>
 void search(const Args<Id>& args, std::int64_t query, const Scratch& scratch, TopK& best) noexcept {
   const std::int64_t* rows = args.rows + query * args.width;
   const float* weights = args.weights == nullptr ? nullptr : args.weights + query * args.width;
-  const std::uint8_t* mask = args.mask == nullptr ? nullptr : args.mask + query * args.mask_stride;
+  const ItemMask mask = args.masks.of(query, args.n_items);
   for (std::int64_t j = 0; j < args.width; ++j) scratch.cursors[j] = rows[j] < 0 ? 0 : args.indptr[rows[j]];
 
   for (;;) {
@@ -42,12 +42,13 @@ void search(const Args<Id>& args, std::int64_t query, const Scratch& scratch, To
     for (std::int64_t j = 0; j < args.width; ++j) {
       if (rows[j] < 0) continue;
       const float weight = weights == nullptr ? 1.0f : weights[j];
+      const float bias = args.row_bias == nullptr ? 0.0f : args.row_bias[rows[j]];
       const std::int64_t end = args.indptr[rows[j] + 1];
       std::int64_t at = scratch.cursors[j];
       const std::int64_t begin = at;
       for (; at < end && args.item_ids[at] < limit; ++at) {
         const std::int64_t slot = args.item_ids[at] - base;
-        scratch.sums[slot] += weight * args.scores[at];
+        scratch.sums[slot] += weight * args.scores[at] + bias;
         scratch.touched[slot / 64] |= std::uint64_t{1} << (slot % 64);
       }
       if (at > begin) highest = std::max<std::int64_t>(highest, args.item_ids[at - 1]);
@@ -60,7 +61,7 @@ void search(const Args<Id>& args, std::int64_t query, const Scratch& scratch, To
         const std::int64_t slot = word * 64 + std::countr_zero(bits);
         const float total = scratch.sums[slot];
         scratch.sums[slot] = 0.0f;
-        if (total >= best.threshold() && total > -kInfinity && (mask == nullptr || mask[base + slot] != 0)) {
+        if (total >= best.threshold() && total > -kInfinity && mask.allows(base + slot)) {
           best.offer(total, base + slot);
         }
       }

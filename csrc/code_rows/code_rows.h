@@ -1,22 +1,26 @@
 // code_rows: the k best items under a weighted sum of a few sparse rows. Exact; SparCode's serving op.
 //
-//   y(q, i) = ((0 + w(q, 0) S[r(q, 0), i]) + w(q, 1) S[r(q, 1), i]) + ...      over the rows that hold item i
+//   y(q, i) = ((0 + t(q, 0, i)) + t(q, 1, i)) + ...,   t(q, j, i) = w(q, j) S[r(q, j), i] + c[r(q, j)]
+//                                                      over the rows that hold item i
 //
 // Shapes       S in compressed rows: indptr [R + 1], item_ids [T], scores [T], ids strictly rising within a row;
-//              rows [Q, Ku] with -1 for an absent one, weights [Q, Ku], mask [N] or [Q, N]; out [Q, k]; contiguous
-// Dtypes       indptr, rows int64; item_ids int32 or int64; scores, weights float32; mask one byte an item, 0 or 1
-// Rounding     product and sum are rounded apart, in the order of the rows: those of a plain loop, bit for bit
+//              rows [Q, Ku] with -1 for an absent one, weights [Q, Ku], c [R], masks (item_mask.h); out [Q, k];
+//              contiguous
+// Dtypes       indptr, rows int64; item_ids int32 or int64; scores, weights, c float32
+// Rounding     product, bias and sum are rounded apart, in the order of the rows: those of a plain loop, bit for bit
 // Candidates   items that at least one row holds, whatever their sum; a row named twice counts twice
 // Order        score descending, ties by lowest id; never depends on k, Q or the number of threads
-// Left out     items with mask[i] = 0; items whose sum overflows to -inf or NaN
+// Left out     items that the mask does not allow; items whose sum overflows to -inf or NaN
 // Padding      (-inf, -1)
 // Work         proportional to the length of the named rows. Item ids are visited in tiles of kTile, and only those
 //              that a row reaches, so scratch is a fixed size and nothing is proportional to N
-// Limits       k >= 0, ids in [0, N), scores and weights finite, rows in [-1, R): `check` says whether that holds
+// Limits       k >= 0, ids in [0, N), scores, weights and c finite, rows in [-1, R): `check` says whether that holds,
+//              but for c
 // Source       Su et al., "Beyond Two-Tower Matching: Learning Sparse Retrievable Cross-Interactions for
 //              Recommendation", SIGIR 2023
 #pragma once
 
+#include "code_rows/item_mask.h"
 #include "common/span.h"
 #include "common/top_k.h"
 
@@ -32,8 +36,8 @@ struct Args {
   const float* scores = nullptr;
   const std::int64_t* rows = nullptr;
   const float* weights = nullptr;       // or null: all 1
-  const std::uint8_t* mask = nullptr;   // or null: all
-  std::int64_t mask_stride = 0;         // from one query's mask to the next; 0 where all share one
+  const float* row_bias = nullptr;      // or null: all 0
+  Masks masks;
   Span<float> sums;                     // threads * kTile, all zero; zero again afterwards
   Span<std::uint64_t> touched;          // threads * kTile / 64, likewise
   Span<std::int64_t> cursors;           // threads * Ku

@@ -122,7 +122,7 @@ template <class Good>
 
 }  // namespace
 
-Plan plan(std::int64_t queries, std::int64_t items) noexcept {
+Cut cut_for(std::int64_t queries, std::int64_t items) noexcept {
   const std::int64_t threads = max_threads();
   std::int64_t pieces = 1;
   if (queries > 0 && queries < threads) {
@@ -152,7 +152,7 @@ Faults check(const Args<Code>& args, bool all) noexcept {
 template <class Code>
 void run(const Args<Code>& args) noexcept {
   const std::int64_t capacity = std::min(args.k, args.items);
-  const Plan cut = plan(args.queries, args.items);
+  const Cut cut = cut_for(args.queries, args.items);
   if (cut.pieces == 1) {
     parallel_for_each(args.queries, [&](std::int64_t query, int thread) {
       TopK best(args.heaps.data() + thread * capacity, capacity);

@@ -10,6 +10,7 @@
 // Left out     items with live[i] = 0 or mask[i] = 0, and items whose sum is -inf (or -inf met +inf from overflow)
 // Padding      (-inf, -1)
 // Limits       M >= 1, k >= 0, c(i, m) < K, no NaN and no +inf in table and bias: `check` says whether that holds
+// Forms        Rows of codes as below, one by one; packed.h has the fast ones, from blocks of items
 // Source       Jegou, Douze, Schmid, "Product quantization for nearest neighbor search", PAMI 33 (2011)
 #pragma once
 
@@ -27,7 +28,7 @@ struct Args {
   const std::uint8_t* live = nullptr;   // or null: all
   const std::uint8_t* mask = nullptr;   // or null: all
   std::int64_t mask_stride = 0;         // from one query's mask to the next; 0 where all share one
-  Span<Scored> heaps;                   // plan(Q, N).heaps * min(k, N) entries of scratch
+  Span<Scored> heaps;                   // cut_for(Q, N).heaps * min(k, N) entries of scratch
   float* scores = nullptr;
   std::int64_t* found = nullptr;
   std::int64_t queries = 0;
@@ -38,11 +39,11 @@ struct Args {
 };
 
 // How the work is cut for the present number of threads: with fewer queries than threads, items are cut in pieces.
-struct Plan {
+struct Cut {
   std::int64_t pieces;
   std::int64_t heaps;
 };
-[[nodiscard]] Plan plan(std::int64_t queries, std::int64_t items) noexcept;
+[[nodiscard]] Cut cut_for(std::int64_t queries, std::int64_t items) noexcept;
 
 // Flat positions of the first value that breaks a limit, or -1.
 struct Faults {

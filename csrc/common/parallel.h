@@ -1,12 +1,22 @@
 // Loops over independent work. A result must never depend on how the range is cut.
 #pragma once
 
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
 
 namespace recfast {
+
+#ifndef _OPENMP
+// Compiled without OpenMP, as the checks with ThreadSanitizer are, every loop is serial.
+inline int omp_in_parallel() noexcept { return 0; }
+inline int omp_get_max_threads() noexcept { return 1; }
+inline int omp_get_thread_num() noexcept { return 0; }
+inline int omp_get_num_threads() noexcept { return 1; }
+#endif
 
 // The number of threads a loop may use: what torch.set_num_threads asked for, or 1 inside another loop.
 [[nodiscard]] inline int max_threads() noexcept { return omp_in_parallel() ? 1 : omp_get_max_threads(); }

@@ -28,6 +28,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+bench = typer.Typer(help="Measure on your own data and machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
 Overrides = Annotated[
     list[str],
     typer.Option("-o", "--set", metavar="KEY=VALUE", help="Change one setting, such as ranker.train.lr=5e-4."),
@@ -154,6 +157,49 @@ def evaluate(
             f"evaluate: {run_folder / 'metrics.json'} is not of a finished run, expected the figures of a cascade"
         ) from None
     print(text)
+
+
+@bench.command()
+def retrieval(
+    run_folder: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A folder that `recfast run` wrote: its items and users.")
+    ] = None,
+    items: Annotated[Path | None, typer.Option(help="Vectors of items instead, a .npy file [N, D].")] = None,
+    queries: Annotated[Path | None, typer.Option(help="Vectors to search for, a .npy file [Q, D].")] = None,
+    n_items: Annotated[int, typer.Option(help="Without either: how many items to generate.")] = 100_000,
+    dim: Annotated[int, typer.Option(help="Without either: of how many dimensions.")] = 64,
+    n_queries: Annotated[int, typer.Option(min=1, help="Users to draw, or queries to generate.")] = 1024,
+    k: Annotated[int, typer.Option(help="Best items wanted.")] = 100,
+    threads: Annotated[int | None, typer.Option(help="What all threads are; one is always measured.")] = None,
+    batch: Annotated[int, typer.Option(help="Queries a call, beside one.")] = 256,
+    limit: Annotated[float, typer.Option(help="Seconds after which nothing new is begun.")] = 600.0,
+    seconds: Annotated[float, typer.Option(help="For each figure of queries per second.")] = 0.3,
+    only: Annotated[str, typer.Option(help="Parts of names, separated by commas: who takes part.")] = "",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder for retrieval.json and retrieval.png.")] = Path(
+        "runs/bench-retrieval"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Measure recall against queries per second of every index, and draw it."""
+    from recfast.bench import retrieval as measure
+
+    if (items is None) != (queries is None):
+        given, wanted = ("--items", "--queries") if queries is None else ("--queries", "--items")
+        raise InputError(f"bench retrieval: {given} was given without {wanted}, expected both or neither")
+    if run_folder is not None and items is not None:
+        raise InputError("bench retrieval: RUN and --items were both given, expected one of them")
+    if run_folder is not None:
+        problem = measure.from_run(run_folder, n_queries, k, seed)
+    elif items is not None:
+        problem = measure.from_files(items, queries, k, seed)
+    else:
+        problem = measure.generated(n_items, dim, n_queries, k, seed)
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    result = measure.run(problem, threads=threads, batch=batch, limit=limit, seconds=seconds, only=names, say=_progress)
+    folder = measure.write(out, result)
+    print(json.dumps(result, indent=2) if as_json else measure.describe(result))
+    _progress(f"wrote {folder / 'retrieval.json'} and {folder / 'retrieval.png'}")
 
 
 def _progress(line: str) -> None:

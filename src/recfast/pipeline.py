@@ -16,7 +16,7 @@ from recfast import rerank
 from recfast.data import Catalogue, Dataset, Jagged
 from recfast.errors import InputError
 from recfast.files import atomic_path, disk_errors, verify_checksums, write_checksums, write_json
-from recfast.index import CodeIndex
+from recfast.index import Bitmap, CodeIndex
 from recfast.models.storage import load_model, read_json, read_tensors, save_model, write_tensors
 from recfast.nn import ProductQuantizer
 
@@ -147,6 +147,17 @@ class Pipeline:
         mask[torch.arange(len(users)).repeat_interleave(lists.lengths()), lists.values] = False
         return mask[:, 1:].contiguous()
 
+    def _allowed_bits(self, users: Tensor, exclude: Exclude | None) -> Bitmap | None:
+        """The same as bits, an eighth of the memory and no row of N bytes a user."""
+        lists = self.excluded(exclude)
+        if lists is None:
+            return None
+        lists = lists.take(users)
+        # Slot i holds item i + 1; the unknown item 0 is in no list of items to recommend.
+        kept = lists.values > 0
+        ends = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
+        return Bitmap.deny(self.index.n_slots, lists.values[kept] - 1, ends[lists.offsets])
+
     def retrieve(self, users: Tensor, k: int | None = None, *, exclude: Exclude | None = None) -> tuple[Tensor, Tensor]:
         """The k best items of each user by the coded vectors: exact top-k over the codes.
 
@@ -157,7 +168,7 @@ class Pipeline:
         k = self.candidates if k is None else k
         scores, items = [], []
         for _, block in _blocks(users, max(1, _MASK_CELLS // max(len(self.index), 1))):
-            found = self.index.search(self.score_table(block), k, mask=self.allowed(block, exclude))
+            found = self.index.search(self.score_table(block), k, mask=self._allowed_bits(block, exclude))
             scores.append(found[0])
             items.append(found[1])
         return torch.cat(scores), torch.cat(items)

@@ -64,7 +64,8 @@ def _bytes(value: float) -> str:
     return f"{value:.3g} {('B', 'kB', 'MB', 'GB')[scale]}"
 
 
-def _figure(width: float = 5.2, height: float = 3.1, columns: int = 1):
+def new_figure(width: float = 5.2, height: float = 3.1, columns: int = 1):
+    """Matplotlib's figure and axes in the page's style."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -105,7 +106,7 @@ def _svg(figure) -> str:
 
 def _data(metrics: dict[str, Any]) -> str:
     data = metrics["data"]
-    figure, (left, right) = _figure(columns=2)
+    figure, (left, right) = new_figure(columns=2)
     counts = data["item_counts"]
     left.loglog(range(1, len(counts) + 1), counts, color=OURS, linewidth=2)
     left.set(title="Items by popularity", xlabel="item, most liked first", ylabel="likes in the training rows")
@@ -120,7 +121,7 @@ def _learning(metrics: dict[str, Any]) -> str:
     stages = [("retriever", metrics["retriever"]), ("ranker", metrics["ranker"])]
     if metrics.get("second_ranker"):
         stages.append(("second ranker", metrics["second_ranker"]))
-    figure, axes = _figure(width=3.6, columns=len(stages))
+    figure, axes = new_figure(width=3.6, columns=len(stages))
     for axis, (stage, result) in zip(axes, stages, strict=True):
         history = result["history"]
         epochs = [entry["epoch"] + 1 for entry in history]
@@ -139,7 +140,7 @@ def _learning(metrics: dict[str, Any]) -> str:
 
 def _recall(metrics: dict[str, Any]) -> str:
     curve = metrics["retriever"]["recall_curve"]
-    figure, axis = _figure(width=6.4, height=3.6)
+    figure, axis = new_figure(width=6.4, height=3.6)
     name = metrics["retriever"]["model"]
     axis.plot(curve["k"], curve["exact"], color=OURS, linewidth=2, label=f"{name}, exact search")
     axis.plot(curve["k"], curve["codes"], color=SECOND, linewidth=2, linestyle="--", label=f"{name}, codes (CodeIndex)")
@@ -153,7 +154,7 @@ def _recall(metrics: dict[str, Any]) -> str:
 
 def _tradeoff(metrics: dict[str, Any]) -> str:
     rerank = metrics["rerank"]
-    figure, axis = _figure(width=6.4, height=3.6)
+    figure, axis = new_figure(width=6.4, height=3.6)
     for key, label, colour, marker in (
         ("global", "the same for every user", GREY, "s"),
         ("personal", "personal (DPP)", OURS, "o"),
@@ -187,7 +188,7 @@ def _tradeoff(metrics: dict[str, Any]) -> str:
 
 def _time(metrics: dict[str, Any]) -> str:
     stages = list(metrics["time"].items())
-    figure, axis = _figure(width=6.4, height=0.6 + 0.28 * len(stages))
+    figure, axis = new_figure(width=6.4, height=0.6 + 0.28 * len(stages))
     names, values = [name for name, _ in stages][::-1], [value for _, value in stages][::-1]
     bars = axis.barh(names, values, color=OURS, height=0.62)
     axis.bar_label(bars, [_seconds(value) for value in values], padding=4, color="#3d4450")

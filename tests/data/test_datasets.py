@@ -7,6 +7,7 @@ import json
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from recfast import data
 from recfast.data import datasets
@@ -95,6 +96,95 @@ def test_frappe(shared_data, tmp_path) -> None:
     assert ds.vocabulary["user"].size <= 957
     assert set(np.unique(ds.test.label)) == {0.0, 1.0}
     assert "re-drawn" in ds.meta["about"]
+
+
+def gowalla_files(folder, train: str, test: str):
+    folder.mkdir(exist_ok=True)
+    (folder / "train.txt").write_text(train)
+    (folder / "test.txt").write_text(test)
+    return folder
+
+
+def pairs(dataset: data.Dataset, name: str) -> list[tuple[int, int]]:
+    ids = dataset.split(name).ids
+    return list(zip(*(dataset.vocabulary[c].decode(ids[:, j]) for j, c in enumerate(("user", "item"))), strict=True))
+
+
+def test_gowalla_lines(tmp_path) -> None:
+    """Users without items, an item twice, a line of nothing; every row is a positive."""
+    path = gowalla_files(tmp_path / "g", "0 5 3 3\n1\n\n7 5\n0 9\n", "0 7\n2 5\n1 \n")
+    ds = data.load("gowalla", path, cache=tmp_path / "c")
+    assert pairs(ds, "train") == [(0, 5), (0, 3), (7, 5), (0, 9)]
+    # Item 7 and user 2 are not in train.
+    assert pairs(ds, "test") == [(0, None), (None, 5)]
+    assert (ds.schema.label, ds.schema.time, ds.valid) == (None, None, None)
+    user = int(ds.vocabulary["user"].encode([0])[0])
+    assert ds.vocabulary["item"].decode(ds.history("valid").row(user)) == [5, 3, 9]
+    assert torch.equal(ds.seen("train").values, ds.history("train").values)
+    assert len(ds.train.positives()) == 4
+    again = data.load("gowalla", path, cache=tmp_path / "c")
+    assert again.path == ds.path
+    selected = data.load("gowalla", path, select_on_test=True, cache=tmp_path / "c")
+    assert pairs(selected, "valid") == pairs(ds, "test")
+    assert selected.test is None
+
+
+def test_gowalla_valid_share(tmp_path) -> None:
+    random = np.random.default_rng(0)
+    lines = "".join(f"{u} {' '.join(map(str, random.permutation(50)[: u % 30 + 1]))}\n" for u in range(60))
+    path = gowalla_files(tmp_path / "g", lines + "60 50\n", "0 1\n")
+    whole = data.load("gowalla", path, cache=tmp_path)
+    held = data.load("gowalla", path, valid_share=0.3, seed=4, cache=tmp_path)
+    train, valid = set(pairs(held, "train")), set(pairs(held, "valid"))
+    assert not train & valid
+    assert train | valid == set(pairs(whole, "train"))
+    for user in range(60):
+        count, expected = sum(u == user for u, _ in valid), round(0.3 * (user % 30 + 1))
+        assert expected - 1 <= count <= expected
+    # No user and no item is lost to train.
+    assert held.schema.rows("user") == whole.schema.rows("user")
+    assert held.schema.rows("item") == whole.schema.rows("item")
+    assert set(pairs(data.load("gowalla", path, valid_share=0.3, seed=4, cache=tmp_path / "b"), "valid")) == valid
+    assert set(pairs(data.load("gowalla", path, valid_share=0.3, seed=5, cache=tmp_path), "valid")) != valid
+
+
+def test_gowalla_rejects_bad_input(tmp_path) -> None:
+    for train, sentence in (
+        ("0 1\n1 x\n", r"train\.txt, line 2 is not a user and items"),
+        ("0 1 -3\n", r"line 1 is not a user and items"),
+        ("0\n", r"has no line with a user and items"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            data.load("gowalla", gowalla_files(tmp_path / "g", train, "0 1\n"), cache=tmp_path)
+    path = gowalla_files(tmp_path / "g", "0 1 2\n", "0 3\n")
+    for options, sentence in (
+        ({"valid_share": 1.0}, "valid_share = 1.0 is not a share in"),
+        ({"valid_share": 0.1, "select_on_test": True}, "both say what the valid split is"),
+        ({"share": 0.1}, "no option 'share'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            data.load("gowalla", path, cache=tmp_path, **options)
+    with pytest.raises(InputError, match=r"has no train\.txt or train\.txt\.zst"):
+        data.load("gowalla", tmp_path)
+
+
+def test_gowalla_facts(shared_data, tmp_path) -> None:
+    """The split of the papers, and popularity as they measure it."""
+    if not (shared_data / "gowalla").is_dir():
+        pytest.skip("there is no gowalla among the real data sets")
+    ds = data.load("gowalla", shared_data / "gowalla", cache=tmp_path)
+    assert ds.meta["rows"] == {"train": 810_128, "test": 217_242}
+    assert (ds.vocabulary["user"].size, ds.vocabulary["item"].size) == (29_858, 40_981)
+    assert ds.meta["unknown"]["test"] == {"user": 0, "item": 0}
+    assert (ds.history("train").lengths()[1:] > 0).all()
+    from recfast import models, train
+
+    popular = models.build("Popularity", ds.schema)
+    popular.prepare(ds)
+    found = train.evaluate(popular, ds, k=(20,))
+    assert found["users"] == 29_858
+    assert found["recall@20"] == pytest.approx(0.0416, abs=5e-5)
+    assert found["ndcg@20"] == pytest.approx(0.0317, abs=5e-5)
 
 
 def test_missing_files(tmp_path) -> None:

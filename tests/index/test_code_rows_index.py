@@ -1,10 +1,15 @@
+import copy
+import pickle
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from recfast import ops
 from recfast.errors import InputError
-from recfast.index import CodeIndex, CodeRows
+from recfast.index import CodeIndex, CodeRows, _file
+from recfast.ops import packed_rows
 
 
 def problem(kind=np.int32):
@@ -46,7 +51,86 @@ def test_numpy_torch_and_stored_agree(kind, mmap, tmp_path):
     index.save(tmp_path / "rows")
     same(CodeRows.load(tmp_path / "rows", mmap=mmap).search(rows, 25, weights=weights, mask=mask), wanted)
     assert len(index) == 20
-    assert index.item_ids.data_ptr() == arrays[1].ctypes.data
+    assert index.scores.data_ptr() == arrays[2].ctypes.data
+    assert torch.equal(index.item_ids, tensors[1].int())
+
+
+def test_masks_and_row_bias():
+    arrays, rows, weights, mask = problem()
+    index = CodeRows(*arrays, 300)
+    bias = np.random.default_rng(5).standard_normal(20).astype(np.float32)
+    plain = ops.RowsIndex(*map(torch.from_numpy, arrays), 300)
+    wanted = ops.code_rows_search.reference(
+        plain,
+        torch.from_numpy(rows),
+        25,
+        weights=torch.from_numpy(weights),
+        row_bias=torch.from_numpy(bias),
+        mask=torch.from_numpy(mask),
+    )
+    bits = np.packbits(mask, axis=1, bitorder="little")
+    words = np.zeros((6, 40), np.uint8)
+    words[:, : bits.shape[1]] = bits
+    bitmap = SimpleNamespace(words=torch.from_numpy(words).view(torch.int64), size=300)
+    for one in (mask, torch.from_numpy(mask), bits, bitmap):
+        same(index.search(rows, 25, weights=weights, mask=one, row_bias=bias), wanted)
+    with pytest.raises(ValueError, match="mask must be a bitmap of 300 items, got one of 299"):
+        index.search(rows, 25, mask=SimpleNamespace(words=bitmap.words, size=299))
+
+
+def test_copies_read_their_own_arrays():
+    arrays, rows, weights, _ = problem()
+    index = CodeRows(*arrays, 300)
+    wanted = index.search(rows, 25, weights=weights)
+    for copied in (copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
+        # What a search reads through must be where the copy's arrays are, not the original's.
+        assert copied._fields == packed_rows.fields_of(copied.packed) != index._fields
+        same(copied.search(rows, 25, weights=weights), wanted)
+
+
+def test_expected_bytes():
+    for n_items, per_row in ((300, 30), (5000, 10), (200_000, 40)):
+        random = np.random.default_rng(0)
+        ids = np.concatenate([np.sort(random.choice(n_items, per_row, replace=False)) for _ in range(20)])
+        indptr = np.arange(21) * per_row
+        index = CodeRows(indptr, ids, np.ones(len(ids), np.float32), n_items)
+        expected = CodeRows.expected_bytes(20, n_items, per_row)
+        assert 0.6 * expected < index.nbytes <= expected
+
+
+def test_a_file_from_before_rows_were_packed(tmp_path):
+    arrays, rows, weights, _ = problem()
+    _file.save(
+        tmp_path / "rows",
+        "CodeRows",
+        {"n_items": 300},
+        dict(zip(("indptr", "item_ids", "scores"), arrays, strict=True)),
+    )
+    same(CodeRows.load(tmp_path / "rows").search(rows, 9, weights), CodeRows(*arrays, 300).search(rows, 9, weights))
+
+
+def test_a_file_that_was_written_with_wrong_numbers(tmp_path):
+    """Its checksum is right, so only reading the arrays tells that a search would leave them."""
+    arrays, _, _, _ = problem()
+    path = tmp_path / "rows"
+    index = CodeRows(*arrays, 300)
+    parts = {name: part.numpy() for name, part in index.packed._asdict().items() if isinstance(part, torch.Tensor)}
+    config = {"n_items": 300, "shift": index.packed.shift}
+    random = np.random.default_rng(2)
+    for name, array in parts.items():
+        for at in random.integers(0, array.size - (64 if name == "levels" else name == "groups"), 5):
+            wrong = array.copy()
+            flat = wrong.reshape(-1).view(np.uint8)
+            at = int(at) * array.itemsize
+            if name in ("scores", "upper", "lowest"):
+                wrong.reshape(-1)[at // 4] = np.nan
+            elif name == "levels":  # a level too high is no fault: its bound is only less tight
+                flat[at] = random.choice([0, 16, 255])
+            else:
+                flat[at] ^= 1
+            _file.save(path, "CodeRows", config, {**parts, name: wrong})
+            with pytest.raises(InputError, match=r"^CodeRows\.load: .* is corrupt"):
+                CodeRows.load(path)
 
 
 def test_an_empty_index(tmp_path):
@@ -77,7 +161,7 @@ def test_damaged_files_are_refused(tmp_path):
     path = tmp_path / "rows"
     CodeRows(*arrays, 300).save(path)
     content = bytearray(path.read_bytes())
-    for place in range(0, len(content), 5):
+    for place in range(0, len(content), 31):
         content[place] ^= 0x10
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"^CodeRows\.load: "):

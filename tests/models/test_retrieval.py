@@ -14,6 +14,7 @@ from recfast.models.retrieval import baselines
 from recfast.models.retrieval.baselines import ItemKNN, Popularity, nearest_items
 from recfast.models.retrieval.simplex import SimpleX
 from recfast.models.retrieval.two_tower import TwoTower
+from recfast.nn import losses
 
 TRAINED = {
     "two_tower": lambda schema, **options: TwoTower(schema, dim=16, **options),
@@ -372,3 +373,64 @@ def test_beats_popularity_and_neighbors_on_movielens(shared_data, tmp_path):
         model.eval()
         found = recall(model, films, 50)
         assert found > max(bar, baseline["item_knn"], baseline["popularity"]), type(model).__name__
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("two_tower", {"negatives": "all"}),
+        ("two_tower", {"negatives": "mixed", "num_negatives": 30, "temperature": 0.1}),
+        ("two_tower", {"negatives": "uniform", "num_negatives": 30, "item_bias": False}),
+        ("simplex", {}),
+        ("simplex", {"shared_by": 16}),
+    ],
+)
+def test_loss_is_that_of_all_scores(walks, name, options):
+    """The models never hold the scores of a batch; here are all of them, and the losses of the papers over them."""
+    model = TRAINED[name](walks.schema, **options)
+    model.prepare(walks)
+    batch = next(iter(Loader(walks.train.positives(), 64)))
+    positive = batch.column("item")
+    torch.manual_seed(0)
+    output = model(batch)
+    loss = model.loss(output, batch)
+    torch.manual_seed(0)
+    output = model(batch)
+    scores = output @ model.item_vectors().T
+    own = scores.gather(1, positive[:, None])[:, 0]
+    if name == "simplex":
+        drawn = torch.randint(1, model.rows, (4 if options else 1, model.num_negatives))
+        ids = drawn.repeat_interleave(64 // len(drawn), 0)
+        collision = ids == positive[:, None]
+        wanted = losses.cosine_contrastive(own, scores.gather(1, ids), collision=collision)
+    elif options["negatives"] == "all":
+        wanted = torch.nn.functional.cross_entropy(scores[:, 1:], positive - 1)
+    else:
+        ids, log_expected = model._sample(positive)
+        collision = losses.collisions(positive, ids)
+        wanted = losses.sampled_softmax(own, scores[:, ids], log_expected=log_expected, collision=collision)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    weights = list(model.parameters())
+    have, want = torch.autograd.grad(loss, weights), torch.autograd.grad(wanted, weights)
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("two_tower", {"negatives": "mixed"}), ("simplex", {}), ("simplex", {"shared_items": False})],
+)
+def test_sparse_gradients_are_the_dense_ones(walks, name, options):
+    gradients = []
+    for sparse in (False, True):
+        model = TRAINED[name](walks.schema, **options)
+        model.prepare(walks)
+        model.sparse_gradients = sparse
+        batch = next(iter(Loader(walks.train.positives(), 64)))
+        torch.manual_seed(0)
+        model.loss(model(batch), batch).backward()
+        gradients.append({name: x.grad for name, x in model.named_parameters()})
+    dense, rows = gradients
+    assert {name for name in rows if rows[name].is_sparse} == {"events", "items", "users.weight"} & set(rows)
+    for key in dense:
+        torch.testing.assert_close(rows[key].to_dense(), dense[key], rtol=1e-5, atol=1e-7)

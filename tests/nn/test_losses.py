@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from recfast.nn.losses import collisions, cosine_contrastive, sampled_softmax
+from recfast.nn.losses import (
+    NegativesLoss,
+    collisions,
+    cosine_contrastive,
+    gbce_weights,
+    pairwise_ranking,
+    sampled_softmax,
+)
 
 
 def scores(rows: int, columns: int, seed: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,3 +139,81 @@ def test_rejects_bad_input():
         cosine_contrastive(positive, negatives, collision=torch.zeros(3, 4))
     with pytest.raises(ValueError, match="reduction = 'max'"):
         sampled_softmax(positive, negatives, reduction="max")
+
+
+def drawn(seed: int, rows: int = 7, items: int = 20, columns: int = 9, dim: int = 6):
+    generator = torch.Generator().manual_seed(seed)
+    queries, table = (torch.randn(n, dim, generator=generator) for n in (rows, items))
+    positives = torch.randint(0, items, (rows,), generator=generator)
+    return queries, table, positives, torch.randint(0, items, (columns,), generator=generator), generator
+
+
+def test_negatives_loss_is_the_functions_of_its_scores():
+    queries, table, positives, negatives, generator = drawn(0)
+    log_expected = torch.randn(9, generator=generator)
+    collision = collisions(positives, negatives)
+    own, others = (queries * table[positives]).sum(1), queries @ table[negatives].T
+    for temperature in (1.0, 0.25):
+        loss = NegativesLoss(temperature=temperature)(queries, table, positives, negatives, log_expected=log_expected)
+        scores = own / temperature, others / temperature
+        torch.testing.assert_close(loss, sampled_softmax(*scores, log_expected=log_expected, collision=collision))
+    pairwise = NegativesLoss("bpr", reduction="sum")(queries, table, positives, negatives)
+    torch.testing.assert_close(pairwise, pairwise_ranking(own, others, collision=collision, reduction="sum"))
+    length = table.norm(dim=1)
+    own, others = own / length[positives], others / length[negatives]
+    for skip in (True, False):
+        options = {"margin": 0.1, "weight": 3.0, "reduction": "none"}
+        loss = NegativesLoss("contrastive", normalize="table", skip_positive=skip, **options)
+        wanted = cosine_contrastive(own, others, collision=collision if skip else None, **options)
+        torch.testing.assert_close(loss(queries, table, positives, negatives), wanted)
+    everything = NegativesLoss()(queries, table, positives)
+    torch.testing.assert_close(everything, F.cross_entropy(queries @ table.T, positives))
+    assert NegativesLoss()(queries[:0], table, positives[:0]).item() == 0.0
+
+
+def test_negatives_loss_gives_sparse_gradients_where_asked():
+    queries, table, positives, negatives, _ = drawn(1)
+    loss = NegativesLoss()
+    dense, rows = table.requires_grad_(), table.detach().requires_grad_()
+    loss(queries, dense, positives, negatives).backward()
+    loss.sparse = True
+    loss(queries, rows, positives, negatives).backward()
+    assert rows.grad.is_sparse
+    assert torch.equal(rows.grad.to_dense(), dense.grad)
+    rows.grad = None
+    loss(queries, rows, positives).backward()
+    assert not rows.grad.is_sparse
+
+
+def test_negatives_loss_takes_half_precision_queries_of_autocast():
+    queries, table, positives, negatives, _ = drawn(2)
+    loss = NegativesLoss()(queries.bfloat16(), table, positives, negatives)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, NegativesLoss()(queries.bfloat16().float(), table, positives, negatives))
+
+
+@given(st.integers(1, 9), st.floats(0, 1), st.integers(0, 100))
+def test_gbce(columns, calibration, seed):
+    queries, table, positives, negatives, _ = drawn(seed, columns=columns)
+    loss = NegativesLoss("bce", skip_positive=False, **gbce_weights(columns, len(table), calibration))
+    own, others = (queries * table[positives]).sum(1).double(), (queries @ table[negatives].T).double()
+    alpha = columns / (len(table) - 1)
+    beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+    wanted = -(beta * F.logsigmoid(own) + F.logsigmoid(-others).sum(1)) / (columns + 1)
+    torch.testing.assert_close(loss(queries, table, positives, negatives).double(), wanted.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_gbce_between_its_ends():
+    assert gbce_weights(4, 11, 0.0) == pytest.approx({"weight": 0.8, "positive_weight": 0.2})
+    assert gbce_weights(4, 11, 1.0) == pytest.approx({"weight": 0.8, "positive_weight": 0.4 * 0.2})
+    with pytest.raises(ValueError, match="gbce_weights: negatives = 0"):
+        gbce_weights(0, 11, 0.5)
+
+
+def test_negatives_loss_rejects_bad_options():
+    with pytest.raises(ValueError, match="NegativesLoss: loss = 'hinge' is not one of 'softmax'"):
+        NegativesLoss("hinge")
+    with pytest.raises(ValueError, match="NegativesLoss: normalize = 'queries'"):
+        NegativesLoss(normalize="queries")
+    with pytest.raises(ValueError, match="NegativesLoss: temperature = 0 is not above 0"):
+        NegativesLoss(temperature=0)

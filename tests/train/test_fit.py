@@ -124,6 +124,23 @@ def test_every_optimizer_resumes(optimizer, tiny_data, tmp_path):
     assert same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_lr_falls_on_a_plateau_and_resumes(tiny_data, tmp_path):
+    options = {**SETTINGS, "epochs": 8, "lr": 0.05, "lr_plateau": 0.5, "patience": 0}
+    run = train.fit(make(tiny_data), tiny_data, out=tmp_path / "a", **options)
+    best, without_gain = -1.0, 0
+    for entry in run.history:
+        without_gain += entry["valid"]["auc"] <= best
+        best = max(best, entry["valid"]["auc"])
+    assert 0 < without_gain < 8
+    header = storage.read_tensors(tmp_path / "a" / "optimizer.safetensors")[1]
+    assert header["optimizer"]["groups"][0]["lr"] == pytest.approx(0.05 * 0.5**without_gain)
+    for epochs in (3, 6, 8):
+        train.fit(make(tiny_data), tiny_data, out=tmp_path / "b", **{**options, "epochs": epochs})
+    assert same_run(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(InputError, match=r"trained with lr_plateau = 0\.5"):
+        train.fit(make(tiny_data), tiny_data, out=tmp_path / "b", **{**options, "lr_plateau": 0.1})
+
+
 def test_a_run_may_go_on_in_another_folder(whole, tiny_data, tmp_path):
     train.fit(make(tiny_data), tiny_data, out=tmp_path / "a", **{**SETTINGS, "epochs": 2})
     before = (tmp_path / "a" / "optimizer.safetensors").read_bytes()
@@ -152,15 +169,20 @@ def test_a_finished_run_is_returned_untouched(whole, tiny_data):
     [
         ("SimpleX", {"dim": 8, "num_negatives": 8}),
         ("TwoTower", {"dim": 8, "num_negatives": 8}),
+        ("SimpleX", {"dim": 8, "num_negatives": 8, "optimizer": "lazy_adam"}),
+        ("TwoTower", {"dim": 8, "num_negatives": 8, "negatives": "mixed", "optimizer": "lazy_adam"}),
         ("DeepFM", {"dim": 4, "hidden": [8], "dropout": 0.1}),
         ("DeepFM", {"dim": 4, "hidden": [8], "precision": "int8", "tables": {"lr": 0.1}}),
         ("DIN", {"dim": 4, "precision": "int8"}),
         ("DIN", {"dim": 4, "precision": {"item": "int4", "user": "bfloat16"}, "tables": {"passes": 2}}),
     ],
-    ids=lambda value: value if isinstance(value, str) else str(value.get("precision", "float32")),
+    ids=lambda value: value if isinstance(value, str) else str(value.get("precision", value.get("optimizer", ""))),
 )
 def test_our_models_resume_bit_equal_and_load(name, build, tiny_data, tmp_path):
     options = {"epochs": 2, "batch_size": 32, "lr": 1e-2, "weight_decay": 1e-3}
+    build = dict(build)
+    if "optimizer" in build:
+        options["optimizer"] = build.pop("optimizer")
 
     def make():
         torch.manual_seed(5)
@@ -364,6 +386,7 @@ def test_progress_goes_to_standard_error_and_only_when_asked(tiny_data, capfd):
         ({"monitor": "aux"}, "fit: monitor = 'aux', expected loss, auc, gauc, logloss"),
         ({"monitor": "recall@50"}, "expected loss, auc, gauc, logloss"),
         ({"resume": "nowhere"}, "resume = 'nowhere' needs out="),
+        ({"optimizer": "lazy_adam", "clip_norm": 1.0}, "fit: clip_norm is not for optimizer = 'lazy_adam'"),
     ],
 )
 def test_rejects_bad_settings(settings, message, tiny_data):

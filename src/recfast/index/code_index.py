@@ -11,9 +11,29 @@ import torch
 from recfast import ops
 from recfast.errors import InputError
 from recfast.index import _file
-from recfast.index._arrays import as_ids, as_tensor, refuse_repeats
+from recfast.index._arrays import as_ids, as_mask, as_tensor, following, refuse_repeats
+from recfast.index._guard import Guard
+from recfast.index.bitmap import Bitmap, Epoch
+from recfast.ops import PackedCodes, SparseTable, pack_codes, unpack_codes
+from recfast.ops.code_postings import refuse_faults
+from recfast.ops.packed_codes import packed_append, packed_remove, packed_write
 
-_ORDERS = ("auto", "none")
+_ORDERS = ("auto", "none", "lex")
+_INTEGERS = (torch.int64, torch.int32)
+_PLANS = ("auto", "scan", "block_max", "scalar", "postings")
+
+# Below this many items there are too few groups to skip.
+_LEAST_SORTED = 16384
+# "auto" sorts where groups of 256 neighbours hold at most this share of the different codes that they would hold if
+# codebooks had nothing to do with each other. Measured: independent codes come to 1.00 and above, the product-quantised
+# vectors of clusters to 0.90 and below.
+_CLUSTERED = 0.95
+# So many ids may have come since ids were last sorted, or an eighth of all.
+_MOST_RECENT = 4096
+# Lists are read where they hold fewer than one in this many of the items; see benchmarks/bench_code_index.py.
+_POSTINGS_SHARE = 20
+# So many queries of few entries are scanned before "auto" builds lists for those that follow.
+_POSTINGS_AFTER = 64
 
 
 class CodeIndex:
@@ -21,21 +41,27 @@ class CodeIndex:
 
     .. math:: y_{q,i} = \\sum_{m=0}^{M-1} T_{q,m,c_{i,m}} + b_i
 
-    Every item stands in a *slot*: its place in `codes`, then in the order of `add`. A removed item leaves its slot
-    empty until `compact` closes the gaps. Masks speak of slots; answers, `update` and `remove` of external ids.
+    Every item has a *slot*: its place in `codes`, then in the order of `add`. A removed item leaves its slot empty
+    until `compact` closes the gaps. Masks speak of slots; answers, `update` and `remove` of external ids. Where items
+    lie in memory is a third thing, `order`, and never changes an answer.
 
     Parameters
     ----------
     codes : array or Tensor [N, M] of integers in [0, K)
-        uint8 and uint16 are taken without a copy where contiguous, and never written to; others are converted.
+        Copied into the index's own layout and not kept.
     n_codes : int
         K, in [1, 65536]. A table must have as many entries per codebook.
     bias : array or Tensor [N], float32, optional
         Added to the score of each item; -inf hides it.
     ids : array or Tensor [N] of distinct integers, at least 0, optional
         What an item is called outside; its slot where left out. Ties go to the lowest.
-    order : "auto" or "none"
-        The order in which items are laid out. It never changes an answer; both keep the order given.
+    order : "auto", "none" or "lex"
+        "lex" lays items out in lexicographic order of their codes, so that neighbours share codes and a search can
+        skip groups of items that cannot reach the answer; it costs the sort and 8 + M / 7 bytes an item. "none" keeps
+        the order given. "auto" sorts where items cluster, which it measures: there are 16,384 items or more, and groups
+        of 256 neighbours in sorted order hold at most 0.95 of the different codes that they would hold were the
+        codebooks independent of each other, with codes as frequent as they are. Decided when the index is made and
+        again by `compact`.
 
     Raises
     ------
@@ -45,36 +71,93 @@ class CodeIndex:
 
     Notes
     -----
-    Searches may run at the same time in many threads. A change (`add`, `update`, `remove`, `compact`) must not run at
-    the same time as anything else.
+    Any number of threads may search at the same time. A change (`add`, `update`, `remove`, `compact`) waits until the
+    searches under way have ended, and what is called meanwhile waits for the change, so that every search sees the
+    items as they are before or after it. Processes that map the same file each have an index of their own.
+
+    `add` appends items in the order given, whatever `order` is: searches read this unsorted tail in full (`tail` says
+    how large a share it is), until `compact` sorts everything anew. When that pays is for the user to decide; with a
+    tenth of the items in the tail it is time.
+
+    Memory, bytes an item (`nbytes` has the sum): M (2 M where K > 256) for the codes, of which there is one copy; 5 for
+    a bias, 8 for ids, 1/8 after a removal; in lexicographic order 8 for slots and their inverse and M / 7 for the
+    bitmaps of what groups hold; 4 M + 4 where sparse tables have made it build lists; 16 for finding items by their
+    ids, where there are ids, from the first call on that does. Room for a quarter more items after `add`.
     """
 
     def __init__(self, codes: Any, n_codes: int = 256, *, bias: Any = None, ids: Any = None, order: str = "auto"):
+        place = "CodeIndex"
         if order not in _ORDERS:
-            raise ValueError(f"CodeIndex: order must be one of {', '.join(_ORDERS)}, got {order!r}")
+            raise ValueError(f"{place}: order must be one of {', '.join(_ORDERS)}, got {order!r}")
         if not 1 <= n_codes <= 65536:
-            raise ValueError(f"CodeIndex: n_codes must be in [1, 65536], got {n_codes}")
+            raise ValueError(f"{place}: n_codes must be in [1, 65536], got {n_codes}")
         self._n_codes = int(n_codes)
-        self._order = order
-        self._codes = self._as_codes("CodeIndex", codes, None)
-        self._size = len(self._codes)
-        self._bias = None if bias is None else as_tensor("CodeIndex", "bias", bias)
-        self._ids = None if ids is None else as_ids("CodeIndex", ids)
-        if self._ids is not None and len(self._ids) != self._size:
-            raise ValueError(f"CodeIndex: ids must have shape [{self._size}], got [{len(self._ids)}]")
-        self._live: torch.Tensor | None = None
-        self._removed = 0
-        self._next_id = self._size if self._ids is None else int(self._ids.max(initial=-1)) + 1
-        self._sorted: tuple[np.ndarray, np.ndarray] | None = None
-        # Memory that came from outside is copied before the first change.
-        self._owned = False
-        if self._ids is not None:
-            refuse_repeats("CodeIndex", self._ids)
-        self._check_parts()
+        self._wanted = order
+        codes = self._as_codes(place, codes, None)
+        size = len(codes)
+        bias = None if bias is None else _as_bias(place, bias, size)
+        names = None if ids is None else as_ids(place, ids)
+        if names is not None:
+            if len(names) != size:
+                raise ValueError(f"{place}: ids must have shape [{size}], got [{len(names)}]")
+            refuse_repeats(place, names)
+        self._next_id = size if names is None else int(names.max(initial=-1)) + 1
+        self._pack(codes, bias, None if names is None else torch.from_numpy(names.copy()))
+        self._start()
 
-    def _check_parts(self) -> None:
-        """Let the kernel read every code and bias once, so that searches need not."""
-        ops.code_search(self._parts(), torch.empty((0, self._codes.shape[1], self._n_codes)), 0)
+    def _start(self) -> None:
+        """What is not part of the items."""
+        self._guard = Guard()
+        self.epoch = Epoch()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was made from the items and is made again where it is wanted."""
+        self._forget_ids()
+        self._counts: np.ndarray | None = None
+        self._lists: ops.PostingLists | None = None
+        self._sparse_queries = 0
+
+    def _forget_ids(self) -> None:
+        # The ids in rising order with their slots, as they were once; and what has been added since, by id.
+        self._sorted: tuple[np.ndarray, np.ndarray] | None = None
+        self._recent: dict[int, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._guard.reading:
+            left_out = (
+                "_guard", "epoch", "_sorted", "_recent", "_counts", "_lists", "_sparse_queries",
+            )  # fmt: skip
+            state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+            # As arrays: torch does not pickle all dtypes. Copied while no change can come between, since they are
+            # written out after this.
+            parts = {name: part.numpy().copy() for name, part in self._trimmed().items()}
+            return {**state, "_packed": (self._packed.size, self._packed.n_codes, parts)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        size, n_codes, parts = state["_packed"]
+        # Buffers that came beside the pickle may be read-only.
+        tensors = {name: torch.from_numpy(np.require(part, requirements="W")) for name, part in parts.items()}
+        self._packed = PackedCodes(size=size, n_codes=n_codes, **tensors)
+        self._start()
+
+    def _pack(
+        self, codes: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor | None, live: torch.Tensor | None = None
+    ) -> None:
+        """Lay the items out anew, in the order that the user asked for."""
+
+        def pack(order: str) -> PackedCodes:
+            return pack_codes(codes, n_codes=self._n_codes, bias=bias, ids=ids, live=live, order=order)
+
+        sort = self._wanted == "lex" or (self._wanted == "auto" and len(codes) >= _LEAST_SORTED)
+        packed = pack("lex" if sort else "none")
+        if sort and self._wanted == "auto" and not _clusters(packed):
+            packed = pack("none")
+        self._packed = packed
+        self._removed = 0 if live is None else int((~live).sum())
+        # Positions below this one were sorted, and this many of them have changed since.
+        self._ordered, self._moved = packed.size, 0
 
     def _as_codes(self, place: str, codes: Any, width: int | None) -> torch.Tensor:
         """Codes as a tensor of uint8 or uint16; `width` is M where the index exists already."""
@@ -83,22 +166,29 @@ class CodeIndex:
             raise ValueError(f"{place}: codes must have shape [N, {width or 'M'}], got {list(codes.shape)}")
         if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
             raise TypeError(f"{place}: codes must be integers, got {str(codes.dtype).removeprefix('torch.')}")
-        if width is None and codes.dtype in (torch.uint8, torch.uint16):
-            return codes
-        wanted = (torch.uint8 if self._n_codes <= 256 else torch.uint16) if width is None else self._codes.dtype
-        # Through numpy here and below, since torch has few functions for uint16.
+        # Through numpy, since torch has few functions for uint16.
         array = codes.numpy()
-        if array.size and (int(array.min()) < 0 or int(array.max()) >= self._n_codes):
+        within = array.dtype.kind == "u" and np.iinfo(array.dtype).max < self._n_codes
+        if not within and array.size and (int(array.min()) < 0 or int(array.max()) >= self._n_codes):
             item, book = map(int, np.argwhere((array < 0) | (array >= self._n_codes))[0])
             raise IndexError(f"{place}: codes[{item}, {book}] = {array[item, book]} is outside [0, {self._n_codes})")
-        return codes.to(wanted)
+        return torch.from_numpy(array.astype(np.uint8 if self._n_codes <= 256 else np.uint16, copy=False))
+
+    # -- what it holds -------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """The number of items, without the removed ones."""
-        return self._size - self._removed
+        return self._packed.size - self._removed
 
     def __repr__(self) -> str:
-        return f"CodeIndex({len(self)} items, {self._codes.shape[1]} codebooks of {self._n_codes} codes)"
+        order = "in the order given" if self.order == "none" else "in lexicographic order"
+        if self.tail:
+            order += f" but for {self.tail:.1%}"
+        return f"CodeIndex({len(self)} items, {self._books} codebooks of {self._n_codes} codes, {order})"
+
+    @property
+    def _books(self) -> int:
+        return self._packed.planes.shape[1]
 
     @property
     def n_codes(self) -> int:
@@ -108,42 +198,94 @@ class CodeIndex:
     @property
     def n_slots(self) -> int:
         """Items and removed ones: the length of a mask."""
-        return self._size
+        return self._packed.size
+
+    @property
+    def order(self) -> str:
+        """How the items lie: "none" or "lex"."""
+        return "none" if self._packed.slots is None else "lex"
+
+    @property
+    def tail(self) -> float:
+        """The share of the items that came or changed since the items were sorted; 0 where they are not sorted.
+
+        An item that changes twice counts twice.
+        """
+        if self.order == "none" or not self._packed.size:
+            return 0.0
+        return min(1.0, (self._packed.size - self._ordered + self._moved) / self._packed.size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the items take, with room for more and with posting lists where there are some."""
+        with self._guard.reading:
+            parts = [*self._packed, *(self._lists or ()), *(self._sorted or ()), self._counts]
+            return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor | np.ndarray))
 
     @property
     def codes(self) -> torch.Tensor:
-        """The codes of each slot, [n_slots, M]. Not to be written to."""
-        return self._codes[: self._size]
+        """The codes of each slot, [n_slots, M], gathered at each call."""
+        with self._guard.reading:
+            return unpack_codes(self._packed)
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The bias of each slot, [n_slots] float32, or None. Not to be written to."""
-        return None if self._bias is None else self._bias[: self._size]
+        """The bias of each slot, [n_slots] float32, or None; gathered at each call."""
+        with self._guard.reading:
+            if self._packed.bias is None:
+                return None
+            return self._packed.bias[self._positions(np.arange(self._packed.size))]
 
     @property
     def ids(self) -> torch.Tensor:
         """The external id of each slot, [n_slots] int64. Not to be written to."""
-        return torch.arange(self._size) if self._ids is None else torch.from_numpy(self._ids[: self._size])
+        packed = self._packed
+        return torch.arange(packed.size) if packed.ids is None else packed.ids[: packed.size]
 
     @property
     def live(self) -> torch.Tensor | None:
-        """Which slots hold an item, [n_slots] bool, or None where all do. Not to be written to."""
-        return None if self._live is None else self._live[: self._size]
+        """Which slots hold an item, [n_slots] bool, or None where all do; gathered at each call."""
+        with self._guard.reading:
+            return self._live()
 
-    def _parts(self) -> ops.Codes:
-        return ops.Codes(self.codes, self.bias, None if self._ids is None else self.ids, self.live)
+    def _live(self) -> torch.Tensor | None:
+        return torch.from_numpy(self._alive(np.arange(self._packed.size))) if self._removed else None
 
-    def search(self, table: Any, k: int, mask: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _alive(self, slots: np.ndarray) -> np.ndarray:
+        """Which of `slots` hold an item, bool."""
+        if not self._removed:
+            return np.ones(len(slots), dtype=np.bool_)
+        words = self._packed.live.numpy().view(np.uint64)
+        places = self._positions(slots).numpy()
+        return (words[places >> 6] >> (places & 63).astype(np.uint64) & np.uint64(1)).astype(np.bool_)
+
+    def _positions(self, slots: np.ndarray) -> torch.Tensor:
+        """Where the items of `slots` lie, int64."""
+        if self._packed.positions is None:
+            return torch.from_numpy(slots.astype(np.int64, copy=False))
+        return torch.from_numpy(self._packed.positions.numpy()[slots].astype(np.int64))
+
+    # -- search --------------------------------------------------------------------------------------------------
+
+    def search(self, table: Any, k: int, mask: Any = None, plan: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
         """Find the k best items for each query, exactly.
 
         Parameters
         ----------
         table : array or Tensor [Q, M, K], float32 (a tensor may be bfloat16 or float16)
-            The score of each code for each query; -inf forbids every item that has the code.
+            The score of each code for each query; -inf forbids every item that has the code. Or a sparse one, where a
+            code that is not named scores 0: an `ops.SparseTable`, or its parts (codes, values, offsets) as arrays or
+            tensors.
         k : int
             May exceed the number of items, may be 0.
-        mask : array or Tensor [n_slots] or [Q, n_slots], bool, optional
-            The slots allowed, for all queries or for each (see `allow`).
+        mask : Bitmap, or array or Tensor [n_slots] or [Q, n_slots] of bool (or packed in bytes), optional
+            The slots allowed, for all queries or for each (see `allow` and `deny`).
+        plan : "auto", "scan", "block_max", "scalar" or "postings"
+            How, which never changes the answer. "scan" reads all codes; "block_max" skips groups that cannot reach the
+            answer, where the items are in lexicographic order; "scalar" is the plain loop. "postings" (for sparse
+            tables) reads the lists of items of the codes named, and builds them first where there are none. "auto"
+            reads lists for queries whose codes are those of fewer than N / 20 items; it builds them once 64 such
+            queries have come since the items last changed.
 
         Returns
         -------
@@ -153,28 +295,121 @@ class CodeIndex:
 
         Raises
         ------
-        TypeError, ValueError
-            A wrong dtype or shape; NaN or +inf in the table; a negative k.
+        TypeError, ValueError, IndexError
+            A wrong dtype or shape; NaN or +inf in the table; a negative k; a plan that does not fit the table; an
+            entry of a sparse table outside [0, M K).
         """
-        table = as_tensor("CodeIndex.search", "table", table)
-        mask = None if mask is None else as_tensor("CodeIndex.search", "mask", mask)
-        # Unchecked codes below would be read outside a smaller table.
-        if table.dim() != 3 or tuple(table.shape[1:]) != (self._codes.shape[1], self._n_codes):
-            wanted = f"[Q, {self._codes.shape[1]}, {self._n_codes}]"
-            raise ValueError(f"CodeIndex.search: table must have shape {wanted}, got {list(table.shape)}")
-        return ops.code_search(self._parts(), table, k, mask=mask, check=False)
+        place = "CodeIndex.search"
+        if plan not in _PLANS:
+            raise ValueError(f"{place}: plan must be one of {', '.join(_PLANS)}, got {plan!r}")
+        if isinstance(table, tuple | list):
+            table = _as_sparse(place, table, self._books * self._n_codes)
+            queries = len(table.offsets) - 1
+        else:
+            if plan == "postings":
+                raise ValueError(f"{place}: plan 'postings' needs a sparse table, got a dense one")
+            table = as_tensor(place, "table", table)
+            if table.dim() != 3 or tuple(table.shape[1:]) != (self._books, self._n_codes):
+                wanted = f"[Q, {self._books}, {self._n_codes}]"
+                raise ValueError(f"{place}: table must have shape {wanted}, got {list(table.shape)}")
+            queries = len(table)
+        with self._guard.reading:
+            mask = as_mask(place, mask, queries, self._packed.size, epoch=self.epoch)
+            if isinstance(table, SparseTable) and plan in ("auto", "postings"):
+                return self._search_sparse(table, k, mask, plan)
+            return self._scan(table, k, mask, plan)
 
-    def allow(self, ids: Any) -> torch.Tensor:
-        """Make the mask [n_slots] that allows the items `ids` alone.
+    def _scan(self, table: Any, k: int, mask: Any, plan: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(mask, Bitmap):
+            mask = mask.serving(self._packed)
+        return ops.code_search(self._packed, table, k, mask=mask, plan=plan, check=False)
+
+    def _search_sparse(self, table: SparseTable, k: int, mask: Any, plan: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if mask is not None and not isinstance(mask, Bitmap):
+            mask = Bitmap.from_mask(mask)
+        queries = len(table.offsets) - 1
+        if plan == "postings":
+            by_lists = np.ones(queries, dtype=bool)
+        else:
+            by_lists = self._is_cheap(table, k, mask)
+            if self._lists is None:
+                self._sparse_queries += int(by_lists.sum())
+                if self._sparse_queries < _POSTINGS_AFTER:
+                    by_lists[:] = False
+        if not by_lists.any():
+            return self._scan(table, k, mask, "auto")
+        lists = self._posting_lists()
+        if by_lists.all():
+            return ops.code_postings(lists, self._packed, table, k, mask=mask, check=False)
+        scores = torch.empty((queries, k), dtype=torch.float32)
+        ids = torch.empty((queries, k), dtype=torch.int64)
+        for chosen in (by_lists, ~by_lists):
+            rows = torch.from_numpy(chosen.nonzero()[0])
+            part = _rows_of(table, rows)
+            only = mask if mask is None or mask.queries is None else mask[rows]
+            if chosen is by_lists:
+                found = ops.code_postings(lists, self._packed, part, k, mask=only, check=False)
+            else:
+                found = self._scan(part, k, only, "auto")
+            scores[rows], ids[rows] = found
+        return scores, ids
+
+    def _is_cheap(self, table: SparseTable, k: int, mask: Bitmap | None) -> np.ndarray:
+        """For which queries the lists are shorter than a scan is worth."""
+        size = self._packed.size
+        counts = self._counts
+        if counts is None:
+            counts = self._counts = ops.posting_counts(self._packed, self._n_codes).numpy()
+        sums = np.concatenate([[0], np.cumsum(counts[table.codes.numpy()])])
+        offsets = table.offsets.numpy()
+        touched = sums[offsets[1:]] - sums[offsets[:-1]]
+        # Items in no list are tried in turn until k of them are allowed.
+        allowed = np.asarray(len(self) if mask is None else mask.count())
+        touched = touched + np.minimum(min(k, size) * (size / np.maximum(allowed, 1)), size)
+        return touched * _POSTINGS_SHARE < size
+
+    def _posting_lists(self) -> ops.PostingLists:
+        # Searches that come meanwhile wait for these lists, and no change can come between.
+        with self._guard.building:
+            if self._lists is None:
+                self._lists = ops.posting_lists(self._packed, self._n_codes)
+            return self._lists
+
+    def slots_of(self, ids: Any) -> np.ndarray:
+        """The slot of each of the items `ids`, int64 [n].
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             An id that is not in the index.
         """
-        mask = torch.zeros(self._size, dtype=torch.bool)
-        mask[torch.from_numpy(self._slots("CodeIndex.allow", as_ids("CodeIndex.allow", ids)))] = True
-        return mask
+        return self._slots_of("CodeIndex.slots_of", ids)
+
+    def _slots_of(self, place: str, ids: Any) -> np.ndarray:
+        with self._guard.reading:
+            return self._slots(place, as_ids(place, ids))
+
+    def allow(self, ids: Any) -> Bitmap:
+        """The mask that allows the items `ids` alone. `compact` makes it void, `add` too: it has as many slots as now.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An id that is not in the index.
+        """
+        return self._bitmap("CodeIndex.allow", ids)
+
+    def deny(self, ids: Any) -> Bitmap:
+        """The mask that allows all items but `ids`; see `allow`."""
+        return ~self._bitmap("CodeIndex.deny", ids)
+
+    def _bitmap(self, place: str, ids: Any) -> Bitmap:
+        with self._guard.reading:
+            bitmap = Bitmap.allow(self._packed.size, self._slots(place, as_ids(place, ids)))
+            bitmap.epoch = self.epoch
+            return bitmap
+
+    # -- changes -------------------------------------------------------------------------------------------------
 
     def add(self, codes: Any, ids: Any = None, *, bias: Any = None) -> torch.Tensor:
         """Append items.
@@ -197,44 +432,41 @@ class CodeIndex:
             As the constructor does. The index is unchanged then.
         """
         place = "CodeIndex.add"
-        codes = self._as_codes(place, codes, self._codes.shape[1])
-        bias = self._as_bias(place, bias, len(codes), required=self._bias is not None)
-        automatic = ids is None
-        if automatic and self._next_id + len(codes) > 2**63:
-            raise ValueError(f"{place}: ids must be given, since the highest id there can be is taken")
-        ids = np.arange(self._next_id, self._next_id + len(codes)) if automatic else as_ids(place, ids)
-        if len(ids) != len(codes):
-            raise ValueError(f"{place}: ids must have shape [{len(codes)}], got [{len(ids)}]")
-        if not automatic:
-            refuse_repeats(place, ids)
-            present = self._find(ids) >= 0
-            if present.any():
-                at = int(present.argmax())
-                raise ValueError(f"{place}: ids[{at}] = {ids[at]} is in the index already")
-        start, end = self._size, self._size + len(codes)
-        named = self._ids is not None or not np.array_equal(ids, np.arange(start, end))
-        if self._sorted is None and named:
-            self._sorted = self._sort()
-        self._reserve(end)
-        self._codes.numpy()[start:end] = codes.numpy()
-        if self._bias is not None:
-            self._bias[start:end] = bias
-        if named:
-            if self._ids is None:
-                self._ids = np.arange(len(self._codes))
-            self._ids[start:end] = ids
-            by_id = np.argsort(ids, kind="stable")
-            known, slots = self._sorted
-            places = np.searchsorted(known, ids[by_id])
-            self._sorted = np.insert(known, places, ids[by_id]), np.insert(slots, places, start + by_id)
-        if self._live is not None:
-            self._live[start:end] = True
-        self._size = end
-        self._next_id = max(self._next_id, int(ids.max(initial=-1)) + 1)
-        return torch.from_numpy(ids)
+        codes = self._as_codes(place, codes, self._books)
+        bias = self._given_bias(place, bias, len(codes), required=True)
+        names = None if ids is None else as_ids(place, ids)
+        if names is not None:
+            if len(names) != len(codes):
+                raise ValueError(f"{place}: ids must have shape [{len(codes)}], got [{len(names)}]")
+            refuse_repeats(place, names)
+        with self._guard.changing:
+            packed = self._packed
+            start, end = packed.size, packed.size + len(codes)
+            if names is None:
+                if self._next_id + len(codes) > 2**63:
+                    raise ValueError(f"{place}: ids must be given, since the highest id there can be is taken")
+                names = following(self._next_id, len(codes))
+            else:
+                present = self._find(names) >= 0
+                if present.any():
+                    at = int(present.argmax())
+                    raise ValueError(f"{place}: ids[{at}] = {names[at]} is in the index already")
+            if packed.ids is None and not np.array_equal(names, np.arange(start, end)):
+                self._forget_ids()
+                packed = packed._replace(ids=torch.arange(start))
+            given = None if packed.ids is None else torch.from_numpy(names)
+            self._packed = packed_append(packed, codes, bias=bias, ids=given)
+            if self._sorted is not None:
+                self._recent.update(zip(names.tolist(), range(start, end), strict=True))
+                if len(self._recent) > max(_MOST_RECENT, end // 8):
+                    self._forget_ids()
+            self._recount(codes, 1)
+            self._drop_lists()
+            self._next_id = max(self._next_id, int(names.max(initial=-1)) + 1)
+        return torch.from_numpy(names)
 
     def update(self, ids: Any, codes: Any, *, bias: Any = None) -> None:
-        """Give the items `ids` other codes, and another bias where one is given.
+        """Give the items `ids` other codes, in place, and another bias where one is given.
 
         Raises
         ------
@@ -242,17 +474,22 @@ class CodeIndex:
             An id that is not in the index or given twice; codes or bias that do not fit. The index is unchanged then.
         """
         place = "CodeIndex.update"
-        ids = as_ids(place, ids)
-        codes = self._as_codes(place, codes, self._codes.shape[1])
-        if len(ids) != len(codes):
-            raise ValueError(f"{place}: codes must have shape [{len(ids)}, M], got {list(codes.shape)}")
-        bias = self._as_bias(place, bias, len(codes), required=False)
-        refuse_repeats(place, ids)
-        slots = self._slots(place, ids)
-        self._reserve(self._size)
-        self._codes.numpy()[slots] = codes.numpy()
-        if bias is not None:
-            self._bias.numpy()[slots] = bias.numpy()
+        names = as_ids(place, ids)
+        codes = self._as_codes(place, codes, self._books)
+        if len(names) != len(codes):
+            raise ValueError(f"{place}: codes must have shape [{len(names)}, M], got {list(codes.shape)}")
+        bias = self._given_bias(place, bias, len(codes), required=False)
+        refuse_repeats(place, names)
+        with self._guard.changing:
+            positions = self._positions(self._slots(place, names))
+            if self._counts is not None:
+                at = positions.numpy()
+                before = torch.from_numpy(self._packed.planes.numpy()[at >> 6, :, at & 63])
+                self._recount(before, -1)
+            packed_write(self._packed, positions, codes, bias)
+            self._recount(codes, 1)
+            self._drop_lists()
+            self._moved += int((positions < self._ordered).sum())
 
     def remove(self, ids: Any) -> None:
         """Take the items `ids` out; their slots stay empty until `compact`.
@@ -263,119 +500,86 @@ class CodeIndex:
             An id that is not in the index or given twice. The index is unchanged then.
         """
         place = "CodeIndex.remove"
-        ids = as_ids(place, ids)
-        refuse_repeats(place, ids)
-        slots = self._slots(place, ids)
-        self._reserve(self._size)
-        if self._live is None:
-            self._live = torch.ones(len(self._codes), dtype=torch.bool)
-        self._live[torch.from_numpy(slots)] = False
-        self._removed += len(slots)
-        if self._sorted is not None:
-            known, order = self._sorted
-            places = np.searchsorted(known, ids)
-            self._sorted = np.delete(known, places), np.delete(order, places)
+        names = as_ids(place, ids)
+        refuse_repeats(place, names)
+        with self._guard.changing:
+            slots = self._slots(place, names)
+            # Lists keep their removed items, which searches leave out by the same bits.
+            self._packed = packed_remove(self._packed, self._positions(slots))
+            self._removed += len(slots)
+            for name in names.tolist() if self._recent else ():
+                self._recent.pop(name, None)
 
     def compact(self) -> None:
-        """Close the gaps that `remove` left and give spare memory back. Ids stay, slots change."""
-        keep = np.arange(self._size) if self._live is None else self.live.numpy().nonzero()[0]
-        if self._ids is not None or self._removed:
-            self._ids = self.ids.numpy()[keep]
-        self._codes = torch.from_numpy(self.codes.numpy()[keep])
-        self._bias = None if self._bias is None else torch.from_numpy(self.bias.numpy()[keep])
-        self._live, self._removed, self._size = None, 0, len(keep)
-        self._sorted = None
-        self._owned = True
+        """Close the gaps that `remove` left, sort anew and give spare memory back. Ids stay, slots change.
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index to one file (safetensors), whole or not at all, with a checksum over every byte."""
-        arrays = {"codes": self.codes.numpy()}
-        if self._bias is not None:
-            arrays["bias"] = self.bias.numpy()
-        if self._ids is not None:
-            arrays["ids"] = self._ids[: self._size]
-        if self._live is not None:
-            arrays["live"] = self.live.numpy()
-        config = {"n_codes": self._n_codes, "order": self._order, "next_id": self._next_id}
-        _file.save(path, "CodeIndex", config, arrays)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], mmap: bool = False) -> CodeIndex:
-        """Read what `save` wrote.
-
-        Parameters
-        ----------
-        path : path
-        mmap : bool
-            Map the file instead of reading it: processes share its memory. The file is still read through once, since
-            its checksum is always verified. Changes stay in memory and never reach the file.
-
-        Raises
-        ------
-        InputError
-            No such file; truncated, corrupt, or not such a file.
+        Masks made before by `allow` or `deny` are refused afterwards. It needs twice the memory for a moment.
         """
-        config, arrays = _file.load(path, "CodeIndex", mmap=mmap)
-        try:
-            index = cls(arrays["codes"], config["n_codes"], bias=arrays.get("bias"), order=config["order"])
-            index._restore(arrays.get("ids"), arrays.get("live"), config["next_id"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise InputError(f"CodeIndex.load: {path} is corrupt: {error}") from error
-        return index
+        with self._guard.changing:
+            packed, size = self._packed, self._packed.size
+            live = self._live()
+            keep = np.arange(size) if live is None else live.numpy().nonzero()[0]
+            positions = self._positions(keep)
+            ids = None if packed.ids is None else packed.ids[:size][torch.from_numpy(keep)]
+            if self._removed and packed.ids is None:
+                ids = torch.from_numpy(keep)
+            codes = torch.from_numpy(unpack_codes(packed).numpy()[keep])
+            bias = None if packed.bias is None else packed.bias[positions]
+            self._pack(codes, bias, ids)
+            self._forget()
+            self.epoch.over = True
+            self.epoch = Epoch()
 
-    def _restore(self, ids: np.ndarray | None, live: np.ndarray | None, next_id: int) -> None:
-        if live is not None:
-            if live.shape != (self._size,) or live.dtype != np.bool_:
-                raise ValueError(f"live must be bool [{self._size}]")
-            self._live = torch.from_numpy(live)
-            self._removed = self._size - int(live.sum())
-        if ids is not None:
-            self._ids = as_ids("CodeIndex", ids)
-            if len(self._ids) != self._size:
-                raise ValueError(f"ids must have shape [{self._size}], got [{len(self._ids)}]")
-            # Among live items only: a removed one may have come back in another slot.
-            refuse_repeats("CodeIndex", self._ids if live is None else self._ids[live])
-        self._next_id = int(next_id)
+    def _recount(self, codes: torch.Tensor, sign: int) -> None:
+        """Keep the number of items of each code, where they have been counted."""
+        if self._counts is not None:
+            flat = codes.numpy().astype(np.int64) + np.arange(self._books) * self._n_codes
+            self._counts += sign * np.bincount(flat.reshape(-1), minlength=len(self._counts))
 
-    def _as_bias(self, place: str, bias: Any, size: int, *, required: bool) -> torch.Tensor | None:
+    def _drop_lists(self) -> None:
+        self._lists, self._sparse_queries = None, 0
+
+    def _given_bias(self, place: str, bias: Any, size: int, *, required: bool) -> torch.Tensor | None:
         if bias is None:
-            if required:
+            if required and self._packed.bias is not None:
                 raise ValueError(f"{place}: bias must be given, since the index has one")
             return None
-        if self._bias is None:
+        if self._packed.bias is None:
             raise ValueError(f"{place}: bias must be left out, since the index has none")
-        bias = as_tensor(place, "bias", bias)
-        if bias.dtype != torch.float32:
-            raise TypeError(f"{place}: bias must be float32, got {str(bias.dtype).removeprefix('torch.')}")
-        if tuple(bias.shape) != (size,):
-            raise ValueError(f"{place}: bias must have shape [{size}], got {list(bias.shape)}")
-        wrong = ~(bias < torch.inf)
-        if bool(wrong.any()):
-            at = int(wrong.nonzero()[0])
-            raise ValueError(f"{place}: bias[{at}] must be finite or -inf, got {float(bias[at])}")
-        return bias
+        return _as_bias(place, bias, size)
 
-    def _sort(self) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of the items in rising order, and their slots."""
-        slots = np.arange(self._size) if self._live is None else self.live.numpy().nonzero()[0]
-        ids = self.ids.numpy()[slots]
-        order = np.argsort(ids, kind="stable")
-        return ids[order], slots[order]
+    # -- ids -----------------------------------------------------------------------------------------------------
 
     def _find(self, ids: np.ndarray) -> np.ndarray:
         """The slot of each id, or -1."""
-        if self._ids is None:
-            inside = ids < self._size
-            if self._live is not None:
-                inside[inside] &= self.live.numpy()[ids[inside]]
-            return np.where(inside, ids, -1)
+        size = self._packed.size
+        if self._packed.ids is None:
+            return self._if_alive(np.where(ids < size, ids, -1))
         if self._sorted is None:
-            self._sorted = self._sort()
+            slots = np.arange(size) if not self._removed else self._live().numpy().nonzero()[0]
+            names = self._packed.ids.numpy()[slots]
+            order = np.argsort(names, kind="stable")
+            # One assignment: searches that make it at the same time make the same.
+            self._sorted = names[order], slots[order]
         known, slots = self._sorted
         places = np.searchsorted(known, ids)
         found = places < len(known)
         found[found] &= known[places[found]] == ids[found]
-        return np.where(found, slots[np.where(found, places, 0)] if len(slots) else -1, -1)
+        answer = np.full(len(ids), -1)
+        answer[found] = slots[places[found]]
+        # A removed item is still among the sorted ones, and may have come back under another slot since.
+        answer = self._if_alive(answer)
+        if self._recent:
+            for at in (answer < 0).nonzero()[0].tolist():
+                answer[at] = self._recent.get(int(ids[at]), -1)
+        return answer
+
+    def _if_alive(self, slots: np.ndarray) -> np.ndarray:
+        """`slots`, -1 in place of those that hold no item."""
+        if self._removed:
+            some = (slots >= 0).nonzero()[0]
+            slots[some[~self._alive(slots[some])]] = -1
+        return slots
 
     def _slots(self, place: str, ids: np.ndarray) -> np.ndarray:
         slots = self._find(ids)
@@ -384,23 +588,224 @@ class CodeIndex:
             raise ValueError(f"{place}: ids[{at}] = {ids[at]} is not in the index")
         return slots
 
-    def _reserve(self, size: int) -> None:
-        """Make room for `size` slots, twice as much as there was, in memory of our own."""
-        capacity = len(self._codes)
-        if self._owned and capacity >= size:
-            return
-        capacity = capacity if capacity >= size else max(size, 2 * capacity)
+    # -- files ---------------------------------------------------------------------------------------------------
 
-        def grown(old: np.ndarray) -> np.ndarray:
-            new = np.empty((capacity, *old.shape[1:]), dtype=old.dtype)
-            new[: self._size] = old[: self._size]
-            return new
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index to one file (safetensors), whole or not at all, with checksums over every byte.
 
-        self._codes = torch.from_numpy(grown(self._codes.numpy()))
-        if self._bias is not None:
-            self._bias = torch.from_numpy(grown(self._bias.numpy()))
-        if self._ids is not None:
-            self._ids = grown(self._ids)
-        if self._live is not None:
-            self._live = torch.from_numpy(grown(self._live.numpy()))
-        self._owned = True
+        The file holds all that a search reads, as it lies in memory. Posting lists are not kept.
+        """
+        with self._guard.reading:
+            arrays = {name: array.numpy() for name, array in self._trimmed().items()}
+            config = {
+                "n_codes": self._n_codes,
+                "order": self._wanted,
+                "next_id": self._next_id,
+                "size": self._packed.size,
+                "ordered": self._ordered,
+                "moved": self._moved,
+            }
+            _file.save(path, "CodeIndex", config, arrays)
+
+    def _trimmed(self) -> dict[str, torch.Tensor]:
+        """The arrays without the room for more items."""
+        packed = self._packed
+        lengths = _lengths(packed.size)
+        parts = {name: getattr(packed, name) for name in lengths}
+        return {name: part[: lengths[name]] for name, part in parts.items() if part is not None}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], mmap: bool = False, verify: bool = True) -> CodeIndex:
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+        mmap : bool
+            Map the file instead of reading it: processes share its memory, and a search starts at once, since nothing
+            is built. Changes stay in this process's memory and never reach the file.
+        verify : bool
+            Compare the checksums of the arrays, for which the file is read through once. False is for files that are
+            known to be whole and larger than what one likes to read: a damaged one could give wrong answers or end the
+            process.
+
+        Raises
+        ------
+        InputError
+            No such file; truncated, corrupt, or not such a file.
+        """
+        config, arrays = _file.load(path, "CodeIndex", mmap=mmap, verify=verify)
+        try:
+            if "planes" in arrays:
+                return cls._restored(config, arrays, verify)
+            return cls._from_first(config, arrays)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise InputError(f"CodeIndex.load: {path} is corrupt: {error}") from error
+
+    @classmethod
+    def _from_first(cls, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> CodeIndex:
+        """Version 1 held codes by slot, and bias, ids and live beside them."""
+        index = cls(arrays["codes"], config["n_codes"], bias=arrays.get("bias"), order=config["order"])
+        size, ids, live = index.n_slots, arrays.get("ids"), arrays.get("live")
+        if live is not None and (live.shape != (size,) or live.dtype != np.bool_):
+            raise ValueError(f"live must be bool [{size}]")
+        if ids is not None:
+            ids = as_ids("CodeIndex", ids)
+            if len(ids) != size:
+                raise ValueError(f"ids must have shape [{size}], got [{len(ids)}]")
+            # Among live items only: a removed one may have come back in another slot.
+            refuse_repeats("CodeIndex", ids if live is None else ids[live])
+            index._packed = index._packed._replace(ids=torch.from_numpy(ids.copy()))
+        if live is not None:
+            gone = (~live).nonzero()[0]
+            index._packed = packed_remove(index._packed, index._positions(gone))
+            index._removed = len(gone)
+        index._next_id = int(config["next_id"])
+        return index
+
+    @classmethod
+    def _restored(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], verify: bool) -> CodeIndex:
+        index = cls.__new__(cls)
+        size, index._n_codes, index._wanted = int(config["size"]), int(config["n_codes"]), config["order"]
+        books = arrays["planes"].shape[1]
+        _refuse_shapes(arrays, size, books, index._n_codes)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        packed = PackedCodes(size=size, n_codes=index._n_codes, **tensors)
+        if verify:
+            _refuse_values(packed)
+        index._packed = packed
+        index._removed = 0
+        if packed.live is not None:
+            words = packed.live.clone()
+            if size % 64:
+                words[-1] &= (1 << size % 64) - 1
+            index._removed = size - Bitmap(words, size).count()
+        index._next_id = int(config["next_id"])
+        index._ordered, index._moved = int(config["ordered"]), int(config["moved"])
+        if index._wanted not in _ORDERS:
+            raise ValueError(f"order is {index._wanted!r}")
+        index._start()
+        return index
+
+
+def _lengths(size: int) -> dict[str, int]:
+    """The rows of each array of a `PackedCodes` that `size` items fill."""
+    blocks = -(-size // 64)
+    return {
+        "planes": blocks,
+        "blocks": -(-blocks // 4),
+        "superblocks": -(-blocks // 64),
+        "levels": blocks,
+        "edges": 256,
+        "live": blocks,
+        "slots": size,
+        "positions": size,
+        "bias": size,
+        "ids": size,
+    }
+
+
+def _refuse_shapes(arrays: dict[str, np.ndarray], size: int, books: int, n_codes: int) -> None:
+    """Raise ValueError unless every array is as long as `size` items need, of its dtype, and beside those it needs."""
+    if not 1 <= n_codes <= 65536 or books < 1:
+        raise ValueError(f"there are {books} codebooks of {n_codes} codes")
+    rows = books + ("bias" in arrays)
+    wanted = {
+        "planes": ((books, 64), np.uint8 if n_codes <= 256 else np.uint16),
+        "blocks": ((rows, 4), np.int64),
+        "superblocks": ((rows, 4), np.int64),
+        "levels": ((64,), np.uint8),
+        "edges": ((), np.float32),
+        "live": ((), np.int64),
+        "slots": ((), np.int32),
+        "positions": ((), np.int32),
+        "bias": ((), np.float32),
+        "ids": ((), np.int64),
+    }
+    lengths = _lengths(size)
+    for name, array in arrays.items():
+        shape, kind = wanted[name]
+        if array.shape != (lengths[name], *shape) or array.dtype != kind:
+            raise ValueError(f"{name} must be {np.dtype(kind)} {[lengths[name], *shape]}")
+    for together in (("slots", "positions", "blocks", "superblocks"), ("bias", "levels", "edges")):
+        if len({name in arrays for name in together}) == 2:
+            raise ValueError(f"only some of {', '.join(together)} are there")
+
+
+def _refuse_values(packed: PackedCodes) -> None:
+    """Raise ValueError where a value would make a search read outside the arrays."""
+    planes = packed.planes.numpy()
+    if packed.n_codes <= np.iinfo(planes.dtype).max and planes.size and int(planes.max()) >= packed.n_codes:
+        raise ValueError(f"a code is outside [0, {packed.n_codes})")
+    if packed.slots is not None and packed.size:
+        for name in ("slots", "positions"):
+            array = getattr(packed, name).numpy()
+            if int(array.min()) < 0 or int(array.max()) >= packed.size:
+                raise ValueError(f"{name} are outside [0, {packed.size})")
+        if not np.array_equal(packed.positions.numpy()[packed.slots.numpy()], np.arange(packed.size, dtype=np.int32)):
+            raise ValueError("slots and positions are not each other's inverse")
+    if packed.ids is not None and packed.size and int(packed.ids.min()) < 0:
+        raise ValueError("an id is below 0")
+
+
+def _clusters(packed: PackedCodes) -> bool:
+    """Whether groups of neighbours hold few different codes; `packed` is in lexicographic order. See `CodeIndex`."""
+    books = packed.planes.shape[1]
+    groups = packed.size // 256  # full ones
+    held = Bitmap(packed.blocks[:groups, :books].reshape(-1, 4), 256).count().double().mean() * books
+    counts = ops.posting_counts(packed, packed.n_codes).view(books, -1).double()
+    # Bitmaps have 256 bits: neighbouring codes share one where there are more.
+    share = 1 << max((packed.n_codes - 1).bit_length() - 8, 0)
+    shared = torch.nn.functional.pad(counts, (0, -packed.n_codes % share)).view(books, -1, share).sum(2)
+    drawn = (1 - (1 - shared / packed.size) ** 256).sum(1)
+    # Sorting walks through the codes of the first codebooks: a group passes `span` of them, and draws from the others.
+    often = counts / packed.size
+    perplexity = torch.exp(-torch.special.xlogy(often, often).sum(1))
+    span = 256 / packed.size * perplexity.cumprod(0) / share
+    expected = (drawn * (1 - torch.exp(-span / drawn))).clamp(min=1).sum()
+    return bool(held <= _CLUSTERED * expected)
+
+
+def _as_bias(place: str, bias: Any, size: int) -> torch.Tensor:
+    bias = as_tensor(place, "bias", bias)
+    if bias.dtype != torch.float32:
+        raise TypeError(f"{place}: bias must be float32, got {str(bias.dtype).removeprefix('torch.')}")
+    if tuple(bias.shape) != (size,):
+        raise ValueError(f"{place}: bias must have shape [{size}], got {list(bias.shape)}")
+    wrong = ~(bias < torch.inf)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        raise ValueError(f"{place}: bias[{at}] must be finite or -inf, got {float(bias[at])}")
+    return bias
+
+
+def _as_sparse(place: str, table: Any, limit: int) -> SparseTable:
+    if len(table) != 3:
+        raise ValueError(f"{place}: a sparse table must have codes, values and offsets, got {len(table)} parts")
+    parts = []
+    for name, kinds, value in zip(
+        ("codes", "values", "offsets"),
+        (_INTEGERS, (torch.float32, torch.bfloat16, torch.float16), _INTEGERS),
+        table,
+        strict=True,
+    ):
+        part = as_tensor(place, f"table.{name}", value)
+        if part.dtype not in kinds:
+            wanted = " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
+            raise TypeError(f"{place}: table.{name} must be {wanted}, got {str(part.dtype).removeprefix('torch.')}")
+        if part.dim() != 1:
+            raise ValueError(f"{place}: table.{name} must have one dimension, got shape {list(part.shape)}")
+        parts.append(part.float() if name == "values" else part.long())
+    table = SparseTable(*parts)
+    if len(table.values) != len(table.codes):
+        raise ValueError(f"{place}: table.values must have shape [{len(table.codes)}], got [{len(table.values)}]")
+    refuse_faults(place, table, limit, "table.")
+    return table
+
+
+def _rows_of(table: SparseTable, rows: torch.Tensor) -> SparseTable:
+    """The queries `rows` of a sparse table."""
+    begin, length = table.offsets[rows], (table.offsets[1:] - table.offsets[:-1])[rows]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
+    entries = torch.arange(int(offsets[-1])) + (begin - offsets[:-1]).repeat_interleave(length)
+    return SparseTable(table.codes[entries], table.values[entries], offsets)

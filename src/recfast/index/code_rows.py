@@ -12,6 +12,8 @@ from recfast import ops
 from recfast.errors import InputError
 from recfast.index import _file, _row_streams
 from recfast.index._arrays import as_tensor
+from recfast.ops import code_rows as rows_op
+from recfast.ops import packed_rows
 
 
 class CodeRows:
@@ -34,10 +36,15 @@ class CodeRows:
     TypeError, ValueError, IndexError
         A wrong dtype or shape; ids that do not rise within a row, a score that is not finite; an id out of range.
 
+    Attributes
+    ----------
+    packed : PackedRows
+        What is searched, see `ops.pack_rows`; it shares `indptr` and `scores` with what was given, where contiguous;
+        they must not be written to afterwards.
+
     Notes
     -----
-    Arrays are taken without a copy where contiguous; they must not be written to afterwards. Searches may run at the
-    same time in many threads.
+    Searches may run at the same time in many threads.
 
     References
     ----------
@@ -46,12 +53,49 @@ class CodeRows:
     """
 
     def __init__(self, indptr: Any, item_ids: Any, scores: Any, n_items: int):
-        self.indptr = as_tensor("CodeRows", "indptr", indptr)
-        self.item_ids = as_tensor("CodeRows", "item_ids", item_ids)
-        self.scores = as_tensor("CodeRows", "scores", scores)
-        self.n_items = int(n_items)
-        # The kernel reads the whole matrix once here, so that searches need not.
-        ops.code_rows_search(self, torch.empty((0, 0), dtype=torch.int64), 0)
+        matrix = ops.RowsIndex(
+            as_tensor("CodeRows", "indptr", indptr),
+            as_tensor("CodeRows", "item_ids", item_ids),
+            as_tensor("CodeRows", "scores", scores),
+            int(n_items),
+        )
+        self._hold(ops.pack_rows(matrix))
+
+    def _hold(self, packed: ops.PackedRows) -> None:
+        self.packed = packed
+        self._fields = packed_rows.fields_of(packed)
+
+    # A copy has its arrays elsewhere.
+    def __getstate__(self) -> ops.PackedRows:
+        return self.packed
+
+    def __setstate__(self, state: ops.PackedRows) -> None:
+        self._hold(state)
+
+    @property
+    def n_items(self) -> int:
+        """N."""
+        return self.packed.n_items
+
+    @property
+    def indptr(self) -> torch.Tensor:
+        """Where each row begins among all postings, int64 [R + 1]."""
+        return self.packed.indptr
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """The scores of all postings, float32 [T]."""
+        return self.packed.scores
+
+    @property
+    def item_ids(self) -> torch.Tensor:
+        """The items of all postings, int32 [T]; made anew at each call."""
+        return self.packed.item_ids()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index, in memory and (but for the header) in a file."""
+        return self.packed.nbytes
 
     @classmethod
     def from_csr(cls, indptr: Any, item_ids: Any, scores: Any, n_items: int) -> CodeRows:
@@ -119,17 +163,21 @@ class CodeRows:
 
     @staticmethod
     def expected_bytes(n_rows: int, n_items: int, per_row: float) -> int:
-        """About how many bytes an index of rows with `per_row` items on average takes, before it is built."""
-        return int(8 * (n_rows + 1) + 8 * n_rows * min(per_row, n_items))
+        """How many bytes an index of rows with `per_row` items on average takes at most, but for some hundred."""
+        per_row = min(per_row, n_items)
+        shift = packed_rows.shift_for(n_items, per_row)
+        return packed_rows.bytes_for(n_rows, n_items, per_row, shift)
 
     def __len__(self) -> int:
         """The number of rows."""
-        return len(self.indptr) - 1
+        return len(self.packed.lowest)
 
     def __repr__(self) -> str:
-        return f"CodeRows({len(self)} rows over {self.n_items} items, {len(self.item_ids)} scores)"
+        return f"CodeRows({len(self)} rows over {self.n_items} items, {len(self.scores)} scores)"
 
-    def search(self, rows: Any, k: int, weights: Any = None, mask: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(
+        self, rows: Any, k: int, weights: Any = None, mask: Any = None, row_bias: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the rows named for each query and find the k best items, exactly.
 
         Parameters
@@ -139,8 +187,11 @@ class CodeRows:
         k : int
             May exceed N, may be 0.
         weights : array or Tensor [Q, Ku], float32, optional
-        mask : array or Tensor [N] or [Q, N], bool, optional
-            The items allowed, for all queries or for each.
+        mask : array or Tensor or Bitmap, optional
+            The items allowed, for all queries or for each: bool [N] or [Q, N], bits as uint8 [ceil(N / 8)] or
+            [Q, ceil(N / 8)], lowest first, or a Bitmap.
+        row_bias : array or Tensor [R], float32, optional
+            Added once for each naming of a row to each of its items, not multiplied by the weight.
 
         Returns
         -------
@@ -152,18 +203,22 @@ class CodeRows:
         Raises
         ------
         TypeError, ValueError, IndexError
-            A wrong dtype or shape, a weight that is not finite, a row out of range.
+            A wrong dtype or shape, a weight or a bias that is not finite, a row out of range.
         """
         place = "CodeRows.search"
         rows = as_tensor(place, "rows", rows)
         weights = None if weights is None else as_tensor(place, "weights", weights)
-        mask = None if mask is None else as_tensor(place, "mask", mask)
-        return ops.code_rows_search(self, rows, k, weights=weights, mask=mask, check=False)
+        row_bias = None if row_bias is None else as_tensor(place, "row_bias", row_bias)
+        if mask is not None and not hasattr(mask, "words"):
+            mask = as_tensor(place, "mask", mask)
+        query = rows_op.check_query(len(self), self.n_items, rows.device, rows, k, weights, row_bias, mask)
+        # Not through torch's dispatcher, which costs as much as a short search.
+        return packed_rows.search_packed(self._fields, rows, k, *query)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index to one file (safetensors), whole or not at all, with a checksum over every byte."""
-        arrays = {name: getattr(self, name).numpy() for name in ("indptr", "item_ids", "scores")}
-        _file.save(path, "CodeRows", {"n_items": self.n_items}, arrays)
+        """Write the index to one file (safetensors), whole or not at all, with checksums over every byte."""
+        arrays = {name: part.numpy() for name, part in self.packed._asdict().items() if isinstance(part, torch.Tensor)}
+        _file.save(path, "CodeRows", {"n_items": self.n_items, "shift": self.packed.shift}, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], mmap: bool = False) -> CodeRows:
@@ -176,9 +231,16 @@ class CodeRows:
         """
         config, arrays = _file.load(path, "CodeRows", mmap=mmap)
         try:
-            return cls(arrays["indptr"], arrays["item_ids"], arrays["scores"], config["n_items"])
+            if "item_ids" in arrays:  # as written before rows were packed
+                return cls(arrays["indptr"], arrays["item_ids"], arrays["scores"], config["n_items"])
+            parts = {name: as_tensor("CodeRows.load", name, array) for name, array in arrays.items()}
+            packed = ops.PackedRows(**{"locals": None, **parts}, n_items=config["n_items"], shift=config["shift"])
+            packed_rows.check_packed("CodeRows", packed)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise InputError(f"CodeRows.load: {path} is corrupt: {error}") from error
+        index = cls.__new__(cls)
+        index._hold(packed)
+        return index
 
 
 def _check_sizes(place: str, n_rows: int, n_items: int, top: int | None) -> None:

@@ -50,18 +50,20 @@ def recent_events(
         Each entry is left out with this probability (torch's generator).
     """
     rows = offsets.shape[0] - 1
-    owner = torch.repeat_interleave(torch.arange(rows, device=values.device), offsets[1:] - offsets[:-1])
-    age = offsets[1:][owner] - 1 - torch.arange(values.shape[0], device=values.device)
+    lengths = offsets[1:] - offsets[:-1]
+    owner = torch.repeat_interleave(torch.arange(rows, device=values.device), lengths)
+    age = torch.repeat_interleave(offsets[1:] - 1, lengths) - torch.arange(values.shape[0], device=values.device)
     keep = values != 0
     if max_length is not None:
         keep &= age < max_length
     if exclude is not None:
-        keep &= values != exclude[owner]
+        keep &= values != torch.repeat_interleave(exclude, lengths)
     if dropout > 0.0:
         keep &= torch.rand(values.shape, device=values.device) >= dropout
-    owner = owner[keep]
+    place = keep.nonzero()[:, 0]
+    owner = owner[place]
     kept = F.pad(torch.bincount(owner, minlength=rows).cumsum(0), (1, 0))
-    return Events(values[keep], owner, age[keep], kept)
+    return Events(values[place], owner, age[place], kept)
 
 
 def segment_softmax(logits: Tensor, owner: Tensor, rows: int) -> Tensor:
@@ -78,12 +80,26 @@ def segment_softmax(logits: Tensor, owner: Tensor, rows: int) -> Tensor:
     """
     # The shift changes no value, so it needs no gradient.
     highest = logits.new_full((rows,), -torch.inf).scatter_reduce(0, owner, logits.detach(), "amax")
-    weight = torch.exp(logits - highest[owner])
-    return weight / weight.new_zeros(rows).index_add(0, owner, weight)[owner]
+    weight = torch.exp(logits - highest.index_select(0, owner))
+    return weight / weight.new_zeros(rows).index_add(0, owner, weight).index_select(0, owner)
 
 
-def weighted_sum(table: Tensor, events: Events, weight: Tensor) -> Tensor:
-    """Return ``sum_t weight[t] * table[ids[t]]`` over each history's entries, float [B, D]; zeros for an empty one."""
+def segment_sum(rows: Tensor, owner: Tensor, count: int) -> Tensor:
+    """Return the sum of the `rows` [T, D] of each owner in ``[0, count)``, float [count, D]; zeros for no rows."""
+    return rows.new_zeros(count, rows.shape[1]).index_add(0, owner, rows)
+
+
+def weighted_sum(table: Tensor, events: Events, weight: Tensor, *, sparse: bool = False) -> Tensor:
+    """Return ``sum_t weight[t] * table[ids[t]]`` over each history's entries, float [B, D]; zeros for an empty one.
+
+    The gradient of the table is a sparse tensor if asked for.
+    """
     return F.embedding_bag(
-        events.ids, table, events.offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
+        events.ids,
+        table,
+        events.offsets,
+        mode="sum",
+        per_sample_weights=weight,
+        include_last_offset=True,
+        sparse=sparse,
     )

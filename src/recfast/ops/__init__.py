@@ -2,8 +2,10 @@
 
 from recfast.ops import embedding_tables  # noqa: F401  (its op is for modules)
 from recfast.ops.category_top_k import category_top_k
+from recfast.ops.code_postings import PostingLists, code_postings, posting_counts, posting_lists
 from recfast.ops.code_rows import RowsIndex, code_rows_search
 from recfast.ops.code_search import Codes, code_search
+from recfast.ops.code_trie import TrieArrays, TrieStep, code_trie_step
 from recfast.ops.din_attention import DiceWeights, DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
 from recfast.ops.embedding_bag import Features, embedding_bag
@@ -22,6 +24,20 @@ from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.negatives_loss import negatives_loss
+from recfast.ops.packed_codes import (  # the edits of what is packed, which are no ops, are for index
+    PackedCodes,
+    SparseTable,
+    pack_codes,
+    pack_mask,
+    packed_append,  # noqa: F401
+    packed_remove,  # noqa: F401
+    packed_restore,  # noqa: F401
+    packed_write,  # noqa: F401
+    permute_mask,
+    unpack_codes,  # noqa: F401
+)
+from recfast.ops.packed_rows import PackedRows, pack_rows
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.sequence_attention import sequence_attention
 from recfast.ops.simhash import simhash
@@ -34,14 +50,22 @@ __all__ = [
     "DiceWeights",
     "Features",
     "IdMap",
+    "PackedCodes",
+    "PackedRows",
     "Pending",
+    "PostingLists",
     "QuantizedTable",
     "RowsIndex",
+    "SparseTable",
+    "TrieArrays",
+    "TrieStep",
     "UpdateState",
     "attention_top_k",
     "category_top_k",
+    "code_postings",
     "code_rows_search",
     "code_search",
+    "code_trie_step",
     "din_attention",
     "dpp_greedy",
     "embedding_bag",
@@ -53,6 +77,13 @@ __all__ = [
     "hamming_top_k",
     "hstu_attention",
     "initial_rows",
+    "negatives_loss",
+    "pack_codes",
+    "pack_mask",
+    "pack_rows",
+    "permute_mask",
+    "posting_counts",
+    "posting_lists",
     "quantize",
     "requantize_",
     "round_to",

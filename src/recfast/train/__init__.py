@@ -6,8 +6,10 @@ from recfast.train.checkpoint import add_metrics
 from recfast.train.config import RunConfig, StageConfig, TrainConfig, override
 from recfast.train.evaluate import evaluate, top_items
 from recfast.train.fit import Run, fit
+from recfast.train.lazy_adam import LazyAdam
 
 __all__ = [
+    "LazyAdam",
     "Run",
     "RunConfig",
     "StageConfig",

@@ -72,10 +72,14 @@ class TrainConfig(Config):
         the more the longer histories are; the two batch sizes then count such requests, and requests are shuffled.
     lr, optimizer, weight_decay, clip_norm
         Of the dense weights. Embedding tables update themselves inside backward, with the model's own options.
+        "lazy_adam": retrievers give sparse gradients of their tables, and only the rows of a batch (and their moments)
+        move, which is not what dense Adam does: see `LazyAdam`. It takes no `clip_norm`.
     monitor, patience
         The metric that says which weights are the best: "auc" for ranking and "recall@50" for retrieval if left out,
         both on the validation split, or "loss" of the training rows. Training ends after `patience` evaluations
         without a gain; 0 never ends it early.
+    lr_plateau
+        After an evaluation without a gain lr is multiplied by this, a number in (0, 1); None never does.
     seed
         Of the order of the rows and of dropout; 0 if left out.
     precision
@@ -89,10 +93,11 @@ class TrainConfig(Config):
     epochs: int = Field(10, ge=0)
     batch_size: int = Field(1024, ge=1)
     lr: float = Field(1e-3, gt=0)
-    optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "adagrad", "sgd", "lazy_adam"] = "adam"
     weight_decay: float = Field(0.0, ge=0)
     patience: int = Field(2, ge=0)
     monitor: str | None = None
+    lr_plateau: float | None = Field(None, gt=0, lt=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "cpu"

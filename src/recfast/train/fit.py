@@ -26,6 +26,7 @@ from recfast.train import checkpoint
 from recfast.train.checkpoint import State
 from recfast.train.config import TrainConfig
 from recfast.train.evaluate import check_monitor, evaluate, lower_is_better
+from recfast.train.lazy_adam import LazyAdam
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -123,6 +124,8 @@ def fit(
         raise InputError(f"fit: {type(model).__name__}.task = {model.task!r}, expected 'ranking' or 'retrieval'")
     if options.shared_histories and model.task != "ranking":
         raise InputError(f"fit: shared_histories is for rankers, and {type(model).__name__} is a retriever")
+    if options.clip_norm is not None and options.optimizer == "lazy_adam":
+        raise InputError("fit: clip_norm is not for optimizer = 'lazy_adam', whose gradients are sparse")
     options.monitor = check_monitor(options.monitor, model.task, data)
     options.seed = options.seed or 0
     rows = data.train if model.task == "ranking" else data.train.positives()
@@ -317,6 +320,9 @@ class _Training:
                 }
         else:
             state.stale += 1
+            if options.lr_plateau is not None and self.optimizer is not None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] *= options.lr_plateau
         if state.batch >= len(self.loader):
             state.epoch, state.batch = state.epoch + 1, 0
         state.rows, state.seconds = 0, 0.0
@@ -394,13 +400,19 @@ def _optimizer(model: nn.Module, options: TrainConfig) -> torch.optim.Optimizer 
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         return None
+    if hasattr(model, "sparse_gradients"):
+        model.sparse_gradients = options.optimizer == "lazy_adam"
     classes = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
         "adagrad": torch.optim.Adagrad,
         "sgd": torch.optim.SGD,
+        "lazy_adam": LazyAdam,
     }
-    return classes[options.optimizer](parameters, lr=options.lr, weight_decay=options.weight_decay)
+    # One pass over parameter, gradient and moments: the other forms go over tables of millions of weights many times.
+    fusible = options.optimizer in ("adam", "adamw", "sgd") and all(p.device.type == "cpu" for p in parameters)
+    fused = {"fused": True} if fusible else {}
+    return classes[options.optimizer](parameters, lr=options.lr, weight_decay=options.weight_decay, **fused)
 
 
 def _seed(seed: int) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from recfast.errors import InputError
+from recfast.models.retrieval.base import Retriever
 from recfast.ops import embedding_bag
 
 if TYPE_CHECKING:
-    from recfast.data import Dataset, Jagged
+    from recfast.data import Dataset, Jagged, Schema
 
 # Columns of a dense matrix multiplied at once: wider rows would fall out of the cache between two of their uses.
 COLUMNS = 64
+_NO_VECTORS = "its score is no dot product of narrow vectors; ask scores(histories, users)"
 
 
 class Interactions(nn.Module):
@@ -97,24 +100,74 @@ def _product(dense: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def columns_of(histories: Jagged, weight: Tensor) -> Tensor:
-    """Return histories as the columns of a dense matrix, float32 [I, B].
-
-    Parameters
-    ----------
-    histories
-        B lists of item ids; an item that comes twice counts once, id 0 not at all.
-    weight
-        float32 [I], the entry of each item.
-    """
-    lengths = histories.offsets.diff()
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=weight.device), lengths)
-    dense = weight.new_zeros(weight.shape[0], len(lengths))
-    dense[histories.values, owner] = weight[histories.values]
-    dense[0] = 0.0
-    return dense
-
-
 def inverse_root(degrees: Tensor) -> Tensor:
     """Return degrees to the power -1/2, and 0 where nothing is."""
     return torch.where(degrees > 0, degrees.clamp(min=1e-12).rsqrt(), 0.0)
+
+
+class HistoryFilter(Retriever):
+    """Base of the retrievers that score by a linear function of the history's items, which is nowhere stored whole.
+
+    Such a score is no dot product of narrow vectors: it is asked of `scores`; `user_vectors` and `item_vectors` refuse.
+    """
+
+    def __init__(self, schema: Schema, options: dict[str, Any]) -> None:
+        super().__init__(schema, None, options)
+        if self.user_column is None:
+            raise InputError(
+                f"{type(self).__name__}: the schema has no column with the role 'user', whose items it learns from"
+            )
+        self.interactions = Interactions(schema.rows(self.user_column), self.rows)
+
+    def prepare(self, dataset: Dataset) -> None:
+        """Read who has what in the train split."""
+        super().prepare(dataset)
+        self.interactions.fill(dataset)
+
+    def _scores(self, histories: Jagged, users: Tensor) -> Tensor:
+        """Return the scores of all items as columns, float32 [rows(item), B]; histories have distinct, known items."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def scores(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
+        """Return the scores of all items, float32 [B, rows(item)]; minus infinity for item 0.
+
+        An item that comes twice in a history counts once. Memory: a block of 64 histories at a time.
+        """
+        if not self.counts.any():
+            raise InputError(f"{type(self).__name__}: it knows nobody's items yet: call prepare(dataset) first")
+        device = self.counts.device
+        histories, rows = distinct(histories.to(device), self.rows), histories.offsets.shape[0] - 1
+        users = torch.zeros(rows, dtype=torch.int64, device=device) if users is None else users.to(device)
+        scores = torch.empty(rows, self.rows, device=device)
+        for begin in range(0, rows, COLUMNS):
+            end = min(begin + COLUMNS, rows)
+            first, last = int(histories.offsets[begin]), int(histories.offsets[end])
+            part = type(histories)(histories.values[first:last], histories.offsets[begin : end + 1] - first)
+            scores[begin:end] = self._scores(part, users[begin:end]).T
+        scores[:, 0] = -torch.inf
+        return scores
+
+    def user_vectors(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
+        raise InputError(f"{type(self).__name__}: {_NO_VECTORS}")
+
+    def item_vectors(self) -> Tensor:
+        raise InputError(f"{type(self).__name__}: {_NO_VECTORS}")
+
+
+def distinct(histories: Jagged, rows: int) -> Jagged:
+    """Return the distinct known items of each history, ascending."""
+    lengths = histories.offsets.diff()
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    pairs = torch.unique((owner * rows + histories.values)[histories.values > 0])
+    count = torch.bincount(pairs // rows, minlength=len(lengths))
+    return type(histories)(pairs % rows, torch.nn.functional.pad(count.cumsum(0), (1, 0)))
+
+
+def as_columns(histories: Jagged, weight: Tensor) -> Tensor:
+    """Return histories of distinct items as the columns of a dense matrix of the items' `weight`, float32 [I, B]."""
+    lengths = histories.offsets.diff()
+    dense = weight.new_zeros(weight.shape[0], len(lengths))
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=weight.device), lengths)
+    dense[histories.values, owner] = weight[histories.values]
+    return dense

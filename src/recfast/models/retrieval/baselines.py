@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from recfast.errors import InputError
 from recfast.models.retrieval.base import Retriever
@@ -100,6 +101,7 @@ class ItemKNN(Retriever):
         k = min(neighbors, self.rows)
         self.register_buffer("neighbor_ids", torch.zeros(self.rows, k, dtype=torch.int64))
         self.register_buffer("similarity", torch.zeros(self.rows, k))
+        self._turned: tuple[tuple[int, int], tuple[Tensor, Tensor, Tensor]] | None = None
 
     def prepare(self, dataset: Dataset) -> None:
         """Count the items and find the neighbours of each."""
@@ -125,6 +127,31 @@ class ItemKNN(Retriever):
         return torch.sparse_coo_tensor(
             index, self.similarity[item, place], (self.rows, self.rows), check_invariants=True
         ).coalesce()
+
+    def scores(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
+        """Return the scores of all items, float32 [B, rows(item)], from the lists of whose neighbour an item is."""
+        targets, similarity, offsets = self._by_neighbor()
+        vectors = self.user_vectors(histories, users)
+        owner, item = vectors.nonzero(as_tuple=True)
+        count = offsets[item + 1] - offsets[item]
+        inside = torch.arange(int(count.sum()), device=item.device) - (count.cumsum(0) - count).repeat_interleave(count)
+        place = offsets[item].repeat_interleave(count) + inside
+        scores = torch.zeros_like(vectors)
+        cell = (owner * self.rows).repeat_interleave(count) + targets[place]
+        scores.view(-1).index_add_(0, cell, vectors[owner, item].repeat_interleave(count) * similarity[place])
+        scores[:, 0] = -torch.inf
+        return scores
+
+    def _by_neighbor(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return whose neighbour an item is: targets int64 [n], similarities float32 [n], offsets int64 [rows + 1]."""
+        version = self.similarity._version, self.neighbor_ids._version
+        if self._turned is None or self._turned[0] != version:
+            item, place = self.similarity.nonzero(as_tuple=True)
+            neighbor = self.neighbor_ids[item, place]
+            order = torch.argsort(neighbor, stable=True)
+            offsets = F.pad(torch.bincount(neighbor, minlength=self.rows).cumsum(0), (1, 0))
+            self._turned = version, (item[order], self.similarity[item, place][order], offsets)
+        return self._turned[1]
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the user vectors of a batch, float32 [R, rows(item)]."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from recfast.errors import InputError
-from recfast.models.retrieval._interactions import COLUMNS, Interactions, columns_of, inverse_root
-from recfast.models.retrieval.base import Retriever
+from recfast.models.retrieval._interactions import HistoryFilter, as_columns, inverse_root
+from recfast.nn.history import segment_sum
 
 if TYPE_CHECKING:
     from recfast.data import Dataset, Jagged, Schema
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _BESIDE = 64
 
 
-class GFCF(Retriever):
+class GFCF(HistoryFilter):
     r"""A linear low-pass filter and an ideal one, over the graph of who has what.
 
     .. math::
@@ -33,8 +33,8 @@ class GFCF(Retriever):
     of the items. The first term stands as in the authors' program, with :math:`x` and not its row of
     :math:`\tilde R`. There is nothing to train; `prepare(dataset)` finds V.
 
-    Any history is scored, that of a new user as well. The score is no dot product of narrow vectors: it is asked of
-    `scores`, and `user_vectors` and `item_vectors` refuse.
+    Any history is scored, that of a new user as well. The score is asked of `scores`: it is no dot product of narrow
+    vectors, and `user_vectors` and `item_vectors` refuse.
 
     Parameters
     ----------
@@ -63,29 +63,23 @@ class GFCF(Retriever):
     def __init__(
         self, schema: Schema, *, rank: int = 256, ideal: float = 0.3, iterations: int = 30, seed: int = 0
     ) -> None:
-        options = {"rank": rank, "ideal": ideal, "iterations": iterations, "seed": seed}
-        super().__init__(schema, None, options)
-        if self.user_column is None:
-            raise InputError("GFCF: the schema has no column with the role 'user', whose items are the graph")
+        super().__init__(schema, {"rank": rank, "ideal": ideal, "iterations": iterations, "seed": seed})
         if rank < 1 or not 0 <= ideal < float("inf") or iterations < 1:
             raise InputError(
                 f"GFCF: rank = {rank}, ideal = {ideal}, iterations = {iterations}; expected at least 1, 0, 1"
             )
-        users = schema.rows(self.user_column)
         self.ideal, self.iterations, self.seed = float(ideal), iterations, seed
-        self.interactions = Interactions(users, self.rows)
-        self.register_buffer("basis", torch.zeros(self.rows, min(rank, users, self.rows)))
+        self.register_buffer("basis", torch.zeros(self.rows, min(rank, *self.interactions.shape)))
 
     @torch.no_grad()
     def prepare(self, dataset: Dataset) -> None:
         """Read who has what, and find the singular vectors."""
         super().prepare(dataset)
-        self.interactions.fill(dataset)
         if self.ideal > 0:
             self.basis.copy_(self._singular_vectors(self.basis.shape[1]))
 
     def _singular_vectors(self, rank: int) -> Tensor:
-        """Return the first right singular vectors of the normalised matrix by subspace iteration, [rows(item), rank]."""
+        """Return the first right singular vectors of the normalised matrix, float32 [rows(item), rank]."""
         graph = self.interactions
         by_item = inverse_root(graph.item_degrees())[:, None]
         by_user = inverse_root(graph.user_degrees())[:, None] ** 2
@@ -96,36 +90,22 @@ class GFCF(Retriever):
             basis = torch.linalg.qr(basis).Q
             image = by_item * graph.of_users(by_user * graph.of_items(by_item * basis))
             # Within the subspace the directions are those of its own small problem.
-            values, turn = torch.linalg.eigh(basis.T @ image)
+            _, turn = torch.linalg.eigh(basis.T @ image)
             basis = image @ turn.flip(1)
         return torch.linalg.qr(basis).Q[:, :rank].contiguous()
 
-    def scores(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
+    def _scores(self, histories: Jagged, users: Tensor) -> Tensor:
         graph = self.interactions
-        if len(graph) == 0:
-            raise InputError("GFCF: it knows nobody's items yet: call prepare(dataset) first")
         degrees = graph.item_degrees()
         by_item = inverse_root(degrees)
         by_user = inverse_root(graph.user_degrees())[:, None] ** 2
-        rows = histories.offsets.shape[0] - 1
-        scores = torch.empty(rows, self.rows, device=by_item.device)
-        back = degrees.sqrt()[:, None] * self.basis
-        for begin in range(0, rows, COLUMNS):
-            end = min(begin + COLUMNS, rows)
-            part = histories.take(torch.arange(begin, end)).to(by_item.device)
-            history = columns_of(part, by_item)
-            found = by_item[:, None] * graph.of_users(by_user * graph.of_items(history))
-            scores[begin:end] = found.T
-            if self.ideal > 0:
-                scores[begin:end].addmm_((self.basis.T @ history).T, back.T, alpha=self.ideal)
-        scores[:, 0] = -torch.inf
-        return scores
-
-    def user_vectors(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
-        raise InputError("GFCF: its score is no dot product of narrow vectors; ask scores(histories, users)")
-
-    def item_vectors(self) -> Tensor:
-        raise InputError("GFCF: its score is no dot product of narrow vectors; ask scores(histories, users)")
+        linear = by_item[:, None] * graph.of_users(by_user * graph.of_items(as_columns(histories, by_item)))
+        if self.ideal == 0:
+            return linear
+        owner = torch.repeat_interleave(histories.offsets.diff())
+        rows = by_item[histories.values, None] * self.basis[histories.values]
+        place = segment_sum(rows, owner, len(users))
+        return linear.addmm_(degrees.sqrt()[:, None] * self.basis, place.T, alpha=self.ideal)
 
     def similarity_vectors(self) -> Tensor:
         """Return V, whose rows are alike for items that the ideal filter takes for one another."""

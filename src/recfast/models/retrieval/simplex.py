@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recfast.errors import InputError
-from recfast.models.retrieval.base import Retriever, trained_rows
-from recfast.nn.history import Events, recent_events, segment_softmax, weighted_sum
-from recfast.nn.losses import collisions, cosine_contrastive
+from recfast.models.retrieval.base import Retriever, against_uniform, trained_rows
+from recfast.nn.history import Events, recent_events, segment_softmax, segment_sum
+from recfast.nn.losses import NegativesLoss
 
 if TYPE_CHECKING:
     from recfast.data import Batch, Dataset, Jagged, Schema
@@ -55,12 +55,16 @@ class SimpleX(Retriever):
         of the user's train positives but this one, as in the paper, which lets the future explain the past. Where the
         model is to predict what comes next, "earlier" found a sixth more on ml-100k.
     margin, weight, num_negatives
-        m, w and K of the loss. The K items are drawn uniformly, once for the whole batch (in the paper for each row),
-        which turns their scores into one matrix product; a row's own positive among them does not count.
+        m, w and K of the loss. The K items are drawn uniformly; a row's own positive among them does not count.
+    shared_by
+        They are drawn for so many rows of a batch together, which turns their scores into a matrix product; None draws
+        once for the whole batch, and 1 for each row, as in the paper.
     dropout
         Of the coordinates of the user vector.
     shared_items
         One table for items in the history and as candidates; else two.
+    init_std
+        Standard deviation of the initial embeddings.
     seed
         Of the initial weights.
 
@@ -83,8 +87,10 @@ class SimpleX(Retriever):
         margin: float = 0.5,
         weight: float = 10.0,
         num_negatives: int = 1000,
+        shared_by: int | None = None,
         dropout: float = 0.3,
         shared_items: bool = True,
+        init_std: float = 0.1,
         seed: int = 0,
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "schema", "__class__")}
@@ -97,19 +103,25 @@ class SimpleX(Retriever):
             )
         if history not in ("earlier", "others"):
             raise InputError(f"SimpleX: history = {history!r} is not 'earlier' or 'others'")
-        if dim < 1 or max_length < 1 or num_negatives < 1 or not 0 <= gamma <= 1 or not 0 <= dropout < 1:
+        if (
+            min(dim, max_length, num_negatives, 1 if shared_by is None else shared_by) < 1
+            or not 0 <= gamma <= 1
+            or not 0 <= dropout < 1
+        ):
             raise InputError(
                 f"SimpleX: dim = {dim}, max_length = {max_length}, num_negatives = {num_negatives}, gamma = {gamma}, "
                 f"dropout = {dropout}; expected at least 1, 1, 1, a number in [0, 1] and a probability below 1"
             )
         self.max_length, self.gamma, self.aggregation, self.history = max_length, gamma, aggregation, history
-        self.margin, self.weight, self.num_negatives, self.dropout = margin, weight, num_negatives, dropout
+        self.num_negatives, self.shared_by, self.dropout = num_negatives, shared_by, dropout
+        # User vectors are at length 1 before dropout.
+        self.criterion = NegativesLoss("contrastive", normalize="table", margin=margin, weight=weight, reduction="none")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.events = nn.Parameter(torch.randn(self.rows, dim) * 0.1)
-            self.items = self.events if shared_items else nn.Parameter(torch.randn(self.rows, dim) * 0.1)
+            self.events = nn.Parameter(torch.randn(self.rows, dim) * init_std)
+            self.items = self.events if shared_items else nn.Parameter(torch.randn(self.rows, dim) * init_std)
             self.users = nn.Embedding(schema.rows(self.user_column), dim, padding_idx=0)
-            nn.init.normal_(self.users.weight[1:], std=0.1)
+            nn.init.normal_(self.users.weight[1:], std=init_std)
             # W and b of the attention; q is the user in "user_attention".
             self.key = None if aggregation == "mean" else nn.Linear(dim, dim)
             self.query = nn.Parameter(torch.randn(dim) / dim**0.5) if aggregation == "self_attention" else None
@@ -128,20 +140,23 @@ class SimpleX(Retriever):
 
     def _user_vectors(self, histories: Jagged, users: Tensor | None, exclude: Tensor | None) -> Tensor:
         events = recent_events(histories.values, histories.offsets, self.max_length, exclude=exclude)
-        rows = histories.offsets.shape[0] - 1
+        count = histories.offsets.shape[0] - 1
         if users is None:
-            users = torch.zeros(rows, dtype=torch.int64, device=histories.offsets.device)
-        user = self.users(users)
-        weight = segment_softmax(self._logits(events, user), events.owner, rows)
-        aggregated = weighted_sum(self.events, events, weight)
+            users = torch.zeros(count, dtype=torch.int64, device=histories.offsets.device)
+        user = self.look_up(self.users.weight, users)
+        # Read once: each look-up would leave a gradient as large as the table.
+        rows = self.look_up(self.events, events.ids)
+        weight = segment_softmax(self._logits(events, rows, user), events.owner, count)
+        aggregated = segment_sum(weight[:, None] * rows, events.owner, count)
         mixed = self.gamma * user + (1.0 - self.gamma) * self.transform(aggregated)
         return F.normalize(mixed, dim=1)
 
-    def _logits(self, events: Events, user: Tensor) -> Tensor:
+    def _logits(self, events: Events, rows: Tensor, user: Tensor) -> Tensor:
         logits = user.new_zeros(events.ids.shape) if self.recency is None else self.recency[events.age]
         if self.key is not None:
-            query = self.query if self.query is not None else user[events.owner]
-            logits = logits + (torch.tanh(self.key(self.events[events.ids])) * query).sum(1)
+            query = self.query if self.query is not None else user.index_select(0, events.owner)
+            # tanh x = 2 sigmoid 2x - 1; of the two torch has the sigmoid vectorised.
+            logits = logits + ((2.0 * torch.sigmoid(2.0 * self.key(rows)) - 1.0) * query).sum(1)
         return logits
 
     def item_vectors(self) -> Tensor:
@@ -165,8 +180,5 @@ class SimpleX(Retriever):
         user, positive = trained_rows(output, batch.column(self.item_column))
         if len(positive) == 0:
             return user.sum()
-        negatives = torch.randint(1, self.rows, (self.num_negatives,), device=positive.device)
-        own = (user * F.normalize(self.items[positive], dim=1)).sum(1)
-        others = user @ F.normalize(self.items[negatives], dim=1).T
-        collision = collisions(positive, negatives)
-        return cosine_contrastive(own, others, margin=self.margin, weight=self.weight, collision=collision)
+        self.criterion.sparse = self.sparse_gradients
+        return against_uniform(self.criterion, user, positive, self.items, self.num_negatives, self.shared_by)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from recfast.errors import InputError
 from recfast.models.retrieval.base import Retriever, trained_rows
 from recfast.nn.history import recent_events, segment_softmax, weighted_sum
-from recfast.nn.losses import collisions, sampled_softmax
+from recfast.nn.losses import NegativesLoss
 
 if TYPE_CHECKING:
     from recfast.data import Batch, Dataset, Jagged, Schema
@@ -108,6 +108,8 @@ class TwoTower(Retriever):
         self.max_length, self.history_dropout, self.temperature = max_length, history_dropout, temperature
         self.negatives = ("all" if self.rows <= _ALL else "mixed") if negatives == "auto" else negatives
         self.num_negatives = num_negatives
+        # User vectors come divided by the temperature.
+        self.criterion = NegativesLoss("softmax", normalize="none" if temperature is None else "table")
         width = dim - 1 if item_bias else dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -137,9 +139,10 @@ class TwoTower(Retriever):
         events = recent_events(histories.values, histories.offsets, self.max_length, dropout=dropout)
         rows = histories.offsets.shape[0] - 1
         logits = self.events.new_zeros(events.age.shape) if self.recency is None else self.recency[events.age]
-        user = weighted_sum(self.events, events, segment_softmax(logits, events.owner, rows))
+        weight = segment_softmax(logits, events.owner, rows)
+        user = weighted_sum(self.events, events, weight, sparse=self.sparse_gradients)
         if self.users is not None and users is not None:
-            user = user + self.users(users)
+            user = user + F.embedding(users, self.users.weight, padding_idx=0, sparse=self.sparse_gradients)
         if self.mlp is not None:
             user = user + self.mlp(user)
         if self.temperature is not None:
@@ -147,16 +150,11 @@ class TwoTower(Retriever):
         return user if self.bias is None else F.pad(user, (0, 1), value=1.0)
 
     def item_vectors(self) -> Tensor:
-        return self._item_vectors(slice(None))
+        items = self.items if self.temperature is None else F.normalize(self.items, dim=1)
+        return items if self.bias is None else torch.cat([items, self.bias[:, None]], dim=1)
 
     def similarity_vectors(self) -> Tensor:
         return self.items.detach()
-
-    def _item_vectors(self, ids: Tensor | slice) -> Tensor:
-        items = self.items[ids]
-        if self.temperature is not None:
-            items = F.normalize(items, dim=1)
-        return items if self.bias is None else torch.cat([items, self.bias[ids, None]], dim=1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the user vectors of a batch of positive rows, float32 [R, D]."""
@@ -168,12 +166,13 @@ class TwoTower(Retriever):
         user, positive = trained_rows(output, batch.column(self.item_column))
         if len(positive) == 0:
             return user.sum()
+        if self.bias is not None:
+            user = user[:, :-1]
         if self.negatives == "all":
-            return F.cross_entropy(user @ self.item_vectors()[1:].T, positive - 1)
+            return self.criterion(user, self.items, positive, bias=self.bias, first=1)
+        self.criterion.sparse = self.sparse_gradients
         ids, log_expected = self._sample(positive)
-        own = (user * self._item_vectors(positive)).sum(1)
-        others = user @ self._item_vectors(ids).T
-        return sampled_softmax(own, others, log_expected=log_expected, collision=collisions(positive, ids))
+        return self.criterion(user, self.items, positive, ids, bias=self.bias, log_expected=log_expected)
 
     def _sample(self, positive: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids int64 [K] that stand for the catalogue, and the logarithm of each one's expected number."""

@@ -1,0 +1,1 @@
+"""Measurements on the user's own data and machine: what `recfast bench` runs."""
