@@ -34,6 +34,8 @@ from recfast.data import Batch, Jagged
 from recfast.data.dataset import gather_jagged
 from recfast.files import write_text
 from recfast.index import CodeIndex, DenseIndex
+from recfast.models.retrieval._sparcode_index import allowed
+from recfast.models.storage import save_model
 from recfast.nn import ProductQuantizer
 from recfast.train.evaluate import held_out, top_items
 
@@ -45,6 +47,8 @@ ROWS, WINDOW, SHARE = 256, 5, 0.5
 # Codes of the two towers' vectors in CodeIndex.
 PQ_BOOKS, PQ_CODES = 8, 256
 TIMED = 300
+# Items a row of SparCode's index.
+TOPS = {"ml-100k": (1000,), "gowalla": (1000, 4000, 16_000)}
 # Codebooks and codes of the two towers' user vectors, where it is asked what coding a query costs.
 QUERY_CODES = ((8, 64), (8, 256), (8, 512), (16, 256))
 
@@ -341,14 +345,6 @@ class Coded(torch.nn.Module):
         return torch.cat([self.quantizer.decode(codes), vectors[:, -1:]], dim=1)
 
 
-def allowed(task: Task, users: torch.Tensor, rows: int) -> torch.Tensor:
-    lists = task.seen.take(users)
-    mask = torch.ones(len(users), rows, dtype=torch.bool)
-    mask[torch.arange(len(users)).repeat_interleave(lists.lengths()), lists.values] = False
-    mask[:, 0] = False
-    return mask
-
-
 class Served:
     """A trained model behind an index: `ids(histories, users)` are the best new items."""
 
@@ -371,26 +367,35 @@ class Served:
         return {"query_us": min(times), "query_us_median": statistics.median(times)}
 
 
-def served(model: torch.nn.Module, task: Task, top: int) -> list[Served]:
-    """The indexes of a model."""
-    k, started = CUTS[-1], time.perf_counter()
+def rows_of(model: torch.nn.Module, task: Task, top: int) -> Served:
+    """SparCode by its index."""
+    started = time.perf_counter()
+    index = model.build_index(top=top, say=lambda text: print("   ", text, flush=True))
+
+    def answer(histories: Jagged, users: torch.Tensor) -> torch.Tensor:
+        return index.retrieve(histories, users, CUTS[-1], exclude=task.seen.take(users))[1]
+
+    return Served(f"CodeRows, {top:,} best of a row", answer, index.nbytes(), time.perf_counter() - started)
+
+
+def served(model: torch.nn.Module, task: Task) -> Iterator[Served]:
+    """The indexes of a model, one after the other."""
     if hasattr(model, "build_index"):
-        codes = model.encode(task.known.take(task.users), torch.from_numpy(task.users))
-        index = model.build_index(top=top, say=lambda text: print("   ", text, flush=True))
-        cut = {"codes_in_use": len(codes.unique()), "rows": len(index.rows), "postings": len(index.rows.scores)}
-        print(f"    {cut}", flush=True)
-
-        def by_rows(histories: Jagged, users: torch.Tensor) -> torch.Tensor:
-            return index.retrieve(histories, users, k, exclude=task.seen.take(users))[1]
-
-        return [Served("CodeRows", by_rows, index.nbytes(), time.perf_counter() - started)]
-    vectors = model.item_vectors().detach()
+        for top in TOPS[task.name]:
+            yield rows_of(model, task, top)
+        return
+    k, started = CUTS[-1], time.perf_counter()
+    vectors = model.item_vectors().detach().clone()
+    # The unknown item is never found.
+    vectors[0, :-1], vectors[0, -1] = 0.0, -1e9
     flat = DenseIndex(vectors)
 
     def by_flat(histories: Jagged, users: torch.Tensor) -> torch.Tensor:
-        return flat.search(model.user_vectors(histories, users), k, mask=allowed(task, users, len(vectors)))[1]
+        return flat.search(model.user_vectors(histories, users), k, mask=allowed(task.seen.take(users), len(vectors)))[
+            1
+        ]
 
-    first = Served("DenseIndex flat", by_flat, vectors.numel() * 4, time.perf_counter() - started)
+    yield Served("DenseIndex flat", by_flat, vectors.numel() * 4, time.perf_counter() - started)
     started = time.perf_counter()
     # The bias apart: it is one number an item, and would spoil the part it is in.
     quantizer = ProductQuantizer(vectors.shape[1] - 1, PQ_BOOKS, PQ_CODES).fit(vectors[1:, :-1].contiguous())
@@ -399,10 +404,10 @@ def served(model: torch.nn.Module, task: Task, top: int) -> list[Served]:
 
     def by_codes(histories: Jagged, users: torch.Tensor) -> torch.Tensor:
         table = quantizer.score_table(model.user_vectors(histories, users)[:, :-1])
-        return coded.search(table, k, mask=allowed(task, users, len(vectors)))[1]
+        return coded.search(table, k, mask=allowed(task.seen.take(users), len(vectors)))[1]
 
     size = codes.numel() + 4 * len(codes) + quantizer.centroids.numel() * 4
-    return [first, Served("CodeIndex", by_codes, size, time.perf_counter() - started)]
+    yield Served("CodeIndex", by_codes, size, time.perf_counter() - started)
 
 
 @dataclass
@@ -411,7 +416,8 @@ class Study:
 
     out: Path
     cache: Path | None = None
-    top: int = 1000
+    # Where trained models are kept, so that indexes can be measured again.
+    models: Path | None = None
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -459,6 +465,20 @@ class Study:
             best = max(seen, key=lambda entry: entry[CHOICE])
             self.remember(**wanted, epochs=setting.epochs, seconds=seconds, best=best)
 
+    def trained(self, setting: Setting, task: Task, seed: int, epochs: int) -> tuple[torch.nn.Module, float]:
+        """The model and what its training took, from the folder of models if it is there."""
+        if self.models is None:
+            return train(setting, task, seed, epochs, None)
+        folder = self.models / f"{task.name} {setting.side} {seed}"
+        wanted = {**described(setting), "epochs": epochs}
+        about = folder / "training.json"
+        if about.exists() and (told := json.loads(about.read_text())).pop("seconds") and told == wanted:
+            return models.load(folder), json.loads(about.read_text())["seconds"]
+        model, seconds = train(setting, task, seed, epochs, None)
+        save_model(model, task.schema, folder)
+        write_text(about, json.dumps({**wanted, "seconds": seconds}))
+        return model, seconds
+
     def coded_queries(self, name: str, path: Path) -> None:
         """What it costs two towers to code their user vectors after training, by bits; on validation items, seed 0."""
         chosen = self.best(name, "two towers")
@@ -496,7 +516,7 @@ class Study:
         setting, epochs = chosen
         task = TASKS[name](path, "test", self.cache)
         print(f"  test of {name}, {side}, seed {seed}", flush=True)
-        model, seconds = train(setting, task, seed, epochs, None)
+        model, seconds = self.trained(setting, task, seed, epochs)
         # Score rows of all codes do not fit the memory that they are kept in where there are many items.
         exact = measured(model, task, 1 if task.ordered else 20)
         free = None
@@ -504,7 +524,7 @@ class Study:
             free = measured(Unquantised(model), task, 1 if task.ordered else 100)
         indexes = {}
         with torch.inference_mode():
-            for index in served(model, task, self.top):
+            for index in served(model, task):
                 indexes[index.name] = {
                     **found(index.all(task), task.truth),
                     **index.query_us(task),
@@ -541,13 +561,33 @@ def table(study: Study) -> str:
         for side in ("two towers", "SparCode"):
             runs = study.find(kind="test", data=name, side=side)
             for index in dict.fromkeys(key for run in runs for key in run["indexes"]):
-                cells = [run["indexes"][index] for run in runs]
+                cells = [run["indexes"][index] for run in runs if index in run["indexes"]]
                 row = [name, side, index, str(len(cells))]
                 row += [spread([c[m] for c in cells]) for m in ("recall@20", "recall@50", "ndcg@20", "ndcg@50")]
                 row += [f"{statistics.fmean(run['seconds'] for run in runs):.0f}"]
                 row += [f"{min(c['query_us'] for c in cells):.0f}; {min(c['query_us_median'] for c in cells):.0f}"]
                 row += [f"{cells[0]['bytes'] / 1e6:.2f}"]
                 out.append("| " + " | ".join(row) + " |")
+    return "\n".join(out)
+
+
+def gains(study: Study) -> str:
+    """What SparCode has over the exact search of two towers, in percent."""
+    metrics_ = ("recall@20", "recall@50", "ndcg@20", "ndcg@50")
+    out = []
+    for name in SETTINGS:
+        towers = [run["indexes"]["DenseIndex flat"] for run in study.find(kind="test", data=name, side="two towers")]
+        runs = study.find(kind="test", data=name, side="SparCode")
+        for index in dict.fromkeys(index for run in runs for index in run["indexes"]) if towers else ():
+            cells = [run["indexes"][index] for run in runs if index in run["indexes"]]
+            said = []
+            for metric in metrics_:
+                ours, theirs = (statistics.fmean(cell[metric] for cell in part) for part in (cells, towers))
+                said.append(
+                    f"{metric.replace('recall', 'Recall').replace('ndcg', 'NDCG')} {100 * (ours / theirs - 1):+.1f} %"
+                )
+            ours, theirs = (min(cell["query_us"] for cell in part) for part in (cells, towers))
+            out.append(f"- {name}, {index}: {', '.join(said)}; {ours / theirs:.2f} times the query time.")
     return "\n".join(out)
 
 
@@ -566,8 +606,13 @@ def lost(study: Study) -> str:
         if runs:
             line(name, "SparCode, test", "as they are", [run["unquantised"] for run in runs])
             line(name, "SparCode, test", "coded, all items of a row", [run["exact"] for run in runs])
-            best = f"coded, {study.top:,} best of a row"
-            line(name, "SparCode, test", best, [run["indexes"]["CodeRows"] for run in runs])
+            for index in dict.fromkeys(index for run in runs for index in run["indexes"]):
+                line(
+                    name,
+                    "SparCode, test",
+                    f"coded, {index}",
+                    [r["indexes"][index] for r in runs if index in r["indexes"]],
+                )
         for run in study.find(kind="coded queries", data=name):
             for what, cell in run["codes"].items():
                 coded = "as they are" if what == "none" else f"coded after training, {what} ({cell['bits']:.0f} bits)"
@@ -600,9 +645,9 @@ def report(study: Study) -> None:
         f"ml-100k: a history predicts the next {WINDOW} likes; asked for the likes of the test split with all before "
         "them as the history. Gowalla: half of a user's train items predict the other half; asked with the last 100 of "
         f"all. Seen items are masked. {ROWS} histories a step.",
-        f"SparCode's rows keep the {study.top} best items. CodeIndex has the item vectors in {PQ_BOOKS} codes of "
-        f"{PQ_CODES}. A query is encoding, mask and search for one user with one thread. The machine's load while this "
-        f"ran was {min(load, default=0):.1f} to {max(load, default=0):.1f}, and a quiet one has 1: above 2, times tell "
+        f"CodeIndex has the item vectors in {PQ_BOOKS} codes of {PQ_CODES}. A query is encoding, mask and search for "
+        f"one user with one thread. The machine's load while this ran was {min(load, default=0):.1f} to "
+        f"{max(load, default=0):.1f}, and a quiet one has 1: above 2, times tell "
         "little.",
     )
     told = "\n\n".join(textwrap.fill(paragraph, 118) for paragraph in paragraphs)
@@ -615,6 +660,10 @@ def report(study: Study) -> None:
 ## Test items
 
 {table(study)}
+
+SparCode against the exact search of two towers:
+
+{gains(study)}
 
 ## What the codes cost
 
@@ -638,13 +687,13 @@ def main() -> None:
     parser.add_argument("--ml-100k", type=Path, help="the folder of its files; left out if there is none")
     parser.add_argument("--gowalla", type=Path, help="the folder of its files; left out if there is none")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of the final trainings")
-    parser.add_argument("--top", type=int, default=1000, help="items a row of SparCode's index")
+    parser.add_argument("--models", type=Path, help="where trained models are kept, to measure their indexes again")
     parser.add_argument("--cache", type=Path, help="where prepared data are kept")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="train nothing, write the tables")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    study = Study(arguments.out, cache=arguments.cache, top=arguments.top)
+    study = Study(arguments.out, cache=arguments.cache, models=arguments.models)
     paths = {"ml-100k": arguments.ml_100k, "gowalla": arguments.gowalla}
     for name, path in paths.items():
         if path is None or arguments.report:

@@ -55,6 +55,7 @@ def sparcode(walks):
         module.PQ_BOOKS, module.PQ_CODES, module.TIMED = 4, 8, 5
         small = {"tokens": 2, "token_dim": 4, "codes": 4, "shared_codebooks": False}
         for name, ordered in (("ml-100k", True), ("gowalla", False)):
+            module.TOPS[name] = (5, 200)
             module.TASKS[name] = lambda path, split, cache, name=name, ordered=ordered: task(name, split, ordered)
             module.COMMON[name] = {"dim": 8, "hidden": [8]}
             module.SETTINGS[name] = [
@@ -67,7 +68,7 @@ def sparcode(walks):
 
 @pytest.fixture(scope="module")
 def finished(sparcode, tmp_path_factory):
-    study = sparcode.Study(tmp_path_factory.mktemp("study"), top=20)
+    study = sparcode.Study(tmp_path_factory.mktemp("study"), models=tmp_path_factory.mktemp("models"))
     for name in sparcode.SETTINGS:
         study.tune(name, Path("nowhere"))
         for side in ("two towers", "SparCode"):
@@ -109,13 +110,17 @@ def test_both_sides_are_measured(sparcode, finished):
     for name in sparcode.SETTINGS:
         towers, coded = (finished.find(kind="test", data=name, side=side)[0] for side in ("two towers", "SparCode"))
         assert set(towers["indexes"]) == {"DenseIndex flat", "CodeIndex"}
-        assert set(coded["indexes"]) == {"CodeRows"}
+        rows, whole = "CodeRows, 5 best of a row", "CodeRows, 200 best of a row"
+        assert set(coded["indexes"]) == {rows, whole}
+        assert coded["indexes"][rows]["bytes"] < coded["indexes"][whole]["bytes"]
         flat = towers["indexes"]["DenseIndex flat"]
         for metric in ("recall@20", "ndcg@50"):
-            assert 0 <= coded["indexes"]["CodeRows"][metric] <= 1
+            assert 0 <= coded["indexes"][rows][metric] <= 1
             # The flat index is exact, so it finds what scoring all items finds.
             if name == "ml-100k":
                 assert flat[metric] == pytest.approx(towers["exact"][metric], abs=1e-6)
+                # Rows that hold all items are exact too.
+                assert coded["indexes"][whole][metric] == pytest.approx(coded["exact"][metric], abs=1e-6)
         for run in (towers, coded):
             for index in run["indexes"].values():
                 assert 0 < index["query_us"] <= index["query_us_median"]
@@ -140,7 +145,7 @@ def test_the_choice_looks_at_validation_alone(sparcode, finished, tmp_path):
 
 def test_nothing_is_trained_twice(sparcode, finished, monkeypatch, tmp_path):
     before = finished.path.read_text()
-    again = sparcode.Study(finished.out, top=20)
+    again = sparcode.Study(finished.out)
     monkeypatch.setattr(sparcode, "train", lambda *_: pytest.fail("trained again"))
     for name in sparcode.SETTINGS:
         again.tune(name, Path("nowhere"))
@@ -153,16 +158,40 @@ def test_nothing_is_trained_twice(sparcode, finished, monkeypatch, tmp_path):
     assert (tmp_path / sparcode.RUNS).read_text().splitlines() == before.splitlines()[:-1]
 
 
+def test_kept_models_are_measured_again_without_training(sparcode, finished, monkeypatch, tmp_path):
+    monkeypatch.setattr(sparcode, "train", lambda *_: pytest.fail("trained again"))
+    study = sparcode.Study(tmp_path, models=finished.models)
+    study.runs = finished.find(kind="tuning")
+    study.test("ml-100k", Path("nowhere"), "SparCode", 0)
+    again, before = (s.find(kind="test", data="ml-100k", side="SparCode")[0] for s in (study, finished))
+    assert again["seconds"] == before["seconds"]
+    assert again["exact"] == before["exact"]
+
+
 def test_tables(sparcode, finished):
     sparcode.report(finished)
     text = (finished.out / sparcode.TABLE).read_text()
     assert json.loads((finished.out / sparcode.RESULTS).read_text()) == finished.runs
     for name in sparcode.SETTINGS:
         assert text.count(f"| {name} | two towers | DenseIndex flat | 1 |") == 1
-        assert text.count(f"| {name} | SparCode | CodeRows | 1 |") == 1
+        assert text.count(f"| {name} | SparCode | CodeRows, 5 best of a row | 1 |") == 1
         assert text.count(f"| {name} | SparCode, test | as they are |") == 1
+    assert text.count(" times the query time.") == 4
     assert text.count("quantised from epoch 3") == 2
     assert text.count("coded after training, 2 x 4 (4 bits)") == 1
+
+
+def test_gains_are_relative_to_the_exact_search(sparcode, tmp_path):
+    study = sparcode.Study(tmp_path)
+    metric = {"recall@20": 0.1, "recall@50": 0.2, "ndcg@20": 0.3, "ndcg@50": 0.4, "query_us": 50}
+    towers = {"kind": "test", "data": "ml-100k", "side": "two towers", "indexes": {"DenseIndex flat": metric}}
+    better = {**metric, "recall@20": 0.11, "ndcg@50": 0.3, "query_us": 25}
+    ours = {"kind": "test", "data": "ml-100k", "side": "SparCode", "indexes": {"rows": better}}
+    study.runs = [towers, ours]
+    assert sparcode.gains(study) == (
+        "- ml-100k, rows: Recall@20 +10.0 %, Recall@50 +0.0 %, NDCG@20 +0.0 %, NDCG@50 -25.0 %; "
+        "0.50 times the query time."
+    )
 
 
 def test_more_bits_lose_less(finished):

@@ -182,18 +182,19 @@ class VectorQuantizer(nn.Module):
         # In this order the values are the code vectors to the last bit.
         return Quantized(found.detach() + (x - x.detach()), codes, loss)
 
-    @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Return the codes of vectors [..., D]: int64 [..., M]."""
         self._check(x)
         if not bool(self.begun):
             raise RuntimeError("VectorQuantizer.encode: the codebooks must be trained or loaded first")
-        parts = x.unflatten(-1, (self.n_codebooks, -1)).flatten(0, -3).transpose(0, 1)
+        books = self.codebooks.detach()
+        parts = x.detach().reshape(-1, self.n_codebooks, books.shape[2]).transpose(0, 1)
         # |x|^2 is the same for every code and left out.
-        norms = self.codebooks.square().sum(-1)[:, None]
+        norms, books = books.square().sum(-1)[:, None], books.transpose(1, 2)
         pieces = parts.split(max(1, _DISTANCES // (self.n_codebooks * self.n_codes)), dim=1)
-        codes = [torch.baddbmm(norms, p, self.codebooks.transpose(1, 2), alpha=-2).argmin(-1) for p in pieces]
-        return torch.cat(codes, dim=1).T.reshape(*x.shape[:-1], self.n_codebooks)
+        codes = [torch.baddbmm(norms, piece, books, alpha=-2).argmin(-1) for piece in pieces]
+        joined = codes[0] if len(codes) == 1 else torch.cat(codes, dim=1)
+        return joined.T.reshape(*x.shape[:-1], self.n_codebooks)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the vectors that codes [..., M] stand for, float32 [..., D]; differentiable in the codebooks."""
@@ -202,8 +203,8 @@ class VectorQuantizer(nn.Module):
 
     def composite(self, codes: Tensor) -> Tensor:
         r"""Return one number for the M codes [..., M]: :math:`\sum_m c_m K^{M-m}`, int64 [...]."""
-        number = torch.zeros_like(codes[..., 0])
-        for code in codes.unbind(-1):
+        number, *rest = codes.unbind(-1)
+        for code in rest:
             number = number * self.n_codes + code
         return number
 

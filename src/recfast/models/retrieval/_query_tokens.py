@@ -32,6 +32,8 @@ class QueryTokens(nn.Module):
     ----------
     out : int
         Width of a token as the scorer gets it.
+    first : Tensor [K_u] int64
+        The first row of each token with codebooks of its own.
     n_composite : int
         How many different rows an index may have: K_c^M, and K_u times that for codebooks of one's own.
     """
@@ -47,6 +49,7 @@ class QueryTokens(nn.Module):
         self.quantizer = VectorQuantizer(parts * token_dim, parts * codebooks, codes, **options)
         self.out, self.per_token = parts * token_dim, codes**codebooks
         self.n_composite = parts * self.per_token
+        self.register_buffer("first", torch.arange(parts) * self.per_token, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the quantised tokens of vectors [B, width], float32 [B, K_u, out], and the quantiser's loss."""
@@ -65,14 +68,12 @@ class QueryTokens(nn.Module):
         parts = tokens.unflatten(1, (self.tokens, self.token_dim))
         return (torch.eye(self.tokens, device=tokens.device)[:, :, None] * parts[:, None]).flatten(2)
 
-    @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Return the composite codes of vectors [B, width]: int64 [B, K_u] in [0, n_composite)."""
         codes = self.quantizer.encode(self.unquantized(x))
         if self.shared:
             return self.quantizer.composite(codes)
-        first = torch.arange(self.tokens, device=x.device) * self.per_token
-        return self.quantizer.composite(codes.unflatten(1, (self.tokens, self.codebooks))) + first
+        return self.quantizer.composite(codes.unflatten(1, (self.tokens, self.codebooks))) + self.first
 
     @torch.no_grad()
     def decode(self, composite: Tensor) -> Tensor:

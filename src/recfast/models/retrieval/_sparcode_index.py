@@ -26,6 +26,17 @@ _SCORES = 1 << 24
 _MOST_CODES = 1 << 27
 
 
+def allowed(excluded: Jagged, n_items: int) -> Tensor:
+    """Return which items are not in each of B lists, bool [B, n_items]."""
+    rows = len(excluded.offsets) - 1
+    mask = torch.ones(rows, n_items, dtype=torch.bool)
+    cells = excluded.values
+    if rows != 1:
+        cells = cells + (torch.arange(rows) * n_items).repeat_interleave(excluded.lengths())
+    mask.view(-1).index_fill_(0, cells, False)
+    return mask
+
+
 class SparCodeIndex:
     """A SparCode model and the index of its codes; made by `SparCode.build_index`.
 
@@ -41,6 +52,7 @@ class SparCodeIndex:
 
     def __init__(self, model: SparCode, rows: CodeRows, row_of: Tensor) -> None:
         self.model, self.rows, self.row_of = model.eval(), rows, row_of
+        self._is_whole = torch.equal(row_of, torch.arange(len(row_of)))
 
     @classmethod
     @torch.no_grad()
@@ -143,20 +155,18 @@ class SparCodeIndex:
         (scores float32 [B, k], item ids int64 [B, k]), ties by lowest id, padded with (-inf, -1) where the rows hold
         fewer items.
         """
-        n, size = len(histories.offsets) - 1, max(1, _SCORES // self.rows.n_items)
+        n, width = len(histories.offsets) - 1, self.rows.n_items
         if exclude is not None and len(exclude.offsets) - 1 != n:
             raise InputError(f"SparCodeIndex.retrieve: exclude has {len(exclude.offsets) - 1} lists, expected {n}")
         # Encoded together: a matrix product of another shape may round otherwise, and a code may hang on a rounding.
-        named = self.row_of[self.model.encode(histories, users).cpu()]
-        if exclude is None:
-            return self.rows.search(named, k)
-        found = []
-        for begin in range(0, max(n, 1), size):
-            part = torch.arange(begin, min(begin + size, n))
-            lists = exclude.take(part)
-            mask = torch.ones(len(part), self.rows.n_items, dtype=torch.bool)
-            mask[torch.arange(len(part)).repeat_interleave(lists.lengths()), lists.values] = False
-            found.append(self.rows.search(named[part], k, mask=mask))
+        named = self.model.encode(histories, users).cpu()
+        if not self._is_whole:
+            named = self.row_of[named]
+        size = max(1, _SCORES // max(1, width))
+        if exclude is None or n <= size:
+            return self.rows.search(named, k, mask=None if exclude is None else allowed(exclude, width))
+        blocks = torch.arange(n).split(size)
+        found = [self.rows.search(named[part], k, mask=allowed(exclude.take(part), width)) for part in blocks]
         return torch.cat([scores for scores, _ in found]), torch.cat([ids for _, ids in found])
 
     def nbytes(self) -> int:
