@@ -241,6 +241,19 @@ def test_rejects_bad_input(change, error, sentence):
         ops.code_postings(lists, change.get("packed", PACKED), table, change.get("k", 2), mask=change.get("mask"))
 
 
+@pytest.mark.parametrize(("items", "books", "entries"), [(1, 1, 1), (64, 2, 7), (1000, 3, 256), (300, 2, 700)])
+def test_lists_equal_their_plain_form(items, books, entries):
+    generator = torch.Generator().manual_seed(items)
+    dtype = torch.uint8 if entries <= 256 else torch.uint16
+    codes = torch.randint(entries, (items, books), generator=generator).to(dtype)
+    for order in ("none", "lex"):
+        packed = ops.pack_codes(codes, n_codes=entries, order=order)
+        assert torch.equal(ops.posting_counts(packed, entries), ops.posting_counts.reference(packed, entries))
+        found, wanted = ops.posting_lists(packed, entries), ops.posting_lists.reference(packed, entries)
+        assert torch.equal(found.indptr, wanted.indptr)
+        assert torch.equal(found.positions, wanted.positions)
+
+
 @pytest.mark.parametrize("op", [ops.posting_counts, ops.posting_lists])
 def test_lists_for_fewer_codes_are_refused(op):
     packed = ops.pack_codes(torch.tensor([[3]], dtype=torch.uint8), n_codes=4)

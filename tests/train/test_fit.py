@@ -124,16 +124,18 @@ def test_every_optimizer_resumes(optimizer, tiny_data, tmp_path):
     assert same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_lr_falls_on_a_plateau_and_resumes(tiny_data, tmp_path):
-    options = {**SETTINGS, "epochs": 8, "lr": 0.05, "lr_plateau": 0.5, "patience": 0}
+@pytest.mark.parametrize("lr_patience", [0, 1])
+def test_lr_falls_on_a_plateau_and_resumes(tiny_data, tmp_path, lr_patience):
+    options = {**SETTINGS, "epochs": 8, "lr": 0.05, "lr_plateau": 0.5, "lr_patience": lr_patience, "patience": 0}
     run = train.fit(make(tiny_data), tiny_data, out=tmp_path / "a", **options)
-    best, without_gain = -1.0, 0
+    best, in_a_row, falls = -1.0, 0, 0
     for entry in run.history:
-        without_gain += entry["valid"]["auc"] <= best
+        in_a_row = in_a_row + 1 if entry["valid"]["auc"] <= best else 0
+        falls += in_a_row > 0 and in_a_row % (lr_patience + 1) == 0
         best = max(best, entry["valid"]["auc"])
-    assert 0 < without_gain < 8
+    assert 0 < falls < 8
     header = storage.read_tensors(tmp_path / "a" / "optimizer.safetensors")[1]
-    assert header["optimizer"]["groups"][0]["lr"] == pytest.approx(0.05 * 0.5**without_gain)
+    assert header["optimizer"]["groups"][0]["lr"] == pytest.approx(0.05 * 0.5**falls)
     for epochs in (3, 6, 8):
         train.fit(make(tiny_data), tiny_data, out=tmp_path / "b", **{**options, "epochs": epochs})
     assert same_run(tmp_path / "a", tmp_path / "b")

@@ -345,3 +345,22 @@ def reference(
 
 
 code_postings.reference = reference
+
+
+def _reference_counts(packed: Any, n_codes: int) -> torch.Tensor:
+    """The same in plain torch."""
+    codes = packed.planes.long().transpose(1, 2).flatten(0, 1)[: packed.size]
+    return torch.cat([torch.bincount(column, minlength=n_codes) for column in codes.T])
+
+
+def _reference_lists(packed: Any, n_codes: int) -> PostingLists:
+    """The same in plain torch."""
+    codes = packed.planes.long().transpose(1, 2).flatten(0, 1)[: packed.size]
+    # A stable sort keeps the positions of a list ascending.
+    positions = torch.cat([column.argsort(stable=True) for column in codes.T]).int()
+    ends = _reference_counts(packed, n_codes).cumsum(0)
+    return PostingLists(torch.nn.functional.pad(ends, (1, 0)), positions, _order(packed))
+
+
+posting_counts.reference = _reference_counts
+posting_lists.reference = _reference_lists

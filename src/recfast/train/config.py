@@ -80,6 +80,9 @@ class TrainConfig(Config):
         without a gain; 0 never ends it early.
     lr_plateau
         After an evaluation without a gain lr is multiplied by this, a number in (0, 1); None never does.
+    lr_patience
+        So many evaluations without a gain in a row pass before `lr_plateau` acts, each time. A loss with few or shared
+        negatives is noisy, and one unlucky epoch would else end the fast part of the training.
     seed
         Of the order of the rows and of dropout; 0 if left out.
     precision
@@ -98,6 +101,7 @@ class TrainConfig(Config):
     patience: int = Field(2, ge=0)
     monitor: str | None = None
     lr_plateau: float | None = Field(None, gt=0, lt=1)
+    lr_patience: int = Field(0, ge=0)
     seed: int | None = Field(None, ge=0, lt=2**63)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "cpu"

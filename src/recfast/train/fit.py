@@ -321,7 +321,8 @@ class _Training:
                 }
         else:
             state.stale += 1
-            if options.lr_plateau is not None and self.optimizer is not None:
+            due = state.stale % (options.lr_patience + 1) == 0
+            if due and options.lr_plateau is not None and self.optimizer is not None:
                 for group in self.optimizer.param_groups:
                     group["lr"] *= options.lr_plateau
         if state.batch >= len(self.loader):
