@@ -54,8 +54,9 @@ class Model:
     note: str = ""
 
 
-# Adam at 1e-4, divided by 10 after epochs without a gain: two in a row, where the published runs wait for one. Negatives
-# that rows share make an epoch's gain noisier, and one unlucky epoch ended the fast part of the training at the tenth.
+# Adam at 1e-4, divided by 10 after epochs without a gain: two in a row, where the published runs wait for one.
+# Negatives that rows share make an epoch's gain noisier: one unlucky epoch ended the fast part of a training at the
+# tenth.
 CCL = {
     "epochs": 100,
     "batch_size": 256,

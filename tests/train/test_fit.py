@@ -126,7 +126,7 @@ def test_every_optimizer_resumes(optimizer, tiny_data, tmp_path):
 
 @pytest.mark.parametrize("lr_patience", [0, 1])
 def test_lr_falls_on_a_plateau_and_resumes(tiny_data, tmp_path, lr_patience):
-    options = {**SETTINGS, "epochs": 8, "lr": 0.05, "lr_plateau": 0.5, "lr_patience": lr_patience, "patience": 0}
+    options = {**SETTINGS, "epochs": 8, "lr": 0.2, "lr_plateau": 0.5, "lr_patience": lr_patience, "patience": 0}
     run = train.fit(make(tiny_data), tiny_data, out=tmp_path / "a", **options)
     best, in_a_row, falls = -1.0, 0, 0
     for entry in run.history:
@@ -135,7 +135,7 @@ def test_lr_falls_on_a_plateau_and_resumes(tiny_data, tmp_path, lr_patience):
         best = max(best, entry["valid"]["auc"])
     assert 0 < falls < 8
     header = storage.read_tensors(tmp_path / "a" / "optimizer.safetensors")[1]
-    assert header["optimizer"]["groups"][0]["lr"] == pytest.approx(0.05 * 0.5**falls)
+    assert header["optimizer"]["groups"][0]["lr"] == pytest.approx(0.2 * 0.5**falls)
     for epochs in (3, 6, 8):
         train.fit(make(tiny_data), tiny_data, out=tmp_path / "b", **{**options, "epochs": epochs})
     assert same_run(tmp_path / "a", tmp_path / "b")
