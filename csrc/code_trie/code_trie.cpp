@@ -22,6 +22,11 @@ struct Compare {
     return bits;
   }
 
+  template <class Vector>
+  static void fma(Vector* x, const Vector& a, const Vector& b) noexcept {
+    for (int lane = 0; lane < 16; ++lane) (*x)[lane] = std::fma((*x)[lane], a[lane], b[lane]);
+  }
+
   template <class List>
   static std::int64_t keep(List& best, std::int32_t least, std::int32_t last) noexcept {
     return best.keep_plainly(least, last);

@@ -1,6 +1,6 @@
 // The bodies of normalise_<isa> and select_<isa>, included once per instruction set inside its target region, after
-// common/best_list.h and a `Compare` with reaching(values, theta) -> bits of 16 floats that are at least theta, and
-// with keep (see BestList). Vectors of 16 floats everywhere: where registers are shorter the compiler takes them apart, and
+// common/best_list.h and a `Compare` with reaching(values, theta) -> bits of 16 floats that are at least theta, with
+// fma(x, a, b), which makes x[i] = x[i] * a[i] + b[i] rounded once, and with keep (see BestList). Vectors of 16 floats everywhere: where registers are shorter the compiler takes them apart, and
 // the bits are the same.
 
 namespace {
@@ -34,15 +34,25 @@ RECFAST_INLINED_HERE void exponential(Floats* x) noexcept {
   const Floats low = -87.0f - Floats{};
   Floats v = *x;
   v = v < low ? low : v;
-  const Floats magic = 12582912.0f - Floats{};  // 1.5 * 2^23: adding it rounds to an integer
-  const Floats n = (v * 1.44269504088896341f + magic) - magic;
-  const Floats r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = (y * (r * r) + r) + 1.0f;
+#define RECFAST_ALL(value) ((value) - Floats{})
+  const Floats magic = RECFAST_ALL(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  Floats n = v;
+  Compare::fma(&n, RECFAST_ALL(1.44269504088896341f), magic);
+  n -= magic;
+  Floats r = n;
+  Compare::fma(&r, RECFAST_ALL(-0.693359375f), v);
+  Floats rest = n;
+  Compare::fma(&rest, RECFAST_ALL(2.12194440e-4f), r);
+  r = rest;
+  Floats y = RECFAST_ALL(1.9875691500e-4f);
+  Compare::fma(&y, r, RECFAST_ALL(1.3981999507e-3f));
+  Compare::fma(&y, r, RECFAST_ALL(8.3334519073e-3f));
+  Compare::fma(&y, r, RECFAST_ALL(4.1665795894e-2f));
+  Compare::fma(&y, r, RECFAST_ALL(1.6666665459e-1f));
+  Compare::fma(&y, r, RECFAST_ALL(5.0000001201e-1f));
+  Compare::fma(&y, r * r, r);
+  y += 1.0f;
+#undef RECFAST_ALL
   Ints bits;
   std::memcpy(&bits, &y, sizeof bits);
   bits += __builtin_convertvector(n, Ints) << 23;
@@ -68,6 +78,17 @@ RECFAST_INLINED_HERE void each_vector(const Logit* logits, std::int64_t count, c
   }
 }
 
+// Lane 0 of `x` becomes `join` of all lanes, halves after halves, without a way through memory.
+template <int Half = 8, class Vector, class Join>
+RECFAST_INLINED_HERE void fold(Vector* x, const Join& join) noexcept {
+  const Vector upper = __builtin_shufflevector(
+      *x, *x, Half, (Half + 1) % 16, (Half + 2) % 16, (Half + 3) % 16, (Half + 4) % 16, (Half + 5) % 16,
+      (Half + 6) % 16, (Half + 7) % 16, (Half + 8) % 16, (Half + 9) % 16, (Half + 10) % 16, (Half + 11) % 16,
+      (Half + 12) % 16, (Half + 13) % 16, (Half + 14) % 16, (Half + 15) % 16);
+  join(x, upper);
+  if constexpr (Half > 1) fold<Half / 2>(x, join);
+}
+
 template <class Logit>
 RECFAST_INLINED_HERE Normaliser normalise(const Logit* logits, std::int64_t count) noexcept {
   Floats most = -kInfinity - Floats{};
@@ -76,13 +97,10 @@ RECFAST_INLINED_HERE Normaliser normalise(const Logit* logits, std::int64_t coun
     wrong |= *x != *x;
     most = *x > most ? *x : most;
   });
-  float largest = -kInfinity;
-  std::int32_t nan = 0;
-  for (std::int64_t lane = 0; lane < kVector; ++lane) {
-    largest = most[lane] > largest ? most[lane] : largest;
-    nan |= wrong[lane];
-  }
-  if (nan != 0 || largest == kInfinity) return {.z = 0.0f, .good = false};
+  fold(&most, [](Floats* x, const Floats& upper) __attribute__((always_inline)) { *x = upper > *x ? upper : *x; });
+  fold(&wrong, [](Ints* x, const Ints& upper) __attribute__((always_inline)) { *x |= upper; });
+  const float largest = most[0];
+  if (wrong[0] != 0 || largest == kInfinity) return {.z = 0.0f, .good = false};
   // No code is possible: with this z no sum is above -inf.
   if (largest == -kInfinity) return {.z = kInfinity, .good = true};
   Floats sums{};
@@ -91,12 +109,8 @@ RECFAST_INLINED_HERE Normaliser normalise(const Logit* logits, std::int64_t coun
     exponential(&e);
     sums += e;
   });
-  float parts[kVector];
-  std::memcpy(parts, &sums, sizeof parts);
-  for (std::int64_t half = kVector / 2; half > 0; half /= 2) {
-    for (std::int64_t lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
-  }
-  return {.z = static_cast<float>(static_cast<double>(largest) + std::log(static_cast<double>(parts[0]))),
+  fold(&sums, [](Floats* x, const Floats& upper) __attribute__((always_inline)) { *x += upper; });
+  return {.z = static_cast<float>(static_cast<double>(largest) + std::log(static_cast<double>(sums[0]))),
           .good = true};
 }
 

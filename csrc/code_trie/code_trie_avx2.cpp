@@ -10,7 +10,7 @@
 #include <limits>
 
 #pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt")
+#pragma GCC target("avx2,fma,bmi,bmi2,lzcnt,popcnt")
 
 #include "common/best_list.h"
 
@@ -23,6 +23,18 @@ struct Compare {
     const __m256 high = _mm256_cmp_ps(_mm256_loadu_ps(values + 8), _mm256_set1_ps(theta), _CMP_GE_OQ);
     const auto upper = static_cast<std::uint32_t>(_mm256_movemask_ps(high));
     return static_cast<std::uint32_t>(_mm256_movemask_ps(low)) | upper << 8;
+  }
+
+  template <class Vector>
+  static void fma(Vector* x, const Vector& a, const Vector& b) noexcept {
+    __m256 to[2];
+    __m256 by[2];
+    __m256 plus[2];
+    std::memcpy(to, x, sizeof to);
+    std::memcpy(by, &a, sizeof by);
+    std::memcpy(plus, &b, sizeof plus);
+    for (int half = 0; half < 2; ++half) to[half] = _mm256_fmadd_ps(to[half], by[half], plus[half]);
+    std::memcpy(x, to, sizeof to);
   }
 
   template <class List>

@@ -21,6 +21,11 @@ struct Compare {
     return _mm512_cmp_ps_mask(_mm512_loadu_ps(values), _mm512_set1_ps(theta), _CMP_GE_OQ);
   }
 
+  template <class Vector>
+  static void fma(Vector* x, const Vector& a, const Vector& b) noexcept {
+    *x = _mm512_fmadd_ps(*x, a, b);
+  }
+
   template <class List>
   static std::int64_t keep(List& best, std::int32_t least, std::int32_t last) noexcept {
     return keep_avx512(best, least, last);

@@ -13,15 +13,20 @@ from recfast.ops._library import REGISTRY
 F = np.float32
 
 
+def fma(a, b, c):
+    """a b + c rounded to float32; in between exact but for what 64 bits of a long double leave out."""
+    return np.asarray(np.longdouble(a) * np.longdouble(b) + np.longdouble(c), dtype=F)
+
+
 def exponential(x):
     """The kernel's own, each operation rounded to float32 as there."""
     x = np.maximum(x.astype(F), F(-87))
-    n = (x * F(1.44269504088896341) + F(12582912)) - F(12582912)
-    r = (x - n * F(0.693359375)) + n * F(2.12194440e-4)
-    y = r * F(1.9875691500e-4) + F(1.3981999507e-3)
-    for c in (8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        y = y * r + F(c)
-    return np.ldexp((y * (r * r) + r) + F(1), n.astype(np.int32)).astype(F)
+    n = fma(x, F(1.44269504088896341), F(12582912)) - F(12582912)
+    r = fma(n, F(2.12194440e-4), fma(n, F(-0.693359375), x))
+    y = F(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        y = fma(y, r, F(c))
+    return np.ldexp(fma(y, r * r, r) + F(1), n.astype(np.int32)).astype(F)
 
 
 def normaliser(x):
