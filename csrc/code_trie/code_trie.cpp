@@ -119,10 +119,19 @@ Faults run(const Args<Code, Logit>& args) noexcept {
     }
     z[beam] = found.z;
   };
+  // Nodes lie anywhere in a large tree: what a beam reads of it is asked for some beams ahead, in two steps.
+  const auto ask = [&](std::int64_t beam) {
+    const auto known = [&](std::int64_t at) { return at < all && args.states[at] >= 0 && args.states[at] < args.inner; };
+    if (known(beam + 16)) __builtin_prefetch(args.first_child + args.states[beam + 16]);
+    if (known(beam + 8)) __builtin_prefetch(args.codes + args.first_child[args.states[beam + 8]]);
+  };
   // Dealt out by blocks: a beam alone is less work than its turn.
   constexpr std::int64_t kBlock = 16;
   parallel_for_each((all + kBlock - 1) / kBlock, [&](std::int64_t block, int thread) {
-    for (std::int64_t beam = block * kBlock; beam < std::min(all, (block + 1) * kBlock); ++beam) one(beam, thread);
+    for (std::int64_t beam = block * kBlock; beam < std::min(all, (block + 1) * kBlock); ++beam) {
+      ask(beam);
+      one(beam, thread);
+    }
   });
   const Faults faults{.states = states.position(),
                       .scores = scores.position(),

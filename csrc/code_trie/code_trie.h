@@ -10,7 +10,7 @@
 //              x [B, W, K]; score [B, W], -inf for a dead beam; out [B, width]; contiguous
 // Dtypes       first_child int32; codes uint8 or uint16; x float32 or the bits of bfloat16 (widened, exact); else
 //              float32 and int64
-// Rounding     exp to 2 ulp, by FMA on every set; summed in 16 partial sums (term i goes to sum i mod 16), added in halves;
+// Rounding     exp to 2 ulp, by FMA on every set; 16 partial sums (term i goes to sum i mod 16), added in halves;
 //              z = float(double(max) + log(double(sum))); difference and sum rounded apart. The bits are equal on every
 //              instruction set. |z - exact| <= (K / 16 + 8) eps + eps |z| / 2
 // Order        s descending, ties by lowest w, then lowest code; never depends on threads, B, or other batch rows

@@ -1,6 +1,7 @@
 // The bodies of normalise_<isa> and select_<isa>, included once per instruction set inside its target region, after
 // common/best_list.h and a `Compare` with reaching(values, theta) -> bits of 16 floats that are at least theta, with
-// fma(x, a, b), which makes x[i] = x[i] * a[i] + b[i] rounded once, and with keep (see BestList). Vectors of 16 floats everywhere: where registers are shorter the compiler takes them apart, and
+// fma(x, a, b), which makes x[i] = x[i] * a[i] + b[i] rounded once, and with keep (see BestList). Vectors of 16 floats
+// everywhere: where registers are shorter the compiler takes them apart, and
 // the bits are the same.
 
 namespace {
