@@ -35,8 +35,9 @@ def race(benchmark, threads):
     `race(op, shape, units, {column: function, ...}, check=...)`: `check(answer, column)` raises on a wrong result.
     The columns take turns, so that a noisy neighbour disturbs all alike, and take turns in going first, which may cost
     (the inputs of a round are then new to the cache); medians are kept. With `settle` a column is
-    called once more before it is timed, as it is in a training loop: otherwise it pays for the memory that the column
-    before it gave back to the system. pytest-benchmark gets the column `ours`.
+    called so many times more before it is timed, as it is in a loop: otherwise it pays for the memory that the column
+    before it gave back to the system, and for the cache that it filled with its own (which takes some calls to
+    undo). pytest-benchmark gets the column `ours`.
     """
 
     def run(
@@ -47,7 +48,7 @@ def race(benchmark, threads):
         *,
         check: Callable[[object, str], None] | None = None,
         seconds: float = 1.0,
-        settle: bool = False,
+        settle: int = 0,
     ) -> dict[str, float]:
         for column, way in ways.items():
             answer = way()
@@ -59,7 +60,7 @@ def race(benchmark, threads):
         while time.perf_counter() < end or len(times["ours"]) < 7:
             order.append(order.pop(0))
             for column, way in order:
-                if settle:
+                for _ in range(settle):
                     way()
                 start = time.perf_counter()
                 way()
