@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gowalla.py"
 SMALL = {
     "MF-CCL": {"num_negatives": 20, "margin": 0.4, "weight": 5.0},
-    "MF-CCL, own negatives": {"num_negatives": 20, "margin": 0.4, "weight": 5.0},
+    "MF-CCL, shared negatives": {"num_negatives": 20, "margin": 0.4, "weight": 5.0},
     "SimpleX": {"num_negatives": 20, "margin": 0.4, "weight": 5.0, "dim": 8},
     "GF-CF": {"rank": 4, "iterations": 5},
     "two-tower": {"num_negatives": 20, "dim": 8},
