@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from recfast import ops
 from recfast.index import Bitmap
 from recfast.index._arrays import as_mask
+from recfast.ops import packed_codes
 
 SIZES = st.sampled_from([0, 1, 7, 8, 9, 63, 64, 65, 128, 1000])
 
@@ -68,10 +69,10 @@ def test_a_new_order_is_permuted_anew():
 
 def test_a_kept_order_is_not_for_more_items():
     codes = torch.zeros((300, 1), dtype=torch.uint8)
-    packed = ops.packed_append(ops.pack_codes(codes, n_codes=4, order="lex"), codes)
+    packed = packed_codes.packed_append(ops.pack_codes(codes, n_codes=4, order="lex"), codes)
     bitmap = Bitmap.allow(600, [0])
     assert len(bitmap.by_position(packed)) == 10
-    longer = ops.packed_append(packed, codes[:100])
+    longer = packed_codes.packed_append(packed, codes[:100])
     assert longer.slots is packed.slots
     with pytest.raises(ValueError, match="Bitmap: there must be 600 items, got 700"):
         bitmap.by_position(longer)
@@ -118,8 +119,8 @@ def test_rejects_bad_input(call, error, sentence):
 def test_code_search_refuses_a_bitmap_of_other_queries_or_items():
     """Also where its words by position are kept: they would be read beyond their end."""
     codes = torch.randint(16, (500, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    packed = ops.packed_codes.packed_append(ops.pack_codes(codes, n_codes=16, order="lex"), codes[:5])
-    grown, further = (ops.packed_codes.packed_append(packed, codes[:items]) for items in (70, 3))
+    packed = packed_codes.packed_append(ops.pack_codes(codes, n_codes=16, order="lex"), codes[:5])
+    grown, further = (packed_codes.packed_append(packed, codes[:items]) for items in (70, 3))
     assert grown.slots is packed.slots
     table = torch.zeros(3, 3, 16)
     with pytest.raises(ValueError, match=r"mask.words must have shape \[3, 8\], got \[2, 8\]"):

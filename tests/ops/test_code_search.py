@@ -11,37 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recfast_oracle import equal_bits, oracle
 
 from recfast import ops
 from recfast.index import Bitmap
+from recfast.ops import packed_codes
 from recfast.ops._library import REGISTRY
-
-
-def oracle(codes, table, k, bias=None, ids=None, allowed=None):
-    """float32 sums in the order of the codebooks, then a full sort by (score descending, id ascending)."""
-    items, books = codes.shape
-    ids = np.arange(items) if ids is None else ids
-    scores = np.full((len(table), k), -np.inf, dtype=np.float32)
-    found = np.full((len(table), k), -1, dtype=np.int64)
-    for query, entry in enumerate(table):
-        total = entry[0, codes[:, 0]].astype(np.float32)
-        for book in range(1, books):
-            total = total + entry[book, codes[:, book]]
-        if bias is not None:
-            total = total + bias
-        keep = total > -np.inf
-        if allowed is not None:
-            keep &= np.broadcast_to(allowed, (len(table), items))[query]
-        kept = keep.nonzero()[0]
-        order = kept[np.lexsort((ids[kept], -total[kept]))][:k]
-        scores[query, : len(order)], found[query, : len(order)] = total[order], ids[order]
-    return scores, found
-
-
-def equal_bits(answer, wanted):
-    scores, found = (part.numpy() for part in answer)
-    np.testing.assert_array_equal(found, wanted[1])
-    np.testing.assert_array_equal(scores.view(np.int32), wanted[0].view(np.int32))
 
 
 def as_tensor(array):
@@ -212,7 +187,7 @@ def test_packed_matches_reference(
     tables = [as_tensor(table), sparse_of(table)]
     for order in ("none", "lex"):
         packed = ops.pack_codes(as_tensor(codes), order=order, **arguments)
-        assert np.array_equal(ops.unpack_codes(packed).numpy(), codes)
+        assert np.array_equal(packed_codes.unpack_codes(packed).numpy(), codes)
         plans = ["auto", "scan", "scalar"] + ["block_max"] * (order == "lex")
         for _ in isa_levels():
             for at, plan in enumerate(plans):
@@ -416,7 +391,7 @@ def test_edits_equal_packing_anew(order, dtype, isa_levels):
         if step % 3 != 1:
             new, more = draw([1, 63, 700, 0, 3000, 1][step])
             start = len(codes)
-            packed = ops.packed_append(
+            packed = packed_codes.packed_append(
                 packed,
                 torch.from_numpy(new),
                 bias=torch.from_numpy(more),
@@ -428,15 +403,15 @@ def test_edits_equal_packing_anew(order, dtype, isa_levels):
         positions = torch.from_numpy(slots) if packed.positions is None else packed.positions[slots].long()
         codes[slots], bias[slots] = draw(200)
         bias[slots[:3]] = 3.0 + step  # above every level
-        ops.packed_write(packed, positions, torch.from_numpy(codes[slots]), torch.from_numpy(bias[slots]))
+        packed_codes.packed_write(packed, positions, torch.from_numpy(codes[slots]), torch.from_numpy(bias[slots]))
         codes[slots[:9]] = draw(9)[0]
-        ops.packed_write(packed, positions[:9], torch.from_numpy(codes[slots[:9]]))
-        packed = ops.packed_remove(packed, positions[100:])
-        packed = ops.packed_restore(packed, positions[150:])
+        packed_codes.packed_write(packed, positions[:9], torch.from_numpy(codes[slots[:9]]))
+        packed = packed_codes.packed_remove(packed, positions[100:])
+        packed = packed_codes.packed_restore(packed, positions[150:])
         live[slots[100:150]], live[slots[150:]] = False, True
         count = len(codes)
         assert packed.size == count
-        assert np.array_equal(ops.unpack_codes(packed).numpy(), codes)
+        assert np.array_equal(packed_codes.unpack_codes(packed).numpy(), codes)
         for allowed in (live, live & mask[:count]):
             wanted = oracle(codes, table, 50, bias, ids[:count], allowed)
             given_mask = None if allowed is live else torch.from_numpy(mask[:count])
@@ -449,17 +424,17 @@ def test_edits_refuse_before_writing():
     packed = ops.pack_codes(torch.zeros((70, 2), dtype=torch.uint8), n_codes=4, ids=torch.arange(70))
     one, row = torch.tensor([3]), torch.zeros((1, 2), dtype=torch.uint8)
     with pytest.raises(IndexError, match=r"packed_write: positions\[0\] = 70 is outside \[0, 70\)"):
-        ops.packed_write(packed, torch.tensor([70]), row)
+        packed_codes.packed_write(packed, torch.tensor([70]), row)
     with pytest.raises(IndexError, match=r"packed_write: codes\[0, 1\] = 4 is outside \[0, 4\)"):
-        ops.packed_write(packed, one, torch.tensor([[0, 4]], dtype=torch.uint8))
+        packed_codes.packed_write(packed, one, torch.tensor([[0, 4]], dtype=torch.uint8))
     with pytest.raises(ValueError, match="packed_write: bias must be left out"):
-        ops.packed_write(packed, one, row, torch.zeros(1))
+        packed_codes.packed_write(packed, one, row, torch.zeros(1))
     with pytest.raises(ValueError, match="packed_append: ids must be given"):
-        ops.packed_append(packed, row)
+        packed_codes.packed_append(packed, row)
     with pytest.raises(ValueError, match=r"packed_append: ids\[0\] must be at least 0, got -1"):
-        ops.packed_append(packed, row, ids=torch.tensor([-1]))
+        packed_codes.packed_append(packed, row, ids=torch.tensor([-1]))
     with pytest.raises(IndexError, match=r"packed_remove: positions\[0\] = -1"):
-        ops.packed_remove(packed, torch.tensor([-1]))
+        packed_codes.packed_remove(packed, torch.tensor([-1]))
     assert not packed.planes.any()
 
 

@@ -11,12 +11,12 @@ import torch
 from recfast import ops
 from recfast.errors import InputError
 from recfast.index import _file
-from recfast.index._arrays import as_ids, as_mask, as_tensor, following, refuse_repeats
-from recfast.index._guard import Guard
-from recfast.index.bitmap import Bitmap, Epoch
-from recfast.ops import PackedCodes, SparseTable, pack_codes, unpack_codes
+from recfast.index._arrays import as_ids, as_mask, as_tensor, refuse_repeats
+from recfast.index._named import NamedItems
+from recfast.index.bitmap import Bitmap
+from recfast.ops import PackedCodes, SparseTable, pack_codes
 from recfast.ops.code_postings import refuse_faults
-from recfast.ops.packed_codes import packed_append, packed_remove, packed_write
+from recfast.ops.packed_codes import packed_append, packed_remove, packed_write, unpack_codes
 
 _ORDERS = ("auto", "none", "lex")
 _INTEGERS = (torch.int64, torch.int32)
@@ -36,7 +36,7 @@ _POSTINGS_SHARE = 20
 _POSTINGS_AFTER = 64
 
 
-class CodeIndex:
+class CodeIndex(NamedItems):
     """Items coded by M codebooks of K codes each, searched exactly under a table of scores.
 
     .. math:: y_{q,i} = \\sum_{m=0}^{M-1} T_{q,m,c_{i,m}} + b_i
@@ -96,19 +96,13 @@ class CodeIndex:
         codes = self._as_codes(place, codes, None)
         size = len(codes)
         bias = None if bias is None else _as_bias(place, bias, size)
-        names = None if ids is None else as_ids(place, ids)
-        if names is not None:
-            if len(names) != size:
-                raise ValueError(f"{place}: ids must have shape [{size}], got [{len(names)}]")
-            refuse_repeats(place, names)
-        self._next_id = size if names is None else int(names.max(initial=-1)) + 1
-        self._pack(codes, bias, None if names is None else torch.from_numpy(names.copy()))
+        names = self._named(ids, size)
+        self._pack(codes, bias, None if names is None else torch.from_numpy(names))
         self._start()
 
     def _start(self) -> None:
         """What is not part of the items."""
-        self._guard = Guard()
-        self.epoch = Epoch()
+        self._begin()
         self._forget()
 
     def _forget(self) -> None:
@@ -375,40 +369,6 @@ class CodeIndex:
                 self._lists = ops.posting_lists(self._packed, self._n_codes)
             return self._lists
 
-    def slots_of(self, ids: Any) -> np.ndarray:
-        """The slot of each of the items `ids`, int64 [n].
-
-        Raises
-        ------
-        TypeError, ValueError
-            An id that is not in the index.
-        """
-        return self._slots_of("CodeIndex.slots_of", ids)
-
-    def _slots_of(self, place: str, ids: Any) -> np.ndarray:
-        with self._guard.reading:
-            return self._slots(place, as_ids(place, ids))
-
-    def allow(self, ids: Any) -> Bitmap:
-        """The mask that allows the items `ids` alone. `compact` makes it void, `add` too: it has as many slots as now.
-
-        Raises
-        ------
-        TypeError, ValueError
-            An id that is not in the index.
-        """
-        return self._bitmap("CodeIndex.allow", ids)
-
-    def deny(self, ids: Any) -> Bitmap:
-        """The mask that allows all items but `ids`; see `allow`."""
-        return ~self._bitmap("CodeIndex.deny", ids)
-
-    def _bitmap(self, place: str, ids: Any) -> Bitmap:
-        with self._guard.reading:
-            bitmap = Bitmap.allow(self._packed.size, self._slots(place, as_ids(place, ids)))
-            bitmap.epoch = self.epoch
-            return bitmap
-
     # -- changes -------------------------------------------------------------------------------------------------
 
     def add(self, codes: Any, ids: Any = None, *, bias: Any = None) -> torch.Tensor:
@@ -434,23 +394,10 @@ class CodeIndex:
         place = "CodeIndex.add"
         codes = self._as_codes(place, codes, self._books)
         bias = self._given_bias(place, bias, len(codes), required=True)
-        names = None if ids is None else as_ids(place, ids)
-        if names is not None:
-            if len(names) != len(codes):
-                raise ValueError(f"{place}: ids must have shape [{len(codes)}], got [{len(names)}]")
-            refuse_repeats(place, names)
         with self._guard.changing:
+            names = self._new_ids(place, ids, len(codes))
             packed = self._packed
             start, end = packed.size, packed.size + len(codes)
-            if names is None:
-                if self._next_id + len(codes) > 2**63:
-                    raise ValueError(f"{place}: ids must be given, since the highest id there can be is taken")
-                names = following(self._next_id, len(codes))
-            else:
-                present = self._find(names) >= 0
-                if present.any():
-                    at = int(present.argmax())
-                    raise ValueError(f"{place}: ids[{at}] = {names[at]} is in the index already")
             if packed.ids is None and not np.array_equal(names, np.arange(start, end)):
                 self._forget_ids()
                 packed = packed._replace(ids=torch.arange(start))
@@ -481,7 +428,7 @@ class CodeIndex:
         bias = self._given_bias(place, bias, len(codes), required=False)
         refuse_repeats(place, names)
         with self._guard.changing:
-            positions = self._positions(self._slots(place, names))
+            positions = self._positions(self._slots_of(place, names))
             if self._counts is not None:
                 at = positions.numpy()
                 before = torch.from_numpy(self._packed.planes.numpy()[at >> 6, :, at & 63])
@@ -503,7 +450,7 @@ class CodeIndex:
         names = as_ids(place, ids)
         refuse_repeats(place, names)
         with self._guard.changing:
-            slots = self._slots(place, names)
+            slots = self._slots_of(place, names)
             # Lists keep their removed items, which searches leave out by the same bits.
             self._packed = packed_remove(self._packed, self._positions(slots))
             self._removed += len(slots)
@@ -527,8 +474,7 @@ class CodeIndex:
             bias = None if packed.bias is None else packed.bias[positions]
             self._pack(codes, bias, ids)
             self._forget()
-            self.epoch.over = True
-            self.epoch = Epoch()
+            self._next_epoch()
 
     def _recount(self, codes: torch.Tensor, sign: int) -> None:
         """Keep the number of items of each code, where they have been counted."""
@@ -579,13 +525,6 @@ class CodeIndex:
         if self._removed:
             some = (slots >= 0).nonzero()[0]
             slots[some[~self._alive(slots[some])]] = -1
-        return slots
-
-    def _slots(self, place: str, ids: np.ndarray) -> np.ndarray:
-        slots = self._find(ids)
-        if (slots < 0).any():
-            at = int((slots < 0).argmax())
-            raise ValueError(f"{place}: ids[{at}] = {ids[at]} is not in the index")
         return slots
 
     # -- files ---------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import torch
 
 from recfast.errors import InputError
 from recfast.index import _file
-from recfast.index._arrays import as_ids, as_mask, as_tensor, following, refuse_repeats
-from recfast.index._guard import Guard
-from recfast.index.bitmap import Bitmap, Epoch
+from recfast.index._arrays import as_ids, as_mask, as_tensor, refuse_repeats
+from recfast.index._named import NamedItems
+from recfast.index.bitmap import Bitmap
 
 _KINDS = ("flat", "ivf", "hnsw", "pq", "ivfpq")
 _CODED = ("pq", "ivfpq")
@@ -21,7 +21,7 @@ _CODED = ("pq", "ivfpq")
 _LONGEST = 2.0**60
 
 
-class DenseIndex:
+class DenseIndex(NamedItems):
     """Vectors of items, searched by inner product with FAISS.
 
     Every item stands in a *slot*: its place in `vectors`, then in the order of `add`. A removed item leaves its slot
@@ -108,17 +108,10 @@ class DenseIndex:
         self.n_probe, self.ef_search = n_probe, ef_search
         self._n_lists, self._n_links, self._ef_construction = n_lists, n_links, ef_construction
         self._n_codebooks, self._refine = n_codebooks, refine
-        self._ids = None if ids is None else as_ids("DenseIndex", ids)
-        if self._ids is not None:
-            if len(self._ids) != size:
-                raise ValueError(f"DenseIndex: ids must have shape [{size}], got [{len(self._ids)}]")
-            refuse_repeats("DenseIndex", self._ids)
-            self._ids = self._ids.copy()
+        self._ids = self._named(ids, size)
         self._live = np.ones(size, dtype=bool)
-        self._next_id = size if self._ids is None else int(self._ids.max(initial=-1)) + 1
         self._sorted: tuple[np.ndarray, np.ndarray] | None = None
-        self.epoch = Epoch()
-        self._guard = Guard()
+        self._begin()
         # A mapped file that the FAISS index looks into, and must not be changed through.
         self._mapped: np.ndarray | None = None
         # Of the kinds without ids of their own: the slot of each vector, rising; None where it is the position.
@@ -183,7 +176,7 @@ class DenseIndex:
         self.__dict__.update(state)
         self._index = faiss.deserialize_index(self.__dict__.pop("_written"))
         self._mapped, self._sorted = None, None
-        self.epoch, self._guard = Epoch(), Guard()
+        self._begin()
 
     def __len__(self) -> int:
         """The number of items, without the removed ones."""
@@ -354,37 +347,6 @@ class DenseIndex:
         scores, found = part.search(queries, depth)
         return scores, np.where(found < 0, -1, places[found] if len(places) else -1)
 
-    def slots_of(self, ids: Any) -> np.ndarray:
-        """The slots [n] int64 of the items `ids`.
-
-        Raises
-        ------
-        TypeError, ValueError
-            An id that is not in the index; something else than integers.
-        """
-        with self._guard.reading:
-            return self._slots_of("DenseIndex.slots_of", as_ids("DenseIndex.slots_of", ids))
-
-    def allow(self, ids: Any) -> Bitmap:
-        """The mask that allows the items `ids` alone. `compact` makes it void, `add` too: it has as many slots as now.
-
-        Raises
-        ------
-        TypeError, ValueError
-            An id that is not in the index.
-        """
-        return self._bitmap("DenseIndex.allow", ids)
-
-    def deny(self, ids: Any) -> Bitmap:
-        """The mask that allows all items but `ids`; see `allow`."""
-        return ~self._bitmap("DenseIndex.deny", ids)
-
-    def _bitmap(self, place: str, ids: Any) -> Bitmap:
-        with self._guard.reading:
-            bitmap = Bitmap.allow(self.n_slots, self._slots_of(place, as_ids(place, ids)))
-            bitmap.epoch = self.epoch
-            return bitmap
-
     def add(self, vectors: Any, ids: Any = None) -> torch.Tensor:
         """Append items. What "ivf", "pq" and "ivfpq" have learned stays as it is.
 
@@ -409,18 +371,7 @@ class DenseIndex:
             return self._add(place, vectors, ids)
 
     def _add(self, place: str, vectors: np.ndarray, ids: Any) -> torch.Tensor:
-        automatic = ids is None
-        if automatic and self._next_id + len(vectors) > 2**63:
-            raise ValueError(f"{place}: ids must be given, since the highest id there can be is taken")
-        ids = following(self._next_id, len(vectors)) if automatic else as_ids(place, ids)
-        if len(ids) != len(vectors):
-            raise ValueError(f"{place}: ids must have shape [{len(vectors)}], got [{len(ids)}]")
-        if not automatic:
-            refuse_repeats(place, ids)
-            present = self._find(ids) >= 0
-            if present.any():
-                at = int(present.argmax())
-                raise ValueError(f"{place}: ids[{at}] = {ids[at]} is in the index already")
+        ids = self._new_ids(place, ids, len(vectors))
         start = self.n_slots
         self._append(vectors, np.arange(start, start + len(vectors)))
         if self._ids is not None or not np.array_equal(ids, np.arange(start, start + len(ids))):
@@ -509,8 +460,7 @@ class DenseIndex:
         if self._vectors is not None:
             self._vectors = self._vectors[keep]
         self._live, self._slots, self._sorted = np.ones(len(keep), dtype=bool), None, None
-        self.epoch.over = True
-        self.epoch = Epoch()
+        self._next_epoch()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to one file, whole or not at all: what FAISS writes, with checksums over every byte."""
@@ -665,13 +615,6 @@ class DenseIndex:
         found = places < len(known)
         found[found] &= known[places[found]] == ids[found]
         return np.where(found, slots[np.where(found, places, 0)] if len(slots) else -1, -1)
-
-    def _slots_of(self, place: str, ids: np.ndarray) -> np.ndarray:
-        slots = self._find(ids)
-        if (slots < 0).any():
-            at = int((slots < 0).argmax())
-            raise ValueError(f"{place}: ids[{at}] = {ids[at]} is not in the index")
-        return slots
 
 
 def _as_bools(mask: torch.Tensor | Bitmap) -> np.ndarray:

@@ -76,6 +76,32 @@ class Tokenizer(nn.Module):
         """What the last code is chosen by, [n, K]; +inf for codes that may not be used."""
         raise NotImplementedError
 
+    def _score_table(self, queries: torch.Tensor) -> torch.Tensor:
+        """`score_table` of queries that are right."""
+        raise NotImplementedError
+
+    def score_table(self, queries: torch.Tensor) -> torch.Tensor:
+        """What each code adds to the inner product with each query: what `CodeIndex.search` takes.
+
+        The sum over an item's codes is <q, decode(codes)>.
+
+        Parameters
+        ----------
+        queries : Tensor [Q, D], float32
+
+        Returns
+        -------
+        Tensor [Q, M, K], float32. Differentiable in `queries`.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit` or `load_state_dict`.
+        ValueError
+            Another shape; a tokeniser whose scores are no sums over codes (a decoder with hidden layers).
+        """
+        return self._score_table(self._queries(queries))
+
     @torch.no_grad()
     def encode(self, x: torch.Tensor | np.ndarray) -> torch.Tensor:
         """The codes of vectors.

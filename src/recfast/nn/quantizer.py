@@ -93,27 +93,8 @@ class ProductQuantizer(Tokenizer):
         self._after_fit(x)
         return self
 
-    def score_table(self, queries: torch.Tensor) -> torch.Tensor:
-        """The inner product of each part of each query with each centroid: what `CodeIndex.search` takes.
-
-        The sum over an item's codes is <q, decode(codes)>.
-
-        Parameters
-        ----------
-        queries : Tensor [Q, D], float32
-
-        Returns
-        -------
-        Tensor [Q, M, K], float32. Differentiable in `queries`.
-
-        Raises
-        ------
-        RuntimeError
-            Before `fit` or `load_state_dict`.
-        ValueError
-            Another shape.
-        """
-        parts = self._queries(queries).unflatten(1, (self.n_codebooks, -1))
+    def _score_table(self, queries: torch.Tensor) -> torch.Tensor:
+        parts = queries.unflatten(1, (self.n_codebooks, -1))
         return torch.einsum("qmd,mkd->qmk", parts, self.centroids)
 
     def _fitted(self) -> bool:

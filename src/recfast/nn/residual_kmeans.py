@@ -135,27 +135,8 @@ class ResidualKMeans(Tokenizer):
         self._warn_of_collapse(len(x))
         return self
 
-    def score_table(self, queries: torch.Tensor) -> torch.Tensor:
-        """The inner product of each query with each value of each level: what `CodeIndex.search` takes.
-
-        The sum over an item's codes is <q, decode(codes)>.
-
-        Parameters
-        ----------
-        queries : Tensor [Q, D], float32
-
-        Returns
-        -------
-        Tensor [Q, M, K], float32. Differentiable in `queries`.
-
-        Raises
-        ------
-        RuntimeError
-            Before `fit` or `load_state_dict`.
-        ValueError
-            Another shape.
-        """
-        return torch.einsum("qd,mkd->qmk", self._queries(queries), self.values)
+    def _score_table(self, queries: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("qd,mkd->qmk", queries, self.values)
 
     def _fitted(self) -> bool:
         return bool(self.n_used.all())

@@ -238,25 +238,7 @@ class ResidualQuantizer(Tokenizer):
         said = z.detach() - residuals[-1] + self.centroids[-1].detach()[codes[:, -1]]
         return self.decoder(straight_through(z, said)) * self.scale + self.mean, codes
 
-    def score_table(self, queries: torch.Tensor) -> torch.Tensor:
-        """What each code adds to <q, decode(codes)>, where the decoder is affine (`decoder_hidden=()`).
-
-        Parameters
-        ----------
-        queries : Tensor [Q, D], float32
-
-        Returns
-        -------
-        Tensor [Q, M, K], float32. Differentiable in `queries`.
-
-        Raises
-        ------
-        RuntimeError
-            Before `fit` or `load_state_dict`.
-        ValueError
-            Another shape; a decoder with hidden layers, whose scores are no sums over codes.
-        """
-        queries = self._queries(queries)
+    def _score_table(self, queries: torch.Tensor) -> torch.Tensor:
         if len(self.decoder) > 1:
             raise ValueError(
                 "ResidualQuantizer.score_table: the decoder must be affine (decoder_hidden=()),"

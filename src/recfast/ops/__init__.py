@@ -30,12 +30,7 @@ from recfast.ops.packed_codes import (  # the edits of what is packed, which are
     SparseTable,
     pack_codes,
     pack_mask,
-    packed_append,  # noqa: F401
-    packed_remove,  # noqa: F401
-    packed_restore,  # noqa: F401
-    packed_write,  # noqa: F401
     permute_mask,
-    unpack_codes,  # noqa: F401
 )
 from recfast.ops.packed_rows import PackedRows, pack_rows
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
