@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from recfast import data as rfdata
-from recfast import doctor, metrics, models, report, train
+from recfast import doctor, metrics, models, report, rerank, train
 from recfast.data import Catalogue, Dataset, Jagged
 from recfast.errors import InputError
 from recfast.files import disk_errors, write_json, write_text
 from recfast.models import ItemKNN, Popularity
 from recfast.pipeline import Pipeline
-from recfast.rerank import DPP
 from recfast.train import RunConfig, StageConfig
 from recfast.train.config import read_toml
 from recfast.train.evaluate import held_out
@@ -134,6 +133,7 @@ def _run(config: RunConfig, out: Path, overwrite: bool, command: str, say: Say) 
             raise InputError(f"run: {dataset.name} has no {split} split, expected train, valid and test")
 
     # What is wrong with any stage shows before the first is trained, and before an earlier run is removed.
+    reranker = _reranker(config, config.reranker.diversity, config.reranker.personal)
     built = {stage: _build(config, stage, dataset) for stage in STAGES if getattr(config, stage) is not None}
     _claim(out, config, overwrite)
 
@@ -158,7 +158,6 @@ def _run(config: RunConfig, out: Path, overwrite: bool, command: str, say: Say) 
             second, result["second_ranker"] = _train(config, "second_ranker", built["second_ranker"], dataset, out)
 
     say("coding the items")
-    reranker = _dpp(config, config.reranker.diversity, config.reranker.personal)
     with watch("code and index the items"):
         serving = Catalogue.from_dataset(dataset)
         pipeline = Pipeline(
@@ -173,6 +172,7 @@ def _run(config: RunConfig, out: Path, overwrite: bool, command: str, say: Say) 
             n_codes=config.retriever.codes.n_codes,
             exclude=config.pipeline.exclude,
             seed=config.seed,
+            recent=config.reranker.recent,
         )
 
     say("measuring retrieval")
@@ -193,7 +193,7 @@ def _run(config: RunConfig, out: Path, overwrite: bool, command: str, say: Say) 
     say("measuring re-ranking")
     with watch("measure re-ranking"):
         result["rerank"], result["serving"], lists = _measure_reranking(pipeline, dataset, config)
-    pipeline.reranker = _dpp(config, result["rerank"]["diversity"], config.reranker.personal)
+    pipeline.reranker = _reranker(config, result["rerank"]["diversity"], config.reranker.personal)
     result["users"] = _ten_users(pipeline, dataset, lists)
 
     say("writing the folder")
@@ -441,8 +441,20 @@ def _list_metrics(pipeline: Pipeline, lists: Tensor, relevant: Jagged, k: int) -
     }
 
 
-def _dpp(config: RunConfig, diversity: float, personal: float) -> DPP:
-    return DPP(diversity=diversity, gamma=config.reranker.gamma, personal=personal)
+def _reranker(
+    config: RunConfig, diversity: float, personal: float, kind: str | None = None
+) -> rerank.Reranker:
+    """The configured re-ranker at a trade-off; or another kind with its defaults, for comparison."""
+    settings = config.reranker
+    own = kind is None or kind == settings.kind
+    kind = kind or settings.kind
+    options = dict(settings.options) if own else {}
+    if kind in ("DPP", "KDPP"):
+        options.setdefault("gamma", settings.gamma)
+    for name in ("diversity", "personal"):
+        if name in options:
+            raise InputError(f"run: reranker.options.{name} is set, expected reranker.{name}")
+    return rerank.build(kind, diversity=diversity, personal=personal, **options)
 
 
 def _choose_blend(
@@ -478,8 +490,8 @@ def _measure_reranking(
 
     def final(split: str, diversity: float, personal: float) -> Tensor:
         users, _, items, relevance, _ = candidates[split]
-        dpp = _dpp(config, diversity, personal)
-        positions = pipeline.rerank(users, items, relevance, k, reranker=dpp, appetite=appetite[split])
+        chosen = _reranker(config, diversity, personal)
+        positions = pipeline.rerank(users, items, relevance, k, reranker=chosen, appetite=appetite[split])
         return items.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -1)
 
     def measured(split: str, diversity: float, personal: float) -> dict[str, float]:

@@ -27,7 +27,7 @@ _CANDIDATE_ROWS = 1 << 15
 # Of the similarity of two items, what their genres have to say where the vectors speak too.
 _GENRE_SHARE = 0.8
 
-_RERANKERS = {"DPP": rerank.DPP, "MMR": rerank.MMR}
+_RERANKERS = rerank.KINDS
 
 Cold = Literal["error", "popular"]
 Exclude = Literal["seen", "liked", "nothing"]
@@ -43,7 +43,7 @@ class Pipeline:
     ranker
         A model whose `forward(batch)` gives logits; None keeps the retriever's order.
     reranker
-        A `rerank.DPP` (or a relative with the same `rank`); None keeps the ranker's order.
+        A `rerank.DPP` or another of `rerank`, or what has the same `rank` and `personal`; None keeps the ranker's order.
     data
         A `Dataset`, or the `Catalogue` of one.
     candidates
@@ -54,6 +54,8 @@ class Pipeline:
         What makes two items alike: "genres", "vectors" (of the retriever), or "both": the cosine of the genres, which a
         person sees, with four times the weight of the cosine of the vectors, which tells items of equal genres apart.
         "auto" is both where genres are known.
+    recent
+        So many of the items that a user liked last count as shown: the list is to differ from them too. 0 for none.
     codebooks, n_codes
         Bytes of an item's code, and values of each. Ignored where `quantizer` is given.
     quantizer
@@ -87,6 +89,7 @@ class Pipeline:
         blend: float = 0.0,
         seed: int = 0,
         index: CodeIndex | None = None,
+        recent: int = 0,
     ) -> None:
         if exclude not in ("seen", "liked", "nothing"):
             raise InputError(f"Pipeline: exclude must be seen, liked or nothing, got {exclude!r}")
@@ -98,7 +101,10 @@ class Pipeline:
         self.reranker = reranker
         if not 0 <= blend < float("inf"):
             raise InputError(f"Pipeline: blend must be a number from 0 on, got {blend}")
+        if recent < 0:
+            raise InputError(f"Pipeline: recent must be at least 0, got {recent}")
         self.candidates, self.pool, self.exclude, self.blend = candidates, pool, exclude, blend
+        self.recent = recent
         if features == "auto":
             features = "both" if len(self.catalogue.genre_names) > 1 else "vectors"
         self.features = features
@@ -226,6 +232,15 @@ class Pipeline:
         history = self.catalogue.history.take(users)
         return rerank.entropy_propensity(self._genre_counts(history))
 
+    def preferences(self, users: Tensor) -> np.ndarray:
+        """How often each genre occurs in each user's history, as shares, [B, Z]; all alike where it is empty.
+
+        Where genres are not known, of clusters of items.
+        """
+        counts = self._genre_counts(self.catalogue.history.take(users)).astype(np.float64)
+        total = counts.sum(1, keepdims=True)
+        return np.where(total > 0, counts / np.where(total > 0, total, 1.0), 1.0 / counts.shape[1])
+
     def rerank(
         self,
         users: Tensor,
@@ -253,23 +268,26 @@ class Pipeline:
         # the size of its scores is not.
         worth = (1.0 / np.log2(np.arange(pool.shape[1]) + 2.0)).astype(np.float32)
         scores = np.where(valid.numpy(), worth, np.float32(0.0))
-        candidates = items.gather(1, place).clamp(min=0).numpy()
-        propensity = None
+        candidates = items.gather(1, place).masked_fill(~valid, -1)
+        by_user: dict[str, Any] = {"candidates": candidates}
         if chosen.personal:
-            propensity = self.appetite(users) if appetite is None else appetite
-        counts, size = valid.sum(1).numpy(), min(k, pool.shape[1])
+            by_user["propensity"] = self.appetite(users) if appetite is None else appetite
+        if self.recent:
+            by_user["shown"] = self._latest(users)
+        on_topics = getattr(chosen, "reads", "features") == "topics"
+        if on_topics:
+            by_user["preferences"] = self.preferences(users)
+        if getattr(chosen, "draws", False):
+            # A user's draw is the same in any batch.
+            by_user["users"] = users
+        size = min(k, pool.shape[1])
         step = max(1, _CANDIDATE_ROWS // max(pool.shape[1], 1))
         picks = [torch.zeros(0, size, dtype=torch.int64)]
         for first in range(0, len(users), step):
             part = slice(first, first + step)
-            chosen_part = chosen.rank(
-                self._similarity[candidates[part]],
-                scores[part],
-                size,
-                lengths=counts[part],
-                propensity=None if propensity is None else propensity[part],
-            )
-            picks.append(torch.as_tensor(chosen_part))
+            own = {name: value[part] for name, value in by_user.items()}
+            table = self._topics(own) if on_topics else self._similarity
+            picks.append(torch.as_tensor(chosen.rank(table, scores[part], size, **own)))
         picked = torch.cat(picks)
         return _padded(place.gather(1, picked.clamp(min=0)).masked_fill(picked < 0, -1), k)
 
@@ -388,6 +406,31 @@ class Pipeline:
         cells = torch.bincount(lists * width + cluster[history.values], minlength=(len(history.offsets) - 1) * width)
         return cells.reshape(-1, width).numpy().astype(np.float32)
 
+    def _latest(self, users: Tensor) -> Tensor:
+        """The `recent` last liked items of each user, oldest first, int64 [B, recent], -1 before them."""
+        lists = self.catalogue.history.take(users, last=self.recent)
+        lengths = lists.lengths()
+        out = torch.full((len(users), self.recent), -1, dtype=torch.int64)
+        out[torch.arange(self.recent) >= self.recent - lengths[:, None]] = lists.values
+        return out.masked_fill(out == 0, -1)  # the unknown item is like none
+
+    def _topics(self, by_user: dict[str, Any]) -> np.ndarray:
+        """The topics of items, [rows, Z]: their genres, or else the cluster that each is in.
+
+        Of clusters the table has rows for the items that are asked for alone, and their ids become those of its rows.
+        """
+        if len(self.catalogue.genre_names) > 1:
+            return self.catalogue.genres
+        named = [name for name in ("candidates", "shown") if name in by_user]
+        items = torch.cat([by_user[name].reshape(-1) for name in named]).unique()
+        items = items[items >= 0]
+        for name in named:
+            ids = by_user[name]
+            by_user[name] = torch.where(ids >= 0, torch.searchsorted(items, ids), -1)
+        topics = np.eye(self.quantizer.n_codes, dtype=np.float32)[self.index.codes[items - 1, 0].long().numpy()]
+        topics[items.numpy() == 0] = 0.0  # the unknown item has none
+        return topics
+
     def _item_similarity_features(self) -> np.ndarray:
         """Unit vectors by item id, float32 [rows(item), D]; two items are as alike as their dot product says."""
         if self.features not in ("genres", "vectors", "both"):
@@ -418,7 +461,10 @@ class Pipeline:
         if self.reranker is not None:
             kind = type(self.reranker).__name__
             if _RERANKERS.get(kind) is not type(self.reranker):
-                raise InputError(f"Pipeline.save: a re-ranker of the class {kind} cannot be saved, expected DPP or MMR")
+                raise InputError(
+                    f"Pipeline.save: a re-ranker of the class {kind} cannot be saved, expected one of "
+                    f"{', '.join(_RERANKERS)}"
+                )
             reranker = {"kind": kind, "options": self.reranker.config()}
         with disk_errors("Pipeline.save", path), atomic_path(path, directory=True) as folder:
             save_model(self.retriever, self.catalogue.schema, folder / "retriever")
@@ -439,6 +485,7 @@ class Pipeline:
                 "features": self.features,
                 "exclude": self.exclude,
                 "blend": self.blend,
+                "recent": self.recent,
                 "ranker": self.ranker is not None,
                 "reranker": reranker,
             }
@@ -469,7 +516,7 @@ class Pipeline:
         quantizer.load_state_dict(tensors)
         reranker = settings["reranker"]
         if reranker is not None:
-            reranker = _RERANKERS[reranker["kind"]](**reranker["options"])
+            reranker = rerank.build(reranker["kind"], **reranker["options"])
         return cls(
             load_model(folder / "retriever"),
             load_model(folder / "ranker") if settings["ranker"] else None,
@@ -480,6 +527,7 @@ class Pipeline:
             features=settings["features"],
             exclude=settings["exclude"],
             blend=settings["blend"],
+            recent=settings.get("recent", 0),
             quantizer=quantizer,
             index=CodeIndex.load(folder / "index.safetensors"),
         )

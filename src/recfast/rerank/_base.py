@@ -70,20 +70,24 @@ class Reranker:
         relevance: Any,
         k: int,
         *,
+        candidates: Any = None,
         propensity: Any = None,
         lengths: Any = None,
         mask: Any = None,
+        shown: Any = None,
     ) -> Any:
         """Choose and order k candidates of each user.
 
         Parameters
         ----------
-        features : [U, N, D]; [N, D] for all users, or with one user's relevance
+        features : [U, N, D]; [N, D] for all users, or with one user's relevance; [T, D] with `candidates`
             Array or tensor of any float type.
         relevance : [U, N], or [N] for one user
             The ranker's scores, higher is better.
         k : int
             Length of the lists.
+        candidates : int [U, N], or [N] for one user
+            Rows of the table `features`, -1 where a user has fewer.
         propensity : [U] in [0, 1]
             Each user's appetite for diversity, such as `entropy_propensity`; needed when `personal` is above 0. A
             number will do for one user.
@@ -91,6 +95,9 @@ class Reranker:
             The user's candidates are the first `lengths[u]`.
         mask : bool [U, N]
             False: not a candidate. What is no candidate may hold anything.
+        shown : int [U, S], or [S] for one user, -1 padded
+            What the user has seen already, oldest first: it is not picked, and the list is diverse against it too.
+            Positions in the candidates; with `candidates` rows of the table, which need not be among them.
 
         Returns
         -------
@@ -103,24 +110,51 @@ class Reranker:
             Shapes that do not fit; a candidate's NaN or infinity; a propensity that is missing, out of range, or not
             wanted.
         """
+        return self._rank(features, relevance, k, candidates, propensity, lengths, mask, shown)
+
+    def _rank(
+        self,
+        features: Any,
+        relevance: Any,
+        k: int,
+        candidates: Any,
+        propensity: Any,
+        lengths: Any,
+        mask: Any,
+        shown: Any,
+        **by_user: Any,
+    ) -> Any:
+        """What `rank` does; of each tensor [U, ...] in `by_user`, `_pick` gets its users' part."""
         is_tensor = isinstance(relevance, Tensor)
         device = relevance.device if is_tensor else None
         scores = self._tensor(relevance).double()
-        rows = self._tensor(features)
+        rows = self._tensor(features, halves=True)
         alone = scores.dim() == 1
         if alone:
             scores = scores[None]
             lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
-            mask = None if mask is None else torch.as_tensor(mask)[None]
+            mask, candidates, shown = (
+                None if value is None else torch.as_tensor(value)[None] for value in (mask, candidates, shown)
+            )
         if scores.dim() != 2:
             raise InputError(f"{self._name}.rank: relevance must have shape [U, N] or [N], got {list(scores.shape)}")
         users, items = scores.shape
-        if rows.dim() not in (2, 3) or list(rows.shape[:-1]) not in ([items], [users, items]):
+        if candidates is not None:
+            if rows.dim() != 2:
+                raise InputError(
+                    f"{self._name}.rank: features must be a table [T, D] with candidates, got {list(rows.shape)}"
+                )
+            candidates = self._indices("candidates", candidates, [users, items], len(rows))
+        elif rows.dim() not in (2, 3) or list(rows.shape[:-1]) not in ([items], [users, items]):
             wanted = f"[{users}, {items}, D] or [{items}, D]"
             raise InputError(f"{self._name}.rank: features must have shape {wanted}, got {list(rows.shape)}")
         if k < 0:
             raise InputError(f"{self._name}.rank: k must be at least 0, got {k}")
+        if shown is not None:
+            shown = self._indices("shown", shown, [users, "S"], items if candidates is None else len(rows))
         valid = self._valid(users, items, lengths, mask)
+        if candidates is not None:
+            valid &= candidates >= 0
         wrong = valid & ~torch.isfinite(scores)
         if bool(wrong.any()):
             user, item = wrong.nonzero()[0].tolist()
@@ -132,24 +166,63 @@ class Reranker:
         if self.standardize:
             scores = self._scaled(scores, valid)
         out = torch.full((users, k), -1, dtype=torch.int64)
-        shared = self._rows(rows, valid.any(0), 0) if rows.dim() == 2 else None
+        shared = self._rows(rows, valid.any(0), 0) if rows.dim() == 2 and candidates is None else None
         step = max(1, _CELLS // max(items * rows.shape[-1], 1))
         for first in range(0, users, step):
             part = slice(first, first + step)
-            block = shared if shared is not None else self._rows(rows[part], valid[part], first)
-            out[part] = self._pick(block, scores[part], k, diversity[part], valid[part])
+            some = None if candidates is None else candidates[part].masked_fill(~valid[part], -1)
+            met = None if shown is None else shown[part]
+            if some is not None:
+                block, some, met = self._gathered(rows, some, met)
+            else:
+                block = shared if shared is not None else self._rows(rows[part], valid[part], first)
+            options = {"mask": valid[part], "candidates": some, "shown": met}
+            own = {name: value[part] for name, value in by_user.items()}
+            out[part] = self._pick(block, scores[part], k, diversity[part], options, **own)
         out = out[0] if alone else out
         return out.to(device) if is_tensor else out.numpy()
 
-    def _tensor(self, value: Any) -> Tensor:
+    def _tensor(self, value: Any, halves: bool = False) -> Tensor:
         if isinstance(value, Tensor):
             tensor = value.detach().cpu()
+            if halves and tensor.dtype in (torch.bfloat16, torch.float16):
+                return tensor  # a table need not be widened where a few of its rows are read
         else:
             array = np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
             # torch can not know that nothing is written, and warns about an array that may not be.
             tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
         # Relevance may be counts, features may be genre flags.
         return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.double()
+
+    def _indices(self, name: str, value: Any, shape: list, rows: int) -> Tensor:
+        """Ids in [-1, rows) as int64; a size of the shape may be a letter."""
+        given = torch.as_tensor(value).detach().cpu()
+        fits = given.dim() == len(shape) and all(
+            isinstance(want, str) or want == got for want, got in zip(shape, given.shape, strict=True)
+        )
+        if not fits or given.dtype.is_floating_point or given.dtype == torch.bool:
+            kind = str(given.dtype).removeprefix("torch.")
+            wanted = f"[{', '.join(map(str, shape))}]"
+            raise InputError(f"{self._name}.rank: {name} must be int {wanted}, got {kind} {list(given.shape)}")
+        wrong = (given < -1) | (given >= rows)
+        if bool(wrong.any()):
+            place = wrong.nonzero()[0].tolist()
+            where = ", ".join(map(str, place))
+            raise InputError(f"{self._name}.rank: {name}[{where}] = {int(given[tuple(place)])} is outside [-1, {rows})")
+        return given.long()
+
+    def _gathered(self, table: Tensor, candidates: Tensor, shown: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The rows that are named, each once, and the ids as rows of that smaller table."""
+        used = torch.zeros(len(table), dtype=torch.bool)
+        for ids in (candidates, shown):
+            if ids is not None:
+                used[ids[ids >= 0]] = True
+        kept = used.nonzero()[:, 0]
+        rows = table[kept]
+        self._refuse(rows, None, kept)
+        place = torch.full((len(table) + 1,), -1, dtype=torch.int64)  # the last entry is what -1 leads to
+        place[kept] = torch.arange(len(kept))
+        return self._brought(rows), place[candidates], None if shown is None else place[shown]
 
     def _valid(self, users: int, items: int, lengths: Any, mask: Any) -> Tensor:
         valid = torch.ones(users, items, dtype=torch.bool)
@@ -190,16 +263,33 @@ class Reranker:
         return diversity * (1 - self.personal + self.personal * value)
 
     def _rows(self, rows: Tensor, valid: Tensor, first: int) -> Tensor:
-        wrong = valid & ~torch.isfinite(rows).all(-1)
+        self._refuse(rows, valid, first)
+        return self._brought(rows)
+
+    def _refuse(self, rows: Tensor, valid: Tensor | None, first: int | Tensor) -> None:
+        """Name the first value that may not be; `first` is the first row's place in the argument, or all rows' are."""
+        unfit = self._unfit(rows)
+        wrong = unfit.any(-1) if valid is None else valid & unfit.any(-1)
         if bool(wrong.any()):
             place = wrong.nonzero()[0].tolist()
-            column = int((~torch.isfinite(rows[tuple(place)])).nonzero()[0])
-            place[0] += first
+            column = int(unfit[tuple(place)].nonzero()[0])
+            value = float(rows[(*place, column)])
+            place[0] = int(first[place[0]]) if isinstance(first, Tensor) else place[0] + first
             where = ", ".join(map(str, [*place, column]))
-            raise InputError(f"{self._name}.rank: features[{where}] is not finite, expected a number")
-        if not self.normalize:
-            return rows.contiguous()
-        wide = rows.double()
+            raise InputError(f"{self._name}.rank: features[{where}] {self._expected(value)}")
+
+    def _unfit(self, rows: Tensor) -> Tensor:
+        return ~torch.isfinite(rows)
+
+    def _expected(self, value: float) -> str:
+        return "is not finite, expected a number"
+
+    def _brought(self, rows: Tensor) -> Tensor:
+        if rows.dtype in (torch.bfloat16, torch.float16):
+            rows = rows.float()
+        return self._unit_rows(rows.double()) if self.normalize else rows.contiguous()
+
+    def _unit_rows(self, wide: Tensor) -> Tensor:
         norm = wide.norm(dim=-1, keepdim=True)
         return wide / norm.where(norm > 0, torch.ones_like(norm))
 
@@ -212,8 +302,30 @@ class Reranker:
         flat = spread <= 1e-12 * scores.abs().amax(1, keepdim=True) if scores.shape[1] else spread == 0
         return torch.where(flat, torch.zeros_like(centred), centred / spread.where(~flat, torch.ones_like(spread)))
 
-    def _pick(self, features: Tensor, relevance: Tensor, k: int, diversity: Tensor, valid: Tensor) -> Tensor:
+    def _pick(
+        self, features: Tensor, relevance: Tensor, k: int, diversity: Tensor, options: dict[str, Any], **by_user: Tensor
+    ) -> Tensor:
+        """Positions [U, k], -1 padded; `options` are the op's `mask`, `candidates` and `shown`."""
         raise NotImplementedError
+
+
+def window_of(name: str, window: int | None) -> int | None:
+    """The option `window`, checked."""
+    if window is not None and window < 1:
+        raise InputError(f"{name}: window must be at least 1, got {window}")
+    return None if window is None else int(window)
+
+
+class RangeScaled(Reranker):
+    """Relevance brought to [0, 1] within a user's candidates: for scores that add up with others of that range."""
+
+    def _scaled(self, scores: Tensor, valid: Tensor) -> Tensor:
+        if scores.shape[1] == 0:
+            return scores
+        low = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+        span = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True) - low
+        scaled = (scores - low) / span.where(span > 0, torch.ones_like(span))
+        return scaled.masked_fill(~valid, 0.0)
 
 
 def history_entropy(history: Any, genres: int | None = None) -> np.ndarray:

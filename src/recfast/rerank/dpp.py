@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recfast.errors import InputError
 from recfast.ops import dpp_greedy
-from recfast.rerank._base import Reranker
+from recfast.rerank._base import Reranker, window_of
 
 _POLICIES = ("relevance", "stop", "restart")
 
@@ -31,6 +31,10 @@ class DPP(Reranker):
         Each item is to differ from the `window - 1` before it only, which suits lists that are scrolled through.
     exhausted : {"relevance", "stop", "restart"}
         What to do when the features are spent: see `ops.dpp_greedy`.
+    epsilon : float, in [0, 1)
+        An item is spent when less than this share of its squared norm lies outside the span of the picks.
+    exact : bool
+        The lists of float64 arithmetic, whatever the machine; False trusts float32.
 
     Examples
     --------
@@ -55,29 +59,44 @@ class DPP(Reranker):
         window: int | None = None,
         personal: float | bool | None = None,
         exhausted: str = "relevance",
+        epsilon: float = 1e-10,
+        exact: bool = True,
         normalize: bool = True,
         standardize: bool = True,
     ) -> None:
         super().__init__(diversity, personal=personal, normalize=normalize, standardize=standardize)
         self.gamma = self._unit("gamma", gamma)
-        if window is not None and window < 1:
-            raise InputError(f"DPP: window must be at least 1, got {window}")
         if exhausted not in _POLICIES:
             raise InputError(f"DPP: exhausted must be one of {', '.join(_POLICIES)}, got {exhausted!r}")
-        self.window = None if window is None else int(window)
+        if not 0 <= epsilon < 1:
+            raise InputError(f"DPP: epsilon must be in [0, 1), got {epsilon}")
+        self.window = window_of("DPP", window)
         self.exhausted = exhausted
+        self.epsilon = float(epsilon)
+        self.exact = bool(exact)
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "gamma": self.gamma, "window": self.window, "exhausted": self.exhausted}
+        return {
+            **super().config(),
+            "gamma": self.gamma,
+            "window": self.window,
+            "exhausted": self.exhausted,
+            "epsilon": self.epsilon,
+            "exact": self.exact,
+        }
 
-    def _pick(self, features: Tensor, relevance: Tensor, k: int, diversity: Tensor, valid: Tensor) -> Tensor:
+    def _pick(
+        self, features: Tensor, relevance: Tensor, k: int, diversity: Tensor, options: dict[str, Any], **by_user: Tensor
+    ) -> Tensor:
         return dpp_greedy(
             features,
             relevance,
             k,
             diversity=diversity,
             gamma=self.gamma,
-            mask=valid,
             window=self.window,
             exhausted=self.exhausted,
+            epsilon=self.epsilon,
+            exact=self.exact,
+            **options,
         ).indices

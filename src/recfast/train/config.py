@@ -153,6 +153,10 @@ class RerankerConfig(Config):
 
     Attributes
     ----------
+    kind
+        Which re-ranker: "DPP", "KDPP", "MMR", "MSD", "SSD" or "XQuAD", see `recfast.rerank`.
+    options
+        Further options of it, such as `window`.
     diversity
         0 keeps the ranker's order, 1 looks at diversity alone.
     gain
@@ -162,20 +166,26 @@ class RerankerConfig(Config):
         How much of the trade-off is the user's own, in [0, 1]: with 0 it is the same for all, with 1 it is `diversity`
         times the user's appetite for diversity, read from the history.
     gamma
-        Of the kernel, (1 - gamma) F F' + gamma I: 0 forbids two items that are alike in all, more forgives them.
+        Of the kernel, (1 - gamma) F F' + gamma I: 0 forbids two items that are alike in all, more forgives them. DPP and
+        KDPP alone have it.
     features
         What makes two items alike: "genres", "vectors" (of the retriever), "both", or "auto": both, where genres are
-        known.
+        known. XQuAD looks at genres alone.
     pool
         How many of the best ranked candidates are re-ranked.
+    recent
+        So many of the items that a user liked last count as shown: the list is to differ from them too.
     """
 
+    kind: Literal["DPP", "KDPP", "MMR", "MSD", "SSD", "XQuAD"] = "DPP"
+    options: dict[str, Any] = Field(default_factory=dict)
     diversity: float = Field(0.3, ge=0, le=1)
     gain: float = Field(0.21, ge=0)
     personal: float = Field(0.5, ge=0, le=1)
     gamma: float = Field(0.2, ge=0, lt=1)
     features: Literal["auto", "genres", "vectors", "both"] = "auto"
     pool: int | None = Field(50, ge=1)
+    recent: int = Field(0, ge=0)
 
 
 class PipelineConfig(Config):
