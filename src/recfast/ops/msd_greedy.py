@@ -121,9 +121,9 @@ def msd_greedy(
 
     Notes
     -----
-    Scores that differ by less than 1e-12 of (1 - d) max \\|r\\| + d n (1 + max \\|f\\|^2) are equal, with n items in the
-    sum (1 with `mean`), and the lowest index wins; relevance alone is compared as it is. Numbers up to 1e200 (squared
-    norms too). Inference only: no gradient flows. Backend: CPU.
+    Scores that differ by less than 1e-12 of (1 - d) max \\|r\\| + d n (1 + max \\|f\\|^2) are equal, with n items in
+    the sum (1 with `mean`), and the lowest index wins; relevance alone is compared as it is. Numbers up to 1e200
+    (squared norms too). Inference only: no gradient flows. Backend: CPU.
 
     References
     ----------

@@ -107,7 +107,8 @@ def xquad_greedy(
     mask : Tensor [U, N], bool
         False: not a candidate. What is no candidate is not read.
     shown : Tensor [U, S], int32 or int64, -1 padded
-        What the user has seen already, in that order: it is not picked again, and its topics count as served. Positions among the candidates (those that are no candidates are passed over); with `candidates`, rows of the
+        What the user has seen already, in that order: it is not picked again, and its topics count as served.
+        Positions among the candidates (those that are no candidates are passed over); with `candidates`, rows of the
         table, candidates or not.
     window : int, at least 1
         Topics are served by the `window - 1` before the pick only; None: by all.
