@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recfast import Pipeline, cascade, data, metrics, models, rerank, train
+from recfast import Pipeline, cascade, data, metrics, rerank, train
 from recfast.data import Jagged
 from recfast.files import atomic_path, write_json, write_text
 
@@ -90,13 +90,13 @@ def movielens(path: Path, seed: int, cache: Path | None) -> Problem:
     """The candidates of the cascade that `recfast run --data ml-100k` trains, before the test rows."""
     config = cascade.settings(data="ml-100k", overrides=[f"seed={seed}", "compare_seeds=0"])
     dataset = data.load("ml-100k", path, cache=cache, **config.data.options)
-    trained = {}
+    stages = {}
     for stage in ("retriever", "ranker"):
         model = cascade._build(config, stage, dataset)
-        trained[stage] = train.fit(model, dataset, config=config.training(stage)).model
+        stages[stage] = train.fit(model, dataset, config=config.training(stage)).model
     pipeline = Pipeline(
-        trained["retriever"],
-        trained["ranker"],
+        stages["retriever"],
+        stages["ranker"],
         None,
         dataset,
         candidates=CANDIDATES,
@@ -122,6 +122,30 @@ def movielens(path: Path, seed: int, cache: Path | None) -> Problem:
     )
 
 
+def trained(path: Path, seed: int, cache: Path | None) -> Problem:
+    """`movielens`, kept in the cache for the next time."""
+    if cache is None:
+        return movielens(path, seed, None)
+    file = cache / f"frontier_ml-100k_{seed}.npz"
+    if file.exists():
+        with np.load(file) as kept:
+            relevant = Jagged(*(torch.from_numpy(kept[name]) for name in ("liked", "offsets")))
+            arrays = (kept[name] for name in ("genres", "vectors", "history"))
+            return Problem("ml-100k", kept["candidates"], relevant, *arrays)
+    problem = movielens(path, seed, cache)
+    with atomic_path(file) as temporary, open(temporary, "wb") as opened:
+        np.savez(
+            opened,
+            candidates=problem.candidates,
+            liked=problem.relevant.values.numpy(),
+            offsets=problem.relevant.offsets.numpy(),
+            genres=problem.genres,
+            vectors=problem.vectors,
+            history=problem.history,
+        )
+    return problem
+
+
 def generated(seed: int, users: int = 1000) -> Problem:
     """Clusters of near-duplicates, and a ranker that errs by the cluster.
 
@@ -138,7 +162,7 @@ def generated(seed: int, users: int = 1000) -> Problem:
     centres = of_cluster @ rng.normal(size=(n_genres, width)) + 1.5 * rng.normal(size=(n_clusters, width))
     vectors = centres[cluster] + 0.5 * rng.normal(size=(n_items, width))
     # From users of one genre to users of all.
-    breadth = np.exp(rng.uniform(np.log(0.02), np.log(1.0), size=(users, 1)))
+    breadth = np.exp(rng.uniform(np.log(0.005), np.log(0.5), size=(users, 1)))
     share = rng.gamma(np.broadcast_to(breadth, (users, n_genres))) + 1e-12
     share /= share.sum(1, keepdims=True)
     taste = np.log(share @ (of_cluster / of_cluster.sum(1, keepdims=True)).T + 0.003) + rng.normal(
@@ -197,6 +221,7 @@ WINDOW = 5
 _KINDS = (
     ("MMR", "MMR", ()),
     ("MSD", "MSD", ()),
+    ("MSD, sum", "MSD", (("mean", False),)),
     ("SSD", "SSD", ()),
     ("DPP", "DPP", ()),
     (f"DPP, window {WINDOW}", "DPP", (("window", WINDOW),)),
@@ -207,7 +232,7 @@ METHODS = [
     for personal in (False, True)
     for features in ("genres", "vectors")
     for name, kind, options in _KINDS
-    if not (personal and kind == "KDPP")
+    if not (personal and (kind == "KDPP" or name == "MSD, sum"))
 ]
 METHODS += [Method("xQuAD", "XQuAD", "genres", (), personal) for personal in (False, True)]
 
@@ -264,14 +289,66 @@ def curve(problem: Problem, method: Method, seed: int, grid: tuple[float, ...] =
     )
 
 
-def mean_of(curves: list[Curve]) -> Curve:
-    """The same method on several seeds: each user's mean. Users must be the same."""
-    first = curves[0]
-    return Curve(
-        first.method,
-        first.grid,
-        {key: np.mean([c.by_user[key] for c in curves], axis=0) for key in first.by_user},
-        {key: np.mean([c.of_all[key] for c in curves], axis=0) for key in first.of_all},
+@dataclass
+class Outcome:
+    """All methods on a data set, over its seeds."""
+
+    name: str
+    seeds: int
+    curves: list[Curve]
+    random: dict[tuple[int, str], np.ndarray | float]
+    propensity: np.ndarray
+    by_seed: list[dict[str, float]]  # the ranker's order, of each seed
+
+    @property
+    def users(self) -> int:
+        return len(self.propensity)
+
+    def find(self, features: str, personal: bool) -> list[Curve]:
+        return [c for c in self.curves if (c.method.features, c.method.personal) == (features, personal)]
+
+
+def outcome(problems: list[Problem], methods: list[Method], grid: tuple[float, ...] = GRID) -> Outcome:
+    """Measure all methods.
+
+    A user who is in all problems (another training of the same cascade) counts once, with the mean over them; users of
+    generated worlds are users of their own.
+    """
+    same = len({len(p.candidates) for p in problems}) == 1 and all(
+        np.array_equal(p.history, problems[0].history) for p in problems
+    )
+
+    def joined(values: list[Any]) -> Any:
+        return np.mean(values, axis=0) if same else np.concatenate(values, axis=-1)
+
+    curves = []
+    for method in methods:
+        found = [curve(problem, method, seed, grid) for seed, problem in enumerate(problems)]
+        curves.append(
+            Curve(
+                method,
+                grid,
+                {key: joined([c.by_user[key] for c in found]) for key in found[0].by_user},
+                {key: np.mean([c.of_all[key] for c in found], axis=0) for key in found[0].of_all},
+            )
+        )
+    shuffled = [{k: measured(p, at_random(p, k, seed), k) for k in CUTS} for seed, p in enumerate(problems)]
+    random = {
+        (k, name): joined([s[k][name] for s in shuffled])
+        if name in BY_USER
+        else float(np.mean([s[k][name] for s in shuffled]))
+        for k in CUTS
+        for name in (*BY_USER, *OF_ALL)
+    }
+    whole = range(1) if same else range(len(problems))
+    first = [measured(p, p.candidates, CUTS[0]) for p in problems]
+    return Outcome(
+        problems[0].name,
+        len(problems),
+        curves,
+        random,
+        np.concatenate([problems[i].propensity for i in whole]),
+        [{name: float(np.mean(f[name])) for name in ("ndcg", "recall", "ild_genres", "ild_vectors")} for f in first],
     )
 
 
@@ -300,3 +377,426 @@ def at_loss(ndcg: np.ndarray, value: np.ndarray, loss: float) -> tuple[np.ndarra
     share = np.where(reached, (high - threshold) / np.where(high > low, high - low, 1.0), 1.0)
     start, end = value[before, columns], value[after, columns]
     return start + share * (end - start), reached
+
+
+def resampled(users: int, seed: int = 0, replicates: int = REPLICATES) -> np.ndarray:
+    """Weights of users in each replicate of the bootstrap, float64 [U, 1 + B]; the first column is all users once."""
+    drawn = np.random.default_rng(seed).multinomial(users, np.full(users, 1 / users), size=replicates).T
+    return np.concatenate([np.ones((users, 1)), drawn], axis=1) / users
+
+
+@dataclass
+class Reached:
+    """What a method has at a loss of relevance, by metric: the figure, and that of each replicate [B]."""
+
+    method: Method
+    figure: dict[str, float]
+    replicates: dict[str, np.ndarray]
+    whole: bool  # the loss was reached within the grid
+
+    def error(self, name: str) -> float:
+        """Half of the 95 % interval."""
+        return half_width(self.replicates[name])
+
+
+def half_width(values: np.ndarray) -> float:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(high - low) / 2
+
+
+def reached(curve: Curve, weights: np.ndarray, k: int, loss: float) -> Reached:
+    """A method where it has lost the share `loss` of NDCG@k."""
+    ndcg = curve.by_user[k, "ndcg"] @ weights
+    figures, replicates = {}, {}
+    values = {name: curve.by_user[k, name] @ weights for name in BY_USER}
+    values["diversity"] = np.broadcast_to(np.array(curve.grid)[:, None], ndcg.shape)
+    for name, value in values.items():
+        found, passed = at_loss(ndcg, value, loss)
+        figures[name], replicates[name] = float(found[0]), found[1:]
+    for name in OF_ALL:
+        figures[name] = float(at_loss(ndcg[:, :1], curve.of_all[k, name][:, None], loss)[0][0])
+    return Reached(curve.method, figures, replicates, bool(passed[0]))
+
+
+def not_worse(rows: list[Reached], name: str) -> set[str]:
+    """The best by a metric, and those whose difference from it has a 95 % interval that holds 0."""
+    best = max((row for row in rows if row.whole), key=lambda row: row.figure[name], default=None)
+    if best is None:
+        return set()
+    tied = {best.method.title}
+    for row in rows:
+        low = np.quantile(best.replicates[name] - row.replicates[name], 0.025)
+        if row.whole and low <= 0:
+            tied.add(row.method.title)
+    return tied
+
+
+COLUMNS = {
+    "ild_genres": "ILD genres",
+    "ild_vectors": "ILD embeddings",
+    "alpha_ndcg": "α-nDCG",
+    "err_ia": "ERR-IA",
+    "s_recall": "S-recall",
+}
+SAW = {"genres": "genres", "vectors": "embeddings"}
+
+
+def table_at_loss(out: Outcome, weights: np.ndarray, features: str, k: int, loss: float) -> str:
+    """All methods that saw `features`, where they have lost the same share of NDCG@k."""
+    rows = [reached(c, weights, k, loss) for c in out.find(features, False)]
+    best = {name: not_worse(rows, name) for name in COLUMNS}
+    head = ["method", "diversity", f"NDCG@{k}", f"recall@{k}", *COLUMNS.values(), "coverage", "Gini"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+
+    def line(title: str, knob: str, figure: Callable[[str], float], error: Callable[[str], str], bold: Any) -> str:
+        cells = [title, knob, f"{figure('ndcg'):.4f}", f"{figure('recall'):.4f}"]
+        for name in COLUMNS:
+            text = f"{figure(name):.4f}{error(name)}"
+            cells.append(f"**{text}**" if bold(name) else text)
+        return "| " + " | ".join([*cells, f"{figure('coverage'):.3f}", f"{figure('gini'):.3f}"]) + " |"
+
+    first = out.find(features, False)[0]
+    start = {
+        **{name: float(first.by_user[k, name][0].mean()) for name in BY_USER},
+        **{name: float(first.of_all[k, name][0]) for name in OF_ALL},
+    }
+    lines.append(line("the ranker's order", "", start.__getitem__, lambda name: "", lambda name: False))
+    for row in rows:
+        lines.append(
+            line(
+                row.method.name,
+                f"{row.figure['diversity']:.2f}" if row.whole else "1 (loses less)",
+                row.figure.__getitem__,
+                lambda name, row=row: f" ± {row.error(name):.4f}",
+                lambda name, row=row: row.method.title in best[name],
+            )
+        )
+    lines.append(
+        line(
+            "any order of the 100",
+            "",
+            lambda name: float(np.mean(out.random[k, name])),
+            lambda name: "",
+            lambda name: False,
+        )
+    )
+    return "\n".join(lines)
+
+
+def table_of_grid(out: Outcome, features: str, k: int = CUTS[0]) -> str:
+    """What a value of the knob means to each method: NDCG and diversity by the other features, relative to none."""
+    other = "ild_vectors" if features == "genres" else "ild_genres"
+    curves = out.find(features, False)
+    lines = ["| diversity | " + " | ".join(c.method.name for c in curves) + " |", "|---" * (1 + len(curves)) + "|"]
+    for g, diversity in enumerate(curves[0].grid):
+        cells = []
+        for c in curves:
+            change = [c.by_user[k, name].mean(1) for name in ("ndcg", other)]
+            cells.append(" / ".join(f"{100 * (v[g] / v[0] - 1):+.1f}" for v in change))
+        lines.append(f"| {diversity:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def quartile(out: Outcome, number: int) -> np.ndarray:
+    """The users of a quarter by propensity, bool [U]; 0 has the narrowest tastes."""
+    place = np.argsort(np.argsort(out.propensity, kind="stable"), kind="stable")
+    return place * 4 // len(place) == number
+
+
+def personal_rows(out: Outcome, weights: np.ndarray, features: str, loss: float, k: int = CUTS[0]) -> list[dict]:
+    """Personal against global at the same loss of all users' NDCG: differences, with 95 % intervals."""
+    rows = []
+    globals_ = {c.method.name: c for c in out.find(features, False)}
+    for own in out.find(features, True):
+        row: dict[str, Any] = {"method": own.method.name}
+        both = {"personal": own, "global": globals_[own.method.name]}
+        found = {key: reached(c, weights, k, loss) for key, c in both.items()}
+        row["reached"] = all(r.whole for r in found.values())
+        for name in COLUMNS:
+            difference = found["personal"].replicates[name] - found["global"].replicates[name]
+            row[name] = found["personal"].figure[name] - found["global"].figure[name]
+            row[name + "_error"] = half_width(difference)
+        for number in (0, 3):
+            part = weights * quartile(out, number)[:, None]
+            part = part / part.sum(0)
+            change = {}
+            for key, c in both.items():
+                value, _ = at_loss(c.by_user[k, "ndcg"] @ weights, c.by_user[k, "ndcg"] @ part, loss)
+                change[key] = value / (c.by_user[k, "ndcg"][0] @ part) - 1
+                row[f"ndcg_{number}_{key}"] = float(change[key][0])
+            row[f"ndcg_{number}_error"] = half_width((change["personal"] - change["global"])[1:])
+        rows.append(row)
+    return rows
+
+
+def table_personal(rows: list[dict]) -> str:
+    head = ["method", *(f"{title}, difference" for title in COLUMNS.values())]
+    head += ["NDCG of the narrowest quarter, global / personal", "of the widest quarter"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [row["method"]]
+        for name in COLUMNS:
+            text = f"{row[name]:+.4f} ± {row[name + '_error']:.4f}"
+            cells.append(f"**{text}**" if abs(row[name]) > row[name + "_error"] else text)
+        for number in (0, 3):
+            both = [row[f"ndcg_{number}_{key}"] for key in ("global", "personal")]
+            text = f"{100 * both[0]:+.1f} % / {100 * both[1]:+.1f} % (± {100 * row[f'ndcg_{number}_error']:.1f})"
+            cells.append(text)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(out: Outcome, weights: np.ndarray, features: str, name: str, loss: float, k: int = CUTS[0]) -> str:
+    """One sentence: who reaches most of a metric at a loss, and who cannot be told from that."""
+    rows = [reached(c, weights, k, loss) for c in out.find(features, False)]
+    tied = not_worse(rows, name)
+    start = float(out.find(features, False)[0].by_user[k, name][0].mean())
+    ordered = sorted((r for r in rows if r.whole), key=lambda row: -row.figure[name])
+
+    def named(row: Reached) -> str:
+        return f"{row.method.name} {row.figure[name]:.4f}"
+
+    if not ordered:
+        return f"no method loses {100 * loss:g} % of NDCG@{k} within the grid."
+    same = [named(row) for row in ordered[1:] if row.method.title in tied]
+    less = [named(row) for row in ordered if row.method.title not in tied]
+    text = f"from {start:.4f}, {named(ordered[0])} goes furthest"
+    text += f"; within its error: {', '.join(same)}" if same else ", beyond the error of all others"
+    return text + (f"; less: {', '.join(less)}." if less else ".")
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def markdown(outcomes: list[Outcome], loss: float = 0.05) -> str:
+    parts = ["# What diversity costs: re-rankers at every trade-off"]
+    parts.append("    python benchmarks/frontier.py --ml-100k PATH/ml-100k --seeds 3 --out results")
+    parts.append(
+        _wrapped(
+            f"{CANDIDATES} candidates a user in the order of a ranker, re-ranked at {len(GRID)} trade-offs. Relevance "
+            "is told to every method by the place alone (the discount of NDCG), as `Pipeline` does. A method *saw* "
+            "genres or embeddings, as cosines (xQuAD: genres as topics, and the user's history of them); figures by "
+            "the features that it saw are what it optimises, and say little: read the others. Methods are compared "
+            f"where they have lost {100 * loss:g} % of the NDCG of the ranker's order, between two trade-offs of the "
+            "grid; `diversity` is the knob there. ± is half of the 95 % interval of a bootstrap over users. **Bold**: "
+            "the best, and what cannot be told from it (the paired difference has an interval that holds 0). "
+            "α-nDCG (α = 0.5), ERR-IA and S-recall are over genres; coverage and Gini are of all lists together, "
+            "without an error."
+        )
+    )
+    for out in outcomes:
+        weights = resampled(out.users)
+        seeds = "; ".join(
+            ", ".join(f"{COLUMNS.get(name, name.upper())} {value:.4f}" for name, value in seed.items())
+            for seed in out.by_seed
+        )
+        parts.append(f"## {out.name}")
+        parts.append(_wrapped(f"{out.users:,} users; {out.seeds} seeds. The ranker's order at 10, by seed: {seeds}."))
+        said = [
+            f"- Saw {SAW[saw]}, {COLUMNS[name]} at {100 * share:g} % less NDCG@10: "
+            + verdict(out, weights, saw, name, share)
+            for saw, name in (("vectors", "ild_genres"), ("genres", "ild_vectors"), ("genres", "alpha_ndcg"))
+            for share in LOSSES
+        ]
+        parts.append("\n".join(said))
+        for k in CUTS:
+            for features in SAW:
+                parts.append(f"### {out.name}: saw {SAW[features]}, {100 * loss:g} % less NDCG@{k}")
+                parts.append(table_at_loss(out, weights, features, k, loss))
+        parts.append(f"### {out.name}: personal against global, saw genres, {100 * loss:g} % less NDCG@10")
+        parts.append(
+            _wrapped(
+                "Each user's trade-off is the knob times the entropy of the genres in the history "
+                "(`personal=1`). Differences personal minus global at the same loss over all users, in bold where the "
+                "95 % interval is beyond 0; and what users of the narrowest and the widest quarter of tastes lose."
+            )
+        )
+        parts.append(table_personal(personal_rows(out, weights, "genres", loss)))
+        for features in SAW:
+            other = SAW["vectors" if features == "genres" else "genres"]
+            parts.append(f"### {out.name}: what the knob does, saw {SAW[features]}")
+            parts.append(f"Change of NDCG@10 / of the ILD of {other}, in per cent of the ranker's order.")
+            parts.append(table_of_grid(out, features))
+    return "\n\n".join(parts) + "\n"
+
+
+def as_json(outcomes: list[Outcome]) -> dict[str, Any]:
+    result: dict[str, Any] = {"grid": GRID, "candidates": CANDIDATES, "cuts": CUTS, "data": {}}
+    for out in outcomes:
+        weights = resampled(out.users)
+        points = []
+        for c in out.curves:
+            m = c.method
+            about = {"method": m.name, "kind": m.kind, "options": dict(m.options), "saw": m.features}
+            for g, diversity in enumerate(c.grid):
+                for k in CUTS:
+                    point = {**about, "personal": m.personal, "diversity": diversity, "k": k}
+                    for name in BY_USER:
+                        value = c.by_user[k, name][g]
+                        point[name] = round(float(value.mean()), 5)
+                        point[name + "_se"] = round(float(value.std(ddof=1) / np.sqrt(len(value))), 5)
+                    points.append(point | {name: round(float(c.of_all[k, name][g]), 5) for name in OF_ALL})
+        losses = [
+            {
+                "method": c.method.name,
+                "saw": c.method.features,
+                "personal": c.method.personal,
+                "k": k,
+                "loss": loss,
+                "within_grid": (r := reached(c, weights, k, loss)).whole,
+                **{name: round(value, 5) for name, value in r.figure.items()},
+                **{name + "_error": round(r.error(name), 5) for name in BY_USER},
+            }
+            for c in out.curves
+            for k in CUTS
+            for loss in LOSSES
+        ]
+        result["data"][out.name] = {
+            "users": out.users,
+            "seeds": out.seeds,
+            "by_seed": out.by_seed,
+            "random": {f"{name}@{k}": round(float(np.mean(v)), 5) for (k, name), v in out.random.items()},
+            "points": points,
+            "at_loss": losses,
+            "personal": personal_rows(out, weights, "genres", 0.05),
+        }
+    return result
+
+
+# Of the plot: colour-blind safe (Okabe and Ito), one colour a method in all panels.
+STYLE = {
+    "MMR": ("#d55e00", "-"),
+    "MSD": ("#b58900", "-"),
+    "SSD": ("#009e73", "-"),
+    "DPP": ("#0072b2", "-"),
+    f"DPP, window {WINDOW}": ("#0072b2", ":"),
+    "k-DPP": ("#cc79a7", "-"),
+    "xQuAD": ("#555b66", "--"),
+}
+PANELS = (
+    ("vectors", "ild_genres", "saw embeddings: ILD of genres@10"),
+    ("genres", "ild_vectors", "saw genres: ILD of embeddings@10"),
+    ("genres", "alpha_ndcg", "saw genres: α-nDCG@10 of genres"),
+)
+LOWEST = -25.0  # per cent of NDCG; what costs more is no choice
+
+
+def _spread(wanted: list[float], gap: float) -> list[float]:
+    """Places as near to the wanted ones as leaves `gap` between neighbours."""
+    order = np.argsort(wanted)
+    places = np.array(wanted, dtype=float)[order]
+    for _ in range(200):
+        for i in range(len(places) - 1):
+            short = gap - (places[i + 1] - places[i])
+            if short > 1e-9:
+                places[i] -= short / 2
+                places[i + 1] += short / 2
+    out = np.empty(len(places))
+    out[order] = places
+    return out.tolist()
+
+
+def plot(outcomes: list[Outcome], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(outcomes), len(PANELS), figsize=(4.6 * len(PANELS), 4.1 * len(outcomes)), squeeze=False
+    )
+    for row, out in zip(axes, outcomes, strict=True):
+        for axis, (features, name, title) in zip(row, PANELS, strict=True):
+            ends = []
+            for c in out.find(features, False):
+                if c.method.name not in STYLE:
+                    continue
+                colour, dashes = STYLE[c.method.name]
+                ndcg = c.by_user[10, "ndcg"].mean(1)
+                x, y = c.by_user[10, name].mean(1), 100 * (ndcg / ndcg[0] - 1)
+                axis.plot(x, y, dashes, color=colour, linewidth=1.8, marker="o", markersize=2.6)
+                inside = np.flatnonzero(y < LOWEST)
+                last = inside[0] if len(inside) else len(y) - 1
+                if len(inside):
+                    share = (y[last - 1] - LOWEST) / (y[last - 1] - y[last])
+                    end = (x[last - 1] + share * (x[last] - x[last - 1]), LOWEST)
+                else:
+                    end = (x[last], y[last])
+                ends.append((end, c.method.name, colour))
+            axis.plot(x[0], 0, "k*", markersize=11, zorder=5)
+            axis.set_ylim(LOWEST, 4)
+            axis.set_title(title, loc="left", fontsize=10)
+            axis.grid(color="#e8eaee")
+            axis.set_axisbelow(True)
+            for side in ("top", "right"):
+                axis.spines[side].set_visible(False)
+            low, high = axis.get_xlim()
+            high = max(end[0] for end, _, _ in ends)
+            axis.set_xlim(low, high + 0.38 * (high - low))
+            places = _spread([max(end[1], LOWEST + 1) for end, _, _ in ends], 1.75)
+            shift = min(places) - (LOWEST + 1)
+            places = [place - min(shift, 0) for place in places]
+            for (end, label, colour), place in zip(ends, places, strict=True):
+                axis.annotate(
+                    label,
+                    end,
+                    (high + 0.07 * (high - low), place),
+                    textcoords="data",
+                    color=colour,
+                    fontsize=8.5,
+                    va="center",
+                    arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0},
+                )
+        row[0].set_ylabel(f"{out.name}\nNDCG@10, change in %")
+    figure.suptitle(
+        "What diversity costs, from the ranker's order (★): further right is more diverse, higher is more relevant",
+        x=0.01,
+        ha="left",
+        fontsize=11.5,
+        fontweight="bold",
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    pyplot.close(figure)
+
+
+def report(outcomes: list[Outcome], out: Path) -> None:
+    write_json(out / RESULTS, as_json(outcomes))
+    write_text(out / TABLE, markdown(outcomes))
+    plot(outcomes, out / PLOT)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("results"), help="where results, table and plot are written")
+    parser.add_argument("--ml-100k", type=Path, help="the folder of its files; left out if there is none")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of the cascade, and generated worlds")
+    parser.add_argument("--cache", type=Path, help="where prepared data and trained candidates are kept")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for name in ("ml-100k", "generated"):
+        if name == "ml-100k" and arguments.ml_100k is None:
+            continue
+        problems = []
+        for seed in range(arguments.seeds):
+            started = time.perf_counter()
+            if name == "ml-100k":
+                problems.append(trained(arguments.ml_100k, seed, arguments.cache))
+            else:
+                problems.append(generated(seed))
+            print(f"{name}, seed {seed}: candidates in {time.perf_counter() - started:.0f} s", flush=True)
+        started = time.perf_counter()
+        outcomes.append(outcome(problems, METHODS))
+        print(f"{name}: {len(METHODS)} methods measured in {time.perf_counter() - started:.0f} s", flush=True)
+        report(outcomes, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -86,6 +86,35 @@ def test_figures_are_sane(result):
     assert sum(rows) == 3000
 
 
+def test_every_kind_is_measured(result):
+    kinds = result["rerank"]["kinds"]
+    assert set(kinds) == set(rerank.KINDS)
+    for points in kinds.values():
+        assert [point["diversity"] for point in points] == list(cascade.FEW_DIVERSITIES)
+        first = {key: value for key, value in points[0].items() if key != "diversity"}
+        assert first == result["rerank"]["before"]
+        assert points[-1]["ild"] > points[0]["ild"]
+    # The run's own kind is the curve that is drawn beside it.
+    own = {point["diversity"]: point for point in result["rerank"]["curve"]["personal"]}
+    assert kinds["DPP"] == [own[d] for d in cascade.FEW_DIVERSITIES]
+
+
+def test_another_kind_of_reranker(tmp_path, settings):
+    with pytest.raises(InputError, match=r"rerank: XQuAD has no option 'gamma', expected one of diversity, "):
+        cascade.run(settings("reranker.kind=XQuAD", "reranker.options.gamma=0.5"))
+    with pytest.raises(InputError, match=r"run: reranker.options.personal is set, expected reranker.personal"):
+        cascade.run(settings("reranker.options.personal=0.5"))
+    assert not (tmp_path / "run").exists()
+    out = cascade.run(settings("reranker.kind=XQuAD", "reranker.options.window=8", "reranker.recent=2"))
+    found = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["rerank"]
+    assert found["kind"] == "XQuAD"
+    assert found["after"]["ild"] > found["before"]["ild"]
+    served = Pipeline.load(out / "pipeline")
+    assert type(served.reranker) is rerank.XQuAD
+    assert (served.reranker.window, served.reranker.diversity, served.recent) == (8, found["diversity"], 2)
+    assert "XQuAD, trade-off" in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_measured_lists_are_measured_again_by_hand(tiny_run, tiny_overrides, result):
     """From the saved pipeline and the data, without the code of the cascade: NDCG and diversity of the final lists."""
     from recfast import Pipeline

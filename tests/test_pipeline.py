@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import json
 import os
@@ -135,6 +136,81 @@ def test_personal_trade_off_follows_the_history(pipeline, users):
         share = genres[pipeline.catalogue.history.row(user).numpy()].sum(0)
         share = share[share > 0] / share.sum()
         assert value == pytest.approx(-(share * np.log(share)).sum() / np.log(genres.shape[1]), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", rerank.KINDS)
+def test_every_kind_of_reranker(pipeline, users, kind, tmp_path):
+    pipeline.reranker = rerank.build(kind, diversity=0.6, personal=0.5)
+    wanted = lists_of(pipeline.recommend(users, 8), pipeline.catalogue.schema)
+    assert all(len(set(items)) == 8 for items in wanted.values())
+    plain = copy.copy(pipeline)
+    plain.reranker = None
+    assert lists_of(plain.recommend(users, 8), pipeline.catalogue.schema) != wanted
+    pipeline.save(tmp_path / "pipeline")
+    again = Pipeline.load(tmp_path / "pipeline")
+    assert type(again.reranker) is rerank.KINDS[kind]
+    assert again.reranker.config() == pipeline.reranker.config()
+    # A user's list does not depend on who else asks; of samples, the first draw is the first again.
+    assert lists_of(again.recommend(users[3:5], 8), pipeline.catalogue.schema) == {u: wanted[u] for u in users[3:5]}
+
+
+def test_samples_are_drawn_anew_each_time(pipeline, users):
+    pipeline.reranker = rerank.KDPP(0.8)
+    first, second = (pipeline.recommend(users, 8) for _ in range(2))
+    assert not first.equals(second)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_xquad_covers_the_genres_of_the_history(pipeline, users, known):
+    """Against `rerank.XQuAD` on arrays; where no genres are known the first codebook's clusters are the topics."""
+    catalogue = pipeline.catalogue
+    if not known:
+        pipeline.catalogue = catalogue = dataclasses.replace(catalogue, genre_names=[])
+        topics = np.zeros((len(pipeline.item_vectors) + 1, pipeline.quantizer.n_codes))
+        topics[np.arange(1, len(topics)), pipeline.index.codes[:, 0].numpy()] = 1
+    else:
+        topics = catalogue.genres
+    ids = ids_of(pipeline, users[:20])
+    shares = pipeline.preferences(ids)
+    for row, user in enumerate(ids.tolist()):
+        counts = topics[catalogue.history.row(user)].sum(0)
+        np.testing.assert_allclose(shares[row], counts / counts.sum())
+    assert (pipeline.preferences(torch.tensor([0])) == 1 / shares.shape[1]).all()
+    relevance, items = pipeline.retrieve(ids, 30)
+    relevance[2, 25:], items[2, 25:] = -torch.inf, -1
+    place = pipeline.rerank(ids, items, relevance, 10, reranker=rerank.XQuAD(0.9))
+    for row in range(len(ids)):
+        valid = items[row] >= 0
+        order = torch.argsort(relevance[row, valid], descending=True, stable=True)
+        worth = 1 / np.log2(np.arange(len(order)) + 2)
+        own = topics[items[row, valid][order]].astype(np.float64)
+        answer = rerank.XQuAD(0.9).rank(own, worth.astype(np.float32), 10, preferences=shares[row])
+        assert place[row].tolist() == order[answer].tolist()
+
+
+@pytest.mark.parametrize("kind", ["DPP", "XQuAD"])
+def test_recent_items_count_as_shown(pipeline, users, kind, tmp_path):
+    ids = ids_of(pipeline, users)
+    relevance, items = pipeline.retrieve(ids)
+    plain = pipeline.rerank(ids, items, relevance, 10, reranker=rerank.build(kind, diversity=0.7))
+    pipeline.recent = 3
+    picks = pipeline.rerank(ids, items, relevance, 10, reranker=rerank.build(kind, diversity=0.7))
+    assert not torch.equal(picks, plain)
+    latest = pipeline._latest(ids)
+    for row, user in enumerate(ids.tolist()):
+        history = pipeline.catalogue.history.row(user).tolist()[-3:]
+        assert latest[row].tolist() == [-1] * (3 - len(history)) + history
+
+    def closeness(place):
+        """How alike lists and latest items are, by what the method looks at."""
+        table = pipeline.catalogue.genres if kind == "XQuAD" else pipeline._similarity
+        listed = table[items.gather(1, place).numpy()]
+        shown = table[latest.clamp(min=0).numpy()] * (latest >= 0).numpy()[..., None]
+        return float((listed @ shown.transpose(0, 2, 1)).mean())
+
+    assert closeness(picks) < closeness(plain)
+    pipeline.save(tmp_path / "pipeline")
+    assert Pipeline.load(tmp_path / "pipeline").recent == 3
 
 
 def test_the_pool_never_makes_a_list_shorter(pipeline, users):
@@ -276,6 +352,7 @@ def test_bad_arguments(pipeline, options, sentence):
         ({"candidates": 0}, "candidates and pool must be at least 1"),
         ({"pool": 0}, "candidates and pool must be at least 1"),
         ({"features": "colour"}, "features must be one of auto, genres, vectors, both, got 'colour'"),
+        ({"recent": -1}, "recent must be at least 0, got -1"),
         ({"blend": float("nan")}, "blend must be a number from 0 on, got nan"),
     ],
 )

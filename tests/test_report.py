@@ -112,6 +112,10 @@ def test_every_figure_is_on_the_page(page, metrics):
     for row in ("retriever_order", "before", "after"):
         for key in ("ndcg", "recall", "ild"):
             assert f"{metrics['rerank'][row][key]:.4f}" in text
+    assert "DPP, trade-off" in text
+    for row in metrics["rerank"]["kinds"]["DPP"]:
+        for key in ("ndcg", "recall", "ild"):
+            assert f"{row[key]:.4f}" in text
     for split in ("train", "valid", "test"):
         assert f"{metrics['data']['splits'][split]['rows']:,}" in text
     assert f"{metrics['data']['users']:,} users, {metrics['data']['items']:,} items" in text

@@ -27,6 +27,8 @@ from recfast.train.evaluate import held_out
 
 # The grid of trade-offs that is drawn, and from which one is chosen on the validation rows.
 DIVERSITIES = tuple(step / 40 for step in range(40))
+# Those at which all kinds of re-rankers are measured, for comparison.
+FEW_DIVERSITIES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # How much the retriever's score may count beside the ranker's.
 BLENDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 STAGES = ("retriever", "ranker", "second_ranker")
@@ -441,9 +443,7 @@ def _list_metrics(pipeline: Pipeline, lists: Tensor, relevant: Jagged, k: int) -
     }
 
 
-def _reranker(
-    config: RunConfig, diversity: float, personal: float, kind: str | None = None
-) -> rerank.Reranker:
+def _reranker(config: RunConfig, diversity: float, personal: float, kind: str | None = None) -> rerank.Reranker:
     """The configured re-ranker at a trade-off; or another kind with its defaults, for comparison."""
     settings = config.reranker
     own = kind is None or kind == settings.kind
@@ -451,6 +451,8 @@ def _reranker(
     options = dict(settings.options) if own else {}
     if kind in ("DPP", "KDPP"):
         options.setdefault("gamma", settings.gamma)
+    if kind == "KDPP":
+        options.setdefault("seed", config.seed)
     for name in ("diversity", "personal"):
         if name in options:
             raise InputError(f"run: reranker.options.{name} is set, expected reranker.{name}")
@@ -476,7 +478,7 @@ def _measure_reranking(
 ) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
     k = config.pipeline.k
     watch = Stopwatch()
-    candidates, appetite = {}, {}
+    candidates, appetite, catalogues = {}, {}, {}
     for split in ("valid", "test"):
         users, relevant = _stand_before(pipeline, dataset, split)
         with watch(f"{split} retrieval"):
@@ -487,15 +489,18 @@ def _measure_reranking(
             blends = _choose_blend(pipeline, items, scores, logits, relevant, k, config.pipeline.blend)
         candidates[split] = (users, relevant, items, pipeline.relevance(scores, logits), logits)
         appetite[split] = pipeline.appetite(users)
+        catalogues[split] = pipeline.catalogue
 
-    def final(split: str, diversity: float, personal: float) -> Tensor:
+    def final(split: str, diversity: float, personal: float, kind: str | None = None) -> Tensor:
         users, _, items, relevance, _ = candidates[split]
-        chosen = _reranker(config, diversity, personal)
+        chosen = _reranker(config, diversity, personal, kind)
+        # What the user has liked is asked for again, and may not be what comes later.
+        pipeline.catalogue = catalogues[split]
         positions = pipeline.rerank(users, items, relevance, k, reranker=chosen, appetite=appetite[split])
         return items.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -1)
 
-    def measured(split: str, diversity: float, personal: float) -> dict[str, float]:
-        return _list_metrics(pipeline, final(split, diversity, personal), candidates[split][1], k)
+    def measured(split: str, diversity: float, personal: float, kind: str | None = None) -> dict[str, float]:
+        return _list_metrics(pipeline, final(split, diversity, personal, kind), candidates[split][1], k)
 
     personal = config.reranker.personal
     grid = [measured("valid", diversity, personal) for diversity in DIVERSITIES]
@@ -512,6 +517,7 @@ def _measure_reranking(
         after = final("test", diversity, personal)
     result = {
         "k": k,
+        "kind": config.reranker.kind,
         "candidates": config.pipeline.candidates,
         "diversity": diversity,
         "personal": personal,
@@ -525,6 +531,10 @@ def _measure_reranking(
         "curve": {
             name: [{"diversity": d, **measured("test", d, share)} for d in DIVERSITIES]
             for name, share in (("global", 0.0), ("personal", personal))
+        },
+        "kinds": {
+            kind: [{"diversity": d, **measured("test", d, personal, kind)} for d in FEW_DIVERSITIES]
+            for kind in rerank.KINDS
         },
         "validation": [{"diversity": d, **point} for d, point in zip(DIVERSITIES, grid, strict=True)],
     }
@@ -573,8 +583,8 @@ def _ten_users(pipeline: Pipeline, dataset: Dataset, lists: dict[str, Any], coun
 
 def describe(result: dict[str, Any]) -> str:
     """The figures of `metrics.json` that matter most, as lines for a terminal."""
-    rerank = result["rerank"]
-    change = {key: "–" if value is None else f"{value:+.1%}" for key, value in rerank["change"].items()}
+    final = result["rerank"]
+    change = {key: "–" if value is None else f"{value:+.1%}" for key, value in final["change"].items()}
     lines = [f"data       {result['name']}: {result['data']['users']} users, {result['data']['items']} items"]
     lines += [
         f"retrieval  {row['name']:<28} recall@50 {row['recall@50']:.4f}  NDCG@10 {row['ndcg@10']:.4f}"
@@ -591,9 +601,9 @@ def describe(result: dict[str, Any]) -> str:
             scores = "  ".join(f"{auc:.4f}" for auc in result["tables"][name]["auc"])
             lines.append(f"tables     {name:<28} AUC {scores}  mean {result['tables'][name]['mean']:.4f}")
     lines += [
-        f"re-ranking NDCG@{rerank['k']} {rerank['before']['ndcg']:.4f} -> {rerank['after']['ndcg']:.4f} "
-        f"({change['ndcg']}), diversity {rerank['before']['ild']:.4f} -> {rerank['after']['ild']:.4f} "
-        f"({change['ild']}) at {rerank['diversity']}",
+        f"re-ranking NDCG@{final['k']} {final['before']['ndcg']:.4f} -> {final['after']['ndcg']:.4f} "
+        f"({change['ndcg']}), diversity {final['before']['ild']:.4f} -> {final['after']['ild']:.4f} "
+        f"({change['ild']}) at {final['diversity']}",
         f"time       {result['seconds']:.0f} s",
     ]
     return "\n".join(lines)

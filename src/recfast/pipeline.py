@@ -43,7 +43,8 @@ class Pipeline:
     ranker
         A model whose `forward(batch)` gives logits; None keeps the retriever's order.
     reranker
-        A `rerank.DPP` or another of `rerank`, or what has the same `rank` and `personal`; None keeps the ranker's order.
+        A `rerank.DPP` or another of `rerank`, or what has the same `rank` and `personal`; None keeps the ranker's
+        order.
     data
         A `Dataset`, or the `Catalogue` of one.
     candidates
@@ -56,6 +57,7 @@ class Pipeline:
         "auto" is both where genres are known.
     recent
         So many of the items that a user liked last count as shown: the list is to differ from them too. 0 for none.
+        `KDPP` takes no heed of it.
     codebooks, n_codes
         Bytes of an item's code, and values of each. Ignored where `quantizer` is given.
     quantizer
@@ -272,14 +274,14 @@ class Pipeline:
         by_user: dict[str, Any] = {"candidates": candidates}
         if chosen.personal:
             by_user["propensity"] = self.appetite(users) if appetite is None else appetite
-        if self.recent:
-            by_user["shown"] = self._latest(users)
         on_topics = getattr(chosen, "reads", "features") == "topics"
         if on_topics:
             by_user["preferences"] = self.preferences(users)
         if getattr(chosen, "draws", False):
             # A user's draw is the same in any batch.
             by_user["users"] = users
+        elif self.recent:
+            by_user["shown"] = self._latest(users)
         size = min(k, pool.shape[1])
         step = max(1, _CANDIDATE_ROWS // max(pool.shape[1], 1))
         picks = [torch.zeros(0, size, dtype=torch.int64)]

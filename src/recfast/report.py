@@ -16,6 +16,18 @@ from recfast.files import disk_errors, write_text
 OURS, SECOND, THIRD, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8f98"
 
 
+# Of the kinds of re-rankers; the one that was chosen is in OURS.
+_KIND_COLOURS = {
+    "DPP": "#0072b2",
+    "KDPP": "#cc79a7",
+    "MMR": SECOND,
+    "MSD": "#b58900",
+    "SSD": THIRD,
+    "XQuAD": "#56b4e9",
+}
+_KIND_MARKERS = {"DPP": "o", "KDPP": "v", "MMR": "^", "MSD": "D", "SSD": "s", "XQuAD": "P"}
+
+
 def write(path: str | os.PathLike[str], metrics: dict[str, Any]) -> None:
     """Draw the page for what `cascade.run` measured (`metrics.json`) and write it, whole or not at all."""
     page = render(metrics)
@@ -154,10 +166,11 @@ def _recall(metrics: dict[str, Any]) -> str:
 
 def _tradeoff(metrics: dict[str, Any]) -> str:
     rerank = metrics["rerank"]
-    figure, axis = new_figure(width=6.4, height=3.6)
+    figure, (axis, other) = new_figure(width=5.2, height=3.8, columns=2)
+    k = rerank["k"]
     for key, label, colour, marker in (
         ("global", "the same for every user", GREY, "s"),
-        ("personal", "personal (DPP)", OURS, "o"),
+        ("personal", f"personal ({rerank['kind']})", OURS, "o"),
     ):
         points = rerank["curve"][key]
         axis.plot(
@@ -168,21 +181,36 @@ def _tradeoff(metrics: dict[str, Any]) -> str:
             markersize=4,
             label=label,
         )
-    axis.plot(rerank["before"]["ild"], rerank["before"]["ndcg"], "k*", markersize=11, label="ranker's order")
+    for kind, points in rerank["kinds"].items():
+        ours = kind == rerank["kind"]
+        other.plot(
+            [point["ild"] for point in points],
+            [point["ndcg"] for point in points],
+            color=OURS if ours else _KIND_COLOURS[kind],
+            linewidth=2.2 if ours else 1.2,
+            marker="o" if ours else _KIND_MARKERS[kind],
+            markersize=4,
+            label=kind,
+            zorder=3 if ours else 2,
+        )
+    for panel in (axis, other):
+        panel.plot(rerank["before"]["ild"], rerank["before"]["ndcg"], "k*", markersize=11, label="ranker's order")
+        panel.axhline(0.97 * rerank["before"]["ndcg"], color="#c0c4cc", linewidth=0.9, linestyle="--")
+        panel.annotate(
+            "3 % less NDCG",
+            (1, 0.97 * rerank["before"]["ndcg"]),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+        )
+        panel.set(xlabel=f"intra-list diversity@{k} of genres", ylabel=f"NDCG@{k}")
+        panel.legend(loc="lower left")
     axis.plot(
         rerank["after"]["ild"], rerank["after"]["ndcg"], "o", color=SECOND, markersize=9, label="chosen on validation"
     )
-    axis.axhline(0.97 * rerank["before"]["ndcg"], color="#c0c4cc", linewidth=0.9, linestyle="--")
-    axis.annotate(
-        "3 % less NDCG",
-        (1, 0.97 * rerank["before"]["ndcg"]),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-    )
-    k = rerank["k"]
-    axis.set(title="Relevance against diversity", xlabel=f"intra-list diversity@{k} of genres", ylabel=f"NDCG@{k}")
     axis.legend(loc="lower left")
+    axis.set(title="Relevance against diversity")
+    other.set(title="Every kind of re-ranker")
     return _svg(figure)
 
 

@@ -32,6 +32,8 @@ train = { lr = 5e-4, seed = 11 }
 model = "DeepFM"
 
 [reranker]
+kind = "MMR"
+options = { window = 5 }
 diversity = 0.5
 personal = 0.0
 
@@ -56,6 +58,7 @@ def test_a_full_file_is_read_and_comes_back_the_same(path, tmp_path):
     assert (config.ranker.model, config.ranker.train.lr, config.ranker.train.epochs) == ("DIN", 5e-4, 10)
     assert config.second_ranker.model == "DeepFM"
     assert (config.reranker.diversity, config.reranker.personal) == (0.5, 0.0)
+    assert (config.reranker.kind, config.reranker.options) == ("MMR", {"window": 5})
     config.save(tmp_path / "again.toml")
     assert RunConfig.load(tmp_path / "again.toml") == config
 
@@ -133,6 +136,7 @@ def test_override_leaves_its_argument_alone():
         (["ranker.train.lr=nan"], "ranker.train.lr = nan: input should be a finite number"),
         (["pipeline.k=0"], "pipeline.k = 0: input should be greater than or equal to 1"),
         (["pipeline.k=2.5"], "pipeline.k = 2.5"),
+        (["reranker.kind=DDP"], "reranker.kind = DDP: input should be 'DPP', 'KDPP', 'MMR', 'MSD', 'SSD' or 'XQuAD'"),
         (["reranker.diversity=1.5"], "reranker.diversity = 1.5: input should be less than or equal to 1"),
         (["ranker=DIN"], "ranker = 'DIN'"),
         (["seed.x=1"], "-o seed.x=1: seed is a value, expected a table"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -211,7 +212,9 @@ class Reranker:
             raise InputError(f"{self._name}.rank: {name}[{where}] = {int(given[tuple(place)])} is outside [-1, {rows})")
         return given.long()
 
-    def _gathered(self, table: Tensor, candidates: Tensor, shown: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _gathered(
+        self, table: Tensor, candidates: Tensor, shown: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The rows that are named, each once, and the ids as rows of that smaller table."""
         used = torch.zeros(len(table), dtype=torch.bool)
         for ids in (candidates, shown):
@@ -316,8 +319,42 @@ def window_of(name: str, window: int | None) -> int | None:
     return None if window is None else int(window)
 
 
-class RangeScaled(Reranker):
-    """Relevance brought to [0, 1] within a user's candidates: for scores that add up with others of that range."""
+class Additive(Reranker):
+    """What adds relevance, brought to [0, 1] within a user's candidates, to something of that range.
+
+    Parameters
+    ----------
+    diversity, personal, normalize, standardize
+        As for every re-ranker.
+    window : int
+        Each item is compared with the `window - 1` before it only, which suits lists that are scrolled through; None:
+        with all.
+    exact : bool
+        The lists of float64 arithmetic, whatever the machine; False trusts float32.
+    """
+
+    _op: Callable[..., Any]
+
+    def __init__(
+        self,
+        diversity: float = 0.3,
+        *,
+        window: int | None = None,
+        exact: bool = True,
+        personal: float | bool | None = None,
+        normalize: bool = True,
+        standardize: bool = True,
+    ) -> None:
+        super().__init__(diversity, personal=personal, normalize=normalize, standardize=standardize)
+        self.window = window_of(self._name, window)
+        self.exact = bool(exact)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "window": self.window, "exact": self.exact, **self._own()}
+
+    def _own(self) -> dict[str, Any]:
+        """The options of the op that this re-ranker alone has, by the names that both give them."""
+        return {}
 
     def _scaled(self, scores: Tensor, valid: Tensor) -> Tensor:
         if scores.shape[1] == 0:
@@ -326,6 +363,12 @@ class RangeScaled(Reranker):
         span = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True) - low
         scaled = (scores - low) / span.where(span > 0, torch.ones_like(span))
         return scaled.masked_fill(~valid, 0.0)
+
+    def _pick(
+        self, features: Tensor, relevance: Tensor, k: int, diversity: Tensor, options: dict[str, Any], **by_user: Tensor
+    ) -> Tensor:
+        wanted = {"diversity": diversity, "window": self.window, "exact": self.exact}
+        return self._op(features, relevance, k, **wanted, **self._own(), **options, **by_user).indices
 
 
 def history_entropy(history: Any, genres: int | None = None) -> np.ndarray:

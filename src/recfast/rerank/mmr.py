@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from recfast.ops import mmr_greedy
-from recfast.rerank._base import RangeScaled, window_of
+from recfast.rerank._base import Additive
 
 
-class MMR(RangeScaled):
+class MMR(Additive):
     r"""Maximal marginal relevance, the baseline that others are compared with.
 
     .. math:: j = \arg\max_i\; (1 - d) r_i - d \max_{j \in Y} f_i \cdot f_j
@@ -20,12 +18,10 @@ class MMR(RangeScaled):
 
     Parameters
     ----------
-    diversity, personal, normalize, standardize
-        As for every re-ranker.
+    diversity, personal, normalize, standardize, window, exact
+        As for `DPP`.
     clip : bool
         Take a negative cosine for 0, so that to be opposite is worth no more than to be unrelated.
-    window : int
-        Compare with the `window - 1` items before only, which suits lists that are scrolled through.
 
     References
     ----------
@@ -33,27 +29,11 @@ class MMR(RangeScaled):
     summaries", SIGIR 1998.
     """
 
-    def __init__(
-        self,
-        diversity: float = 0.3,
-        *,
-        clip: bool = False,
-        window: int | None = None,
-        personal: float | bool | None = None,
-        normalize: bool = True,
-        standardize: bool = True,
-    ) -> None:
-        super().__init__(diversity, personal=personal, normalize=normalize, standardize=standardize)
+    _op = staticmethod(mmr_greedy)
+
+    def __init__(self, diversity: float = 0.3, *, clip: bool = False, **options: Any) -> None:
+        super().__init__(diversity, **options)
         self.clip = bool(clip)
-        self.window = window_of(self._name, window)
 
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "clip": self.clip, "window": self.window}
-
-    def _pick(
-        self, features: Tensor, relevance: Tensor, k: int, diversity: Tensor, options: dict[str, Any], **by_user: Tensor
-    ) -> Tensor:
-        found = mmr_greedy(
-            features, relevance, k, diversity=diversity, clip=self.clip, window=self.window, **options
-        )
-        return found.indices
+    def _own(self) -> dict[str, Any]:
+        return {"clip": self.clip}

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from recfast.errors import InputError
 from recfast.ops import xquad_greedy
-from recfast.rerank._base import RangeScaled
+from recfast.rerank._base import Additive
 
 
-class XQuAD(RangeScaled):
+class XQuAD(Additive):
     r"""Explicit query aspect diversification: a list that covers the user's topics in their proportions.
 
     .. math:: j = \arg\max_i\; (1 - d) r_i + d \sum_z P(z | u)\, P(z | i) \prod_{j \in Y} (1 - P(z | j))
@@ -22,8 +22,8 @@ class XQuAD(RangeScaled):
 
     Parameters
     ----------
-    diversity, personal, standardize
-        As for every re-ranker.
+    diversity, personal, standardize, window, exact
+        As for `DPP`.
     normalize : bool
         Make each item's topics a distribution P(z | i), so that an item of many topics is not one of all of them. False
         takes them as chances in [0, 1], such as the flags themselves: one item of a topic is then enough of it.
@@ -42,6 +42,7 @@ class XQuAD(RangeScaled):
 
     # What `Pipeline` is to hand as features.
     reads = "topics"
+    _op = staticmethod(xquad_greedy)
 
     def rank(
         self,
@@ -69,9 +70,7 @@ class XQuAD(RangeScaled):
         users = 1 if len(relevance.shape if hasattr(relevance, "shape") else [0]) == 1 else len(relevance)
         shape = features.shape if hasattr(features, "shape") else torch.as_tensor(features).shape
         given = self._preferences(preferences, users, shape[-1] if len(shape) else 0)
-        return self._rank(
-            features, relevance, k, candidates, propensity, lengths, mask, shown, preferences=given
-        )
+        return self._rank(features, relevance, k, candidates, propensity, lengths, mask, shown, preferences=given)
 
     def _preferences(self, preferences: Any, users: int, topics: int) -> Tensor:
         if preferences is None:
@@ -102,10 +101,3 @@ class XQuAD(RangeScaled):
     def _unit_rows(self, wide: Tensor) -> Tensor:
         total = wide.sum(-1, keepdim=True)
         return wide / total.where(total > 0, torch.ones_like(total))
-
-    def _pick(
-        self, features: Tensor, relevance: Tensor, k: int, diversity: Tensor, options: dict[str, Any], **by_user: Tensor
-    ) -> Tensor:
-        return xquad_greedy(
-            features, relevance, by_user["preferences"], k, diversity=diversity, **options
-        ).indices

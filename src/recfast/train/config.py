@@ -174,7 +174,8 @@ class RerankerConfig(Config):
     pool
         How many of the best ranked candidates are re-ranked.
     recent
-        So many of the items that a user liked last count as shown: the list is to differ from them too.
+        So many of the items that a user liked last count as shown: the list is to differ from them too. KDPP takes no
+        heed of it.
     """
 
     kind: Literal["DPP", "KDPP", "MMR", "MSD", "SSD", "XQuAD"] = "DPP"
