@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from recfast import cascade, data
+from recfast import Pipeline, cascade, data, rerank
 from recfast.errors import InputError
 from recfast.models import DIN
 from recfast.train import RunConfig

@@ -355,8 +355,8 @@ def test_xquad_by_hand():
     counts[3] = 0
     shares = np.where(counts.sum(1, keepdims=True) > 0, counts / np.maximum(counts.sum(1, keepdims=True), 1), 1 / 6)
     chances = flags / np.maximum(flags.sum(1, keepdims=True), 1)
-    for topics, normalize in ((chances, True), (flags, False)):
-        reranker = XQuAD(0.8, normalize=normalize)
+    for topics, shares_out in ((chances, True), (flags, False)):
+        reranker = XQuAD(0.8, normalize=shares_out)
         answer = reranker.rank(flags, relevance, 12, preferences=counts)
         for user in range(4):
             wanted = coverage_by_hand(topics.astype(float), relevance[user], shares[user], 12, 0.8)
@@ -383,7 +383,7 @@ def test_samples_are_those_of_the_kernel():
     draws = 20_000
     lists = KDPP(d, gamma=gamma, seed=5).rank(features, np.tile(relevance, (draws, 1)), 2)
     assert (relevance[lists[:, 0]] >= relevance[lists[:, 1]]).all()
-    found = {pair: 0 for pair in pairs}
+    found = dict.fromkeys(pairs, 0)
     for a, b in np.sort(lists, axis=1).tolist():
         found[b, a] += 1
     expected = draws * weight / weight.sum()

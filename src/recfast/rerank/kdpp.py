@@ -9,21 +9,7 @@ import torch
 from torch import Tensor
 
 from recfast.errors import InputError
-
-try:  # TEMP
-    from recfast.ops import kdpp_sample
-except ImportError:  # TEMP
-
-    def kdpp_sample(features, k, *, quality, seed, gamma, mask, keys):  # TEMP
-        import types
-
-        g = torch.Generator().manual_seed(seed % 2**31)
-        noise = -torch.log(-torch.log(torch.rand(quality.shape, generator=g, dtype=torch.float64)))
-        key = (2 * quality + noise).masked_fill(~mask, -torch.inf)
-        top = key.argsort(1, descending=True)[:, :k]
-        return types.SimpleNamespace(indices=top.masked_fill(~mask.gather(1, top), -1))
-
-
+from recfast.ops import kdpp_sample
 from recfast.rerank._base import Reranker
 
 

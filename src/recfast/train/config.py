@@ -166,8 +166,8 @@ class RerankerConfig(Config):
         How much of the trade-off is the user's own, in [0, 1]: with 0 it is the same for all, with 1 it is `diversity`
         times the user's appetite for diversity, read from the history.
     gamma
-        Of the kernel, (1 - gamma) F F' + gamma I: 0 forbids two items that are alike in all, more forgives them. DPP and
-        KDPP alone have it.
+        Of the kernel, (1 - gamma) F F' + gamma I, of DPP and KDPP: 0 forbids two items that are alike in all, more
+        forgives them.
     features
         What makes two items alike: "genres", "vectors" (of the retriever), "both", or "auto": both, where genres are
         known. XQuAD looks at genres alone.
