@@ -13,6 +13,8 @@
 #include "common/random.h"
 
 namespace recfast::bindings {
+void bind_kdpp_sample(py::module_& m);
+void bind_dpp_log_det(py::module_& m);
 namespace {
 
 recfast::Isa isa_by_name(const std::string& name) {
@@ -78,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   bind_hstu_attention(m);
   bind_id_map(m);
   bind_initial_rows(m);
+  bind_kdpp_sample(m);
   bind_packed_rows(m);
   bind_negatives_loss(m);
   bind_sdim_attention(m);

@@ -26,6 +26,7 @@ from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
 from recfast.ops.mmr_greedy import GreedyResult, mmr_greedy
 from recfast.ops.msd_greedy import msd_greedy
+from recfast.ops.kdpp_sample import KDPPResult, kdpp_sample
 from recfast.ops.negatives_loss import negatives_loss
 from recfast.ops.packed_codes import (  # the edits of what is packed, which are no ops, are for index
     PackedCodes,
@@ -50,6 +51,7 @@ __all__ = [
     "Features",
     "GreedyResult",
     "IdMap",
+    "KDPPResult",
     "PackedCodes",
     "PackedRows",
     "Pending",
@@ -79,6 +81,7 @@ __all__ = [
     "initial_rows",
     "mmr_greedy",
     "msd_greedy",
+    "kdpp_sample",
     "negatives_loss",
     "pack_codes",
     "pack_mask",
