@@ -260,8 +260,8 @@ def test_what_was_shown_is_neither_listed_nor_repeated(kind):
     shown = np.array([[0, 9], [4, -1], [21, 30], [39, 2], [-1, -1]])
     for user, row in enumerate(shown):
         relevance[user, np.isin(ids[user] // 4, row[row >= 0] // 4)] += 3
-    plain = kind(0.9).rank(table, relevance, 6, candidates=ids)
-    answer = kind(0.9).rank(table, relevance, 6, candidates=ids, shown=shown)
+    plain = kind(0.9).rank(table, relevance, 3, candidates=ids)
+    answer = kind(0.9).rank(table, relevance, 3, candidates=ids, shown=shown)
     alike = np.zeros(2, dtype=int)
     for user in range(4):
         listed, before = (np.take(ids[user], picks[user]) for picks in (answer, plain))

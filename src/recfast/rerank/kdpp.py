@@ -112,7 +112,7 @@ class KDPP(Reranker):
             seed=int(by_user["seed"][0]) if len(valid) else 0,
             gamma=self.gamma,
             mask=valid & drawn[:, None],
-            keys=by_user["keys"],
+            users=by_user["keys"],
         ).indices.reshape(len(valid), -1)
         chosen = torch.zeros(valid.shape[0], valid.shape[1] + 1, dtype=torch.bool)
         chosen.scatter_(1, sampled.where(sampled >= 0, valid.shape[1]), True)
