@@ -7,43 +7,55 @@
 namespace recfast::bindings {
 namespace {
 
-// What stays the same however the users are cut: one struct instead of a dozen numbers in a row.
+using recfast::dpp_greedy::Args;
+using recfast::dpp_greedy::Exhausted;
+
+// What stays the same however the users are cut: one object instead of a dozen numbers in a row.
 struct DppShape {
-  std::int64_t users, items, width, picks, shown_width, window;
-  double gamma;
-  int exhausted;
-  bool exact;
+  Args args;
 };
 
-template <class T>
-py::tuple dpp(const DppShape& shape, Address features, std::int64_t user_stride, Address relevance, Address weight,
+DppShape shape_of(std::int64_t users, std::int64_t items, std::int64_t width, std::int64_t picks,
+                  std::int64_t shown_width, bool has_candidates, std::int64_t window, double gamma, double epsilon,
+                  int exhausted, bool exact, int format, std::int64_t user_stride, bool relevance_is_double) {
+  static constexpr std::int64_t kSome = 0;
+  return {.args = {.users = users,
+                   .items = items,
+                   .width = width,
+                   .picks = picks,
+                   .shown_width = shown_width,
+                   .window = window,
+                   .gamma = gamma,
+                   .epsilon = epsilon,
+                   .exhausted = static_cast<Exhausted>(exhausted),
+                   .exact = exact,
+                   .format = static_cast<Format>(format),
+                   .user_stride = user_stride,
+                   // Replaced before anything is read; that there are some decides the size of the scratch memory.
+                   .candidates = has_candidates ? &kSome : nullptr,
+                   .relevance_is_double = relevance_is_double}};
+}
+
+py::tuple dpp(const DppShape& shape, Address features, Address candidates, Address relevance, Address weight,
               Address lengths, Address mask, Address shown, Address indices, Address count, Address gains,
               Address log_det, Address scratch) {
-  using namespace recfast::dpp_greedy;
-  Outcome outcome;
+  recfast::dpp_greedy::Outcome outcome;
   {
     py::gil_scoped_release unlocked;
-    outcome = run(Args<T>{.users = shape.users,
-                          .items = shape.items,
-                          .width = shape.width,
-                          .picks = shape.picks,
-                          .shown_width = shape.shown_width,
-                          .window = shape.window,
-                          .gamma = shape.gamma,
-                          .exhausted = static_cast<Exhausted>(shape.exhausted),
-                          .exact = shape.exact,
-                          .features = at<const T>(features),
-                          .user_stride = user_stride,
-                          .relevance = at<const double>(relevance),
-                          .weight = at<const double>(weight),
-                          .lengths = at<const std::int64_t>(lengths),
-                          .mask = at<const bool>(mask),
-                          .shown = at<const std::int64_t>(shown),
-                          .indices = at<std::int64_t>(indices),
-                          .count = at<std::int64_t>(count),
-                          .gains = at<double>(gains),
-                          .log_det = at<double>(log_det),
-                          .scratch = at<std::byte>((scratch + 63) / 64 * 64)});
+    Args args = shape.args;
+    args.features = at<const std::byte>(features);
+    args.candidates = at<const std::int64_t>(candidates);
+    args.relevance = at<const void>(relevance);
+    args.weight = at<const double>(weight);
+    args.lengths = at<const std::int64_t>(lengths);
+    args.mask = at<const bool>(mask);
+    args.shown = at<const std::int64_t>(shown);
+    args.indices = at<std::int64_t>(indices);
+    args.count = at<std::int64_t>(count);
+    args.gains = at<double>(gains);
+    args.log_det = at<double>(log_det);
+    args.scratch = at<std::byte>((scratch + 63) / 64 * 64);
+    outcome = recfast::dpp_greedy::run(args);
   }
   return py::make_tuple(outcome.wrong_feature, outcome.wrong_relevance);
 }
@@ -51,15 +63,10 @@ py::tuple dpp(const DppShape& shape, Address features, std::int64_t user_stride,
 }  // namespace
 
 void bind_dpp_greedy(py::module_& m) {
-  py::class_<DppShape>(m, "DppShape")
-      .def(py::init([](std::int64_t users, std::int64_t items, std::int64_t width, std::int64_t picks,
-                       std::int64_t shown_width, std::int64_t window, double gamma, int exhausted, bool exact) {
-        return DppShape{users, items, width, picks, shown_width, window, gamma, exhausted, exact};
-      }));
-  m.def("dpp_greedy_float32", &dpp<float>);
-  m.def("dpp_greedy_float64", &dpp<double>);
-  // Bytes a thread, to which 64 must be added once for alignment.
-  m.def("dpp_greedy_scratch", &recfast::dpp_greedy::scratch_bytes);
+  py::class_<DppShape>(m, "DppShape").def(py::init(&shape_of)).def(
+      // Bytes a thread, to which 64 must be added once for alignment.
+      "scratch", [](const DppShape& shape) { return recfast::dpp_greedy::scratch_bytes(shape.args); });
+  m.def("dpp_greedy", &dpp);
 }
 
 }  // namespace recfast::bindings

@@ -117,7 +117,7 @@ def test_opcheck(opcheck):
     ("change", "error", "sentence"),
     [
         ({"features": [[1.0]]}, TypeError, "dpp_greedy: features must be a tensor, got list"),
-        ({"features": torch.ones(2, 3, 4).half()}, TypeError, "features must be float32 or float64, got float16"),
+        ({"features": torch.ones(2, 3, 4).int()}, TypeError, "features must be float32 or .* or float16, got int32"),
         ({"features": torch.ones(2, 4, 4)}, ValueError, r"features must have shape \[2, 3, D\], got \[2, 4, 4\]"),
         ({"features": torch.ones(2, 4)}, ValueError, r"features must have shape \[3, D\], got \[2, 4\]"),
         ({"relevance": torch.ones(3)}, ValueError, r"relevance must have shape \[U, N\], got \[3\]"),
@@ -337,14 +337,20 @@ def test_large_problem(alpha):
     )
 
 
+def scratch_bytes(items, width, k, gamma=0.0, window=0):
+    shape = _C.DppShape(1, items, width, k, 0, False, window, gamma, 1e-10, 0, True, 0, 0, False)
+    return shape.scratch()
+
+
 def test_memory_grows_with_neither_items_squared_nor_items_times_picks():
     items, width = 100_000, 64
-    for gamma in (False, True):
-        few = _C.dpp_greedy_scratch(items, width, 10, 0, gamma)
-        many = _C.dpp_greedy_scratch(items, width, 500, 0, gamma)
-        # The rows in float32 and some sixty bytes an item; the picks' directions.
-        assert few < items * (4 * width + 64)
-        assert many - few < 500 * 12 * (width + 500)
+    for gamma in (0.0, 0.1):
+        few = scratch_bytes(items, width, 10, gamma)
+        many = scratch_bytes(items, width, 500, gamma)
+        # Codes of the rows, a byte a value, and some ninety bytes an item; the picks' directions.
+        assert few < items * (width + 90) + 100_000
+        assert many - few < 500 * 12 * (width + 520)
+        assert scratch_bytes(items, width, 500, gamma, window=10) - few < 100_000 + 16 * items / 64
 
 
 def test_fewer_users_than_threads():

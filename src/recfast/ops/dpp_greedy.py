@@ -14,11 +14,15 @@ from recfast.ops import _check
 from recfast.ops._library import define, kernel
 
 _DTYPES = (torch.float32, torch.float64)
+# As csrc/common/row_format.h numbers them.
+_FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_FEATURE_DTYPES = tuple(_FORMATS)
 _POLICIES = ("relevance", "stop", "restart")
 _threads = kernel("max_threads")
-_KERNELS = {torch.float32: kernel("dpp_greedy_float32"), torch.float64: kernel("dpp_greedy_float64")}
-# Equal to kSpent, kTie and kTieRelative of csrc/dpp_greedy/dpp_greedy.h.
-_SPENT = 1e-10
+_run = kernel("dpp_greedy")
+# Equal to kMaxWidth, kNoDirection, kTie and kTieRelative of csrc/dpp_greedy/dpp_greedy.h.
+_MAX_WIDTH = 65536
+_NO_DIRECTION = 1e-10
 _TIE = 1e-12
 _TIE_RELATIVE = 1e-15
 
@@ -60,59 +64,78 @@ def _cpu(
     k: int,
     weight: Tensor,
     gamma: float,
+    candidates: Tensor | None,
     lengths: Tensor | None,
     mask: Tensor | None,
     shown: Tensor | None,
     window: int,
     exhausted: str,
+    epsilon: float,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     users, items = relevance.shape
     width = features.shape[-1]
-    shown_width = 0 if shown is None else shown.shape[1]
     features = features.contiguous()
-    inputs = [relevance.double().contiguous(), weight.contiguous()]
-    inputs += [None if value is None else value.contiguous() for value in (lengths, mask, shown)]
+    inputs = [
+        None if value is None else value.contiguous() for value in (candidates, relevance, weight, lengths, mask, shown)
+    ]
     outputs = _empty(users, k, relevance)
-    a_thread = _C.dpp_greedy_scratch(items, width, k, shown_width, gamma > 0)
+    shape = _C.DppShape(
+        users,
+        items,
+        width,
+        k,
+        0 if shown is None else shown.shape[1],
+        candidates is not None,
+        window,
+        gamma,
+        epsilon,
+        _POLICIES.index(exhausted),
+        exact,
+        _FORMATS[features.dtype],
+        0 if features.dim() == 2 else items,
+        relevance.dtype == torch.float64,
+    )
     # A loop over two users may still number its threads up to the team's size.
-    scratch = torch.empty(a_thread * max(1, _threads()) + 64, dtype=torch.uint8)
-    shape = _C.DppShape(users, items, width, k, shown_width, window, gamma, _POLICIES.index(exhausted), exact)
-    wrong_feature, wrong_relevance = _KERNELS[features.dtype](
+    scratch = torch.empty(shape.scratch() * (_threads() if users > 1 else 1) + 64, dtype=torch.uint8)
+    wrong_feature, wrong_relevance = _run(
         shape,
         features.data_ptr(),
-        0 if features.dim() == 2 else items * width,
         *(0 if value is None else value.data_ptr() for value in inputs),
         *(value.data_ptr() for value in outputs),
         scratch.data_ptr(),
     )
-    if wrong_feature >= 0:
-        raise _not_finite("features", features, wrong_feature, "a finite number with a finite squared norm")
     if wrong_relevance >= 0:
-        raise _not_finite("relevance", relevance, wrong_relevance, "a finite number, also when times 2 alpha")
+        user, item = divmod(wrong_relevance, items)
+        value = float(relevance[user, item])
+        raise ValueError(
+            f"dpp_greedy: relevance[{user}, {item}] must be a finite number, also when times 2 alpha, got {value}"
+        )
+    if wrong_feature >= 0:
+        place, column = divmod(wrong_feature, width)
+        user, item = divmod(place, items)
+        if candidates is not None:
+            at = (int(candidates[user, item]), column)
+        else:
+            at = (item, column) if features.dim() == 2 else (user, item, column)
+        raise ValueError(
+            f"dpp_greedy: features[{', '.join(map(str, at))}] must be a finite number with a finite squared norm, "
+            f"got {float(features[at])}"
+        )
     return outputs
 
 
-def _not_finite(name: str, value: Tensor, position: int, expected: str) -> ValueError:
-    place, rest = [], position
-    for size in reversed(value.shape):
-        place.insert(0, rest % size)
-        rest //= size
-    where = ", ".join(map(str, place))
-    return ValueError(f"dpp_greedy: {name}[{where}] must be {expected}, got {float(value[tuple(place)])}")
-
-
-def _fake(features, relevance, k, weight, gamma, lengths, mask, shown, window, exhausted, exact):
+def _fake(features, relevance, k, weight, gamma, candidates, lengths, mask, shown, window, exhausted, epsilon, exact):
     return _empty(relevance.shape[0], k, relevance)
 
 
-def _residual_share(rows: Tensor, members: list[int]) -> Tensor:
+def _residual_share(rows: Tensor, members: list[int], least: float) -> Tensor:
     """The squared norm that is left of unit rows [N, D] once the directions of `members` are taken out."""
     left = rows.clone()
     for member in members:
         direction = left[member].clone()
         squared = direction.dot(direction)
-        if squared < _SPENT:
+        if squared < least:
             continue
         direction /= squared.sqrt()
         for _ in range(2):
@@ -130,6 +153,7 @@ def _user_reference(
     shown: list[int],
     window: int,
     exhausted: str,
+    epsilon: float,
 ) -> tuple[list[int], list[float]]:
     rows = features.double()
     if gamma > 0:
@@ -139,7 +163,7 @@ def _user_reference(
     relevance = relevance.double()
     diagonal = rows.square().sum(1)
     unit = rows / diagonal.sqrt().where(diagonal > 0, torch.ones_like(diagonal))[:, None]
-    sequence, start = [item for item in dict.fromkeys(shown) if free[item]], 0
+    sequence, start = shown, 0
     free = free.clone()
     free[sequence] = False
     picks: list[int] = []
@@ -157,9 +181,9 @@ def _user_reference(
                     start = len(sequence)
                 if window > 0:
                     start = max(start, len(sequence) - (window - 1))
-                share = _residual_share(unit, sequence[start:])
+                share = _residual_share(unit, sequence[start:], min(epsilon, _NO_DIRECTION))
                 score = torch.where(
-                    free & (share >= _SPENT), weight * relevance + diagonal.log() + share.log(), -torch.inf
+                    free & (share >= epsilon), weight * relevance + diagonal.log() + share.log(), -torch.inf
                 )
                 best = float(score.max())
                 if best > -math.inf:
@@ -176,7 +200,9 @@ def _user_reference(
     return picks, gains
 
 
-def _reference(features, relevance, k, weight, gamma, lengths, mask, shown, window, exhausted, exact):
+def _reference(
+    features, relevance, k, weight, gamma, candidates, lengths, mask, shown, window, exhausted, epsilon, exact
+):
     users, items = relevance.shape
     result = DPPResult(*_empty(users, k, relevance))
     result.indices.fill_(-1)
@@ -185,16 +211,22 @@ def _reference(features, relevance, k, weight, gamma, lengths, mask, shown, wind
         free = torch.ones(items, dtype=torch.bool) if mask is None else mask[user].clone()
         if lengths is not None:
             free[int(lengths[user]) :] = False
+        seen = [] if shown is None else [row for row in dict.fromkeys(shown[user].tolist()) if row >= 0]
+        scores = relevance[user]
+        if candidates is None:
+            rows = features if features.dim() == 2 else features[user]
+            seen = [item for item in seen if free[item]]
+        else:
+            free &= candidates[user] >= 0
+            for row in seen:
+                free &= candidates[user] != row
+            # The rows that were shown stand after the candidates, and cannot be picked.
+            rows = features[torch.cat([candidates[user].clamp(min=0), torch.tensor(seen, dtype=torch.int64)])]
+            free = torch.cat([free, torch.zeros(len(seen), dtype=torch.bool)])
+            scores = torch.cat([scores, torch.zeros(len(seen), dtype=scores.dtype)])
+            seen = list(range(items, items + len(seen)))
         picks, gains = _user_reference(
-            features if features.dim() == 2 else features[user],
-            relevance[user],
-            k,
-            float(weight[user]),
-            gamma,
-            free,
-            [] if shown is None else [item for item in shown[user].tolist() if item >= 0],
-            window,
-            exhausted,
+            rows, scores, k, float(weight[user]), gamma, free, seen, window, exhausted, epsilon
         )
         result.count[user] = len(picks)
         result.indices[user, : len(picks)] = torch.tensor(picks, dtype=torch.int64)
@@ -212,21 +244,24 @@ def _samples() -> Iterator[tuple]:
 
     weights = torch.tensor([0.0, 1.0, torch.inf], dtype=torch.float64)
     features, relevance = problem(3, 70, 5)
-    yield features, relevance, 9, weights, 0.1, None, None, None, 0, "relevance", True
+    yield features, relevance, 9, weights, 0.1, None, None, None, None, 0, "relevance", 1e-10, True
     lengths = torch.tensor([70, 3, 0])
     mask = torch.rand(3, 70, generator=generator) < 0.6
-    yield features, relevance, 9, weights, 0.0, lengths, None, None, 0, "relevance", True
-    yield features, relevance, 9, weights, 0.0, None, mask, None, 0, "stop", True
-    yield features[0], relevance, 9, weights, 0.0, lengths, mask, None, 0, "restart", True
+    yield features, relevance, 9, weights, 0.0, None, lengths, None, None, 0, "relevance", 1e-10, True
+    yield features, relevance, 9, weights, 0.0, None, None, mask, None, 0, "stop", 0.1, True
+    yield features[0], relevance, 9, weights, 0.0, None, lengths, mask, None, 0, "restart", 1e-10, True
     shown = torch.tensor([[4, -1], [0, 1], [2, 2]])
+    rows = torch.randint(-1, 70, (3, 70), generator=generator)
+    yield features[0].bfloat16(), relevance, 9, weights, 0.0, rows, None, None, shown, 3, "stop", 1e-10, True
     features, relevance = problem(3, 20, 6, torch.float64)
-    yield features, relevance, 8, weights, 0.0, None, None, shown, 4, "relevance", True
-    yield features[:0], relevance[:0], 2, weights[:0], 0.0, None, None, None, 0, "stop", True
+    yield features, relevance, 8, weights, 0.0, None, None, None, shown, 4, "relevance", 1e-10, True
+    yield features[:0], relevance[:0], 2, weights[:0], 0.0, None, None, None, None, 0, "stop", 1e-10, True
 
 
 _op = define(
-    "dpp_greedy(Tensor features, Tensor relevance, int k, Tensor weight, float gamma, Tensor? lengths, Tensor? mask, "
-    "Tensor? shown, int window, str exhausted, bool exact) -> (Tensor, Tensor, Tensor, Tensor)",
+    "dpp_greedy(Tensor features, Tensor relevance, int k, Tensor weight, float gamma, Tensor? candidates, "
+    "Tensor? lengths, Tensor? mask, Tensor? shown, int window, str exhausted, float epsilon, bool exact) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_cpu,
     fake=_fake,
     samples=_samples,
@@ -234,43 +269,60 @@ _op = define(
 )
 
 
-def _weights(diversity: float | Tensor | None, alpha: float | Tensor | None, users: int, device) -> Tensor:
+def _weights(
+    op: str, diversity: float | Tensor | None, alpha: float | Tensor | None, users: int, device: torch.device
+) -> Tensor:
     """2 alpha of each user, float64 [U]; infinity for relevance alone."""
     if diversity is not None and alpha is not None:
-        raise ValueError("dpp_greedy: give diversity or alpha, not both")
+        raise ValueError(f"{op}: give diversity or alpha, not both")
     if diversity is None and alpha is None:
         diversity = 0.5
     name, given = ("alpha", alpha) if diversity is None else ("diversity", diversity)
-    value = torch.as_tensor(given, dtype=torch.float64, device=device).detach()
-    if value.dim() > 1 or (value.dim() == 1 and len(value) != users):
-        raise ValueError(f"dpp_greedy: {name} must be a number or have shape [{users}], got {list(value.shape)}")
     highest = math.inf if name == "alpha" else 1.0
+    limit = "at least 0" if name == "alpha" else "in [0, 1]"
+    if not isinstance(given, Tensor):
+        try:
+            given = float(given)
+        except TypeError:
+            given = torch.as_tensor(given)
+    if isinstance(given, float):  # what tensors of one number would take ten times as long for
+        if not 0 <= given <= highest:
+            raise ValueError(f"{op}: {name} must be {limit}, got {given}")
+        weight = 2 * given if name == "alpha" else (1 - given) / given if given > 0 else math.inf
+        return torch.full((users,), weight, dtype=torch.float64, device=device)
+    value = given.detach().to(device, torch.float64)
+    if value.dim() > 1 or (value.dim() == 1 and len(value) != users):
+        raise ValueError(f"{op}: {name} must be a number or have shape [{users}], got {list(value.shape)}")
     wrong = ~((value >= 0) & (value <= highest))
     if bool(wrong.any()):
         at = int(wrong.reshape(-1).nonzero()[0])
         place = f"{name}[{at}]" if value.dim() == 1 else name
-        limit = "at least 0" if name == "alpha" else "in [0, 1]"
-        raise ValueError(f"dpp_greedy: {place} must be {limit}, got {float(value.reshape(-1)[at])}")
+        raise ValueError(f"{op}: {place} must be {limit}, got {float(value.reshape(-1)[at])}")
     # theta = 1 - diversity weights the relevance, 2 alpha = theta / (1 - theta); 1 / 0 is the infinity that is meant.
     weight = 2 * value if name == "alpha" else (1 - value) / value
     return weight.expand(users)
 
 
-def _arguments(
-    features, relevance, k, diversity, alpha, gamma, lengths, mask, shown, window, exhausted, exact
-) -> tuple:
-    op = "dpp_greedy"
-    _check.tensor(op, "relevance", relevance, dtypes=_DTYPES, shape=["U", "N"])
+def _options(
+    op: str,
+    relevance: Tensor,
+    k: int,
+    diversity: float | Tensor | None,
+    alpha: float | Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    shown: Tensor | None,
+    shown_rows: int,
+    window: int | None,
+    exhausted: str,
+    epsilon: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]:
+    """Check what both forms of the op take: weight, lengths, mask, shown, window."""
     users, items = relevance.shape
     device = relevance.device
-    _check.tensor(op, "features", features, dtypes=_DTYPES, device=device)
-    if features.dim() == 2:
-        _check.tensor(op, "features", features, shape=[items, "D"])
-    else:
-        _check.tensor(op, "features", features, shape=[users, items, "D"])
     _check.at_least(op, "k", k, 0)
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"dpp_greedy: gamma must be in [0, 1], got {gamma}")
+    if not 0 < epsilon <= 1:
+        raise ValueError(f"{op}: epsilon must be in (0, 1], got {epsilon}")
     if lengths is not None:
         _check.tensor(op, "lengths", lengths, dtypes=_check.INDEX_DTYPES, shape=[users], device=device)
         _check.indices(op, "lengths", lengths, items + 1)
@@ -279,26 +331,69 @@ def _arguments(
         _check.tensor(op, "mask", mask, dtypes=[torch.bool], shape=[users, items], device=device)
     if shown is not None:
         _check.tensor(op, "shown", shown, dtypes=_check.INDEX_DTYPES, shape=[users, "S"], device=device)
-        _check.indices(op, "shown", shown.masked_fill(shown == -1, 0), max(items, 1))
-        if items == 0:
-            shown = None
-    if shown is not None:
-        shown = shown.long()
+        _check.indices(op, "shown", shown.masked_fill(shown == -1, 0), max(shown_rows, 1))
+        shown = shown.long() if shown_rows > 0 else None
     if window is not None:
         _check.at_least(op, "window", window, 1)
     _check.choice(op, "exhausted", exhausted, _POLICIES)
-    weight = _weights(diversity, alpha, users, device)
+    weight = _weights(op, diversity, alpha, users, device)
+    return weight, lengths, mask, shown, 0 if window is None else int(window)
+
+
+def _arguments(
+    features,
+    relevance,
+    k,
+    candidates,
+    diversity,
+    alpha,
+    gamma,
+    lengths,
+    mask,
+    shown,
+    window,
+    exhausted,
+    epsilon,
+    exact,
+) -> tuple:
+    op = "dpp_greedy"
+    _check.tensor(op, "relevance", relevance, dtypes=_DTYPES, shape=["U", "N"])
+    users, items = relevance.shape
+    device = relevance.device
+    _check.tensor(op, "features", features, dtypes=_FEATURE_DTYPES, device=device)
+    rows = items
+    if candidates is not None:
+        _check.tensor(op, "features", features, shape=["T", "D"])
+        rows = features.shape[0]
+        candidates = _check.index(op, "candidates", candidates, shape=[users, items], device=device)
+        if (candidates.numel() > 0 and int(candidates.min()) < -1) or rows == 0:
+            _check.indices(op, "candidates", candidates.masked_fill(candidates == -1, 0), max(rows, 1))
+        elif candidates.numel() > 0 and int(candidates.max()) >= rows:
+            _check.indices(op, "candidates", candidates.clamp(min=0), rows)
+    elif features.dim() == 2:
+        _check.tensor(op, "features", features, shape=[items, "D"])
+    else:
+        _check.tensor(op, "features", features, shape=[users, items, "D"])
+    if features.shape[-1] > _MAX_WIDTH:
+        raise ValueError(f"{op}: features must have at most {_MAX_WIDTH} columns, got {features.shape[-1]}")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"{op}: gamma must be in [0, 1], got {gamma}")
+    weight, lengths, mask, shown, window = _options(
+        op, relevance, k, diversity, alpha, lengths, mask, shown, rows, window, exhausted, epsilon
+    )
     return (
         features.detach(),
         relevance.detach(),
         int(k),
         weight,
         float(gamma),
+        candidates,
         lengths,
         mask,
         shown,
-        0 if window is None else int(window),
+        window,
         exhausted,
+        float(epsilon),
         bool(exact),
     )
 
@@ -308,6 +403,7 @@ def dpp_greedy(
     relevance: Tensor,
     k: int,
     *,
+    candidates: Tensor | None = None,
     diversity: float | Tensor | None = None,
     alpha: float | Tensor | None = None,
     gamma: float = 0.0,
@@ -316,6 +412,7 @@ def dpp_greedy(
     shown: Tensor | None = None,
     window: int | None = None,
     exhausted: str = "relevance",
+    epsilon: float = 1e-10,
     exact: bool = True,
 ) -> DPPResult:
     """Pick k items for each user so that they are relevant and unlike each other.
@@ -330,13 +427,16 @@ def dpp_greedy(
 
     Parameters
     ----------
-    features : Tensor [U, N, D], or [N, D] for all users, float32 or float64
+    features : Tensor [U, N, D], [N, D] for all users, or a table [T, D]; float32, float64, bfloat16 or float16
         Rows whose dot product says how alike two items are. Used as given: unit norm is expected, for a longer row
         counts as a better item. (`rerank.DPP` normalises.)
     relevance : Tensor [U, N], float32 or float64
         How good each item is, higher is better, on one scale for all users. (`rerank.DPP` makes z-scores.)
     k : int
         Length of the lists.
+    candidates : Tensor [U, N], int32 or int64, -1 for none
+        Rows of `features`, then a table, that are the user's candidates. They are read where they lie: nothing of
+        size [U, N, D] is made.
     diversity : float or Tensor [U], in [0, 1]
         The trade-off, one for all or one a user: with theta = 1 - diversity, `alpha = theta / (2 (1 - theta))`.
         0 is the order of relevance, 1 looks at the features alone. 0.5 if neither it nor `alpha` is given.
@@ -351,17 +451,21 @@ def dpp_greedy(
         False: not a candidate. What is no candidate is not read.
     shown : Tensor [U, S], int32 or int64, -1 padded
         Candidates that the user has seen already, in that order: they are not picked again, and the picks are diverse
-        against them too. Gains are conditional on them. Those that are no candidates are passed over.
+        against them too. Gains are conditional on them. Those that are no candidates are passed over. With
+        `candidates` these are rows of the table, which need not be among them; a candidate with that row is not picked.
     window : int, at least 1
         Each pick is diverse against the `window - 1` before it only; None: against all.
     exhausted : {"relevance", "stop", "restart"}
-        When no item has more than 1e-10 of its squared norm outside the span of the picks (more picks than the rank,
-        duplicates): go on by relevance (ties by lowest index), stop short, or forget the picks so far and begin afresh.
-        A restart that finds nothing (zero rows) goes on by relevance.
+        When every item is spent (more picks than the rank, duplicates; see `epsilon`): go on by relevance (ties by
+        lowest index), stop short, or forget the picks so far and begin afresh. A restart that finds nothing (zero rows)
+        goes on by relevance.
+    epsilon : float, in (0, 1]
+        An item is spent when no more than this share of its own S_ii is left, that is of the squared norm of its row
+        outside the span of the picks (gamma above 0 always leaves some).
     exact : bool
-        True: a float32 scan, then float64 among all that could win by the error bound of float32. The indices equal
-        those of `dpp_greedy.reference` and depend on neither thread count, batch nor instruction set. False: trust
-        float32.
+        True: a scan of upper bounds, then float64 among all items that could win by them. The indices equal
+        those of `dpp_greedy.reference` and depend on neither thread count, batch nor instruction set. False: an item is
+        passed over unless its bound is 5e-5 above the best gain so far: each gain is at most 5e-5 below the greatest.
 
     Returns
     -------
@@ -381,10 +485,12 @@ def dpp_greedy(
 
     Notes
     -----
-    Scores that differ by less than 1e-12 + 1e-15 |score| are equal, and the lowest index wins. Accumulation is float32
-    in the scan and float64 in the decision. O(N D) work a pick at most (O(N D window) with a window), less where stale
-    bounds settle it. Memory a thread: N D + K D numbers, and K^2 more with gamma above 0. Inference only: no gradient
-    flows. Backend: CPU (scalar, AVX2, AVX-512).
+    Scores that differ by less than 1e-12 + 1e-15 |score| are equal, and the lowest index wins. The scan works on codes
+    of 8 bits, with a bound that is rigorous (csrc/dpp_greedy/dpp_greedy.h); every decision, gain and log-determinant
+    is float64. O(N D) work a pick at most, less where stale bounds settle it. Rows of which one value is very much
+    larger than all others have loose bounds, and more of them are looked at in float64. Memory a thread: N (D + 90)
+    bytes and K D numbers, and K^2 more with gamma above 0. Threads share the users; one user alone, the candidates.
+    D is at most 65536. Inference only: no gradient flows. Backend: CPU (scalar, AVX2, AVX-512 with VNNI).
 
     References
     ----------
@@ -392,7 +498,20 @@ def dpp_greedy(
     diversity", NeurIPS 2018.
     """
     arguments = _arguments(
-        features, relevance, k, diversity, alpha, gamma, lengths, mask, shown, window, exhausted, exact
+        features,
+        relevance,
+        k,
+        candidates,
+        diversity,
+        alpha,
+        gamma,
+        lengths,
+        mask,
+        shown,
+        window,
+        exhausted,
+        epsilon,
+        exact,
     )
     return DPPResult(*_op(*arguments))
 
@@ -402,6 +521,7 @@ def reference(
     relevance: Tensor,
     k: int,
     *,
+    candidates: Tensor | None = None,
     diversity: float | Tensor | None = None,
     alpha: float | Tensor | None = None,
     gamma: float = 0.0,
@@ -410,11 +530,25 @@ def reference(
     shown: Tensor | None = None,
     window: int | None = None,
     exhausted: str = "relevance",
+    epsilon: float = 1e-10,
     exact: bool = True,
 ) -> DPPResult:
     """The same in plain torch, always in float64: the residual of every row, by Gram-Schmidt, afresh for each pick."""
     arguments = _arguments(
-        features, relevance, k, diversity, alpha, gamma, lengths, mask, shown, window, exhausted, exact
+        features,
+        relevance,
+        k,
+        candidates,
+        diversity,
+        alpha,
+        gamma,
+        lengths,
+        mask,
+        shown,
+        window,
+        exhausted,
+        epsilon,
+        exact,
     )
     return DPPResult(*_reference(*arguments))
 
