@@ -126,9 +126,9 @@ def test_diversity_0_is_the_order_of_relevance():
 def test_shown_rows_need_not_be_candidates():
     table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     candidates = torch.tensor([[1, 2, 1]])
-    relevance = torch.tensor([[0.1, 0.2, 0.0]])
+    relevance = torch.tensor([[0.2, 0.2, 0.0]])
     answer = ops.xquad_greedy(table, relevance, 3, candidates=candidates, shown=torch.tensor([[0]]))
-    # Topic 0 is served: item 0 (row 1) .05 + .25, item 1 (row 2) .1 + .2; then item 1 .1 before the copy of item 0.
+    # Topic 0 is served: item 0 (row 1) .1 + .25, item 1 (row 2) .1 + .2; then item 1 .1 before the copy of item 0.
     assert answer.indices.tolist() == [[0, 1, 2]]
     # A shown row takes all its candidates with it.
     answer = ops.xquad_greedy(table, relevance, 3, candidates=candidates, shown=torch.tensor([[1]]))
@@ -138,7 +138,7 @@ def test_shown_rows_need_not_be_candidates():
 @pytest.mark.parametrize("scale", [1e-90, 1e18, 1e190])
 def test_any_scale(scale):
     topics, relevance = problems.topics("clustered", 2, 150, 8, 7, torch.float64)
-    preferences = preferences_of(2, 8, 7)
+    relevance, preferences = relevance.double(), preferences_of(2, 8, 7)
     options = {"diversity": 0.6}
     wanted = ops.xquad_greedy(topics, relevance, 20, preferences=preferences, **options)
     answer = ops.xquad_greedy(topics, relevance * scale, 20, preferences=preferences * scale, **options)
