@@ -8,14 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recfast import _C
 from recfast.errors import OutOfRange
 from recfast.ops import _check
+from recfast.ops._library import kernel
+from recfast.ops.formats import FORMATS
 
 ROW_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SCORE_DTYPES = (torch.float32, torch.float64)
 # Equal to kTie and kLargest of csrc/greedy/greedy.h.
 TIE = 1e-12
 LARGEST = 1e200
+_threads = kernel("max_threads")
+_FORMATS = {form.dtype: form.code for form in FORMATS.values() if form.dtype is not None}
 
 
 class GreedyResult(NamedTuple):
@@ -116,6 +121,70 @@ def problem(
         0 if window is None else int(window),
         bool(exact),
     )
+
+
+class Kernel:
+    """The compiled form of an op.
+
+    Parameters
+    ----------
+    op
+        Its name.
+    name, expected
+        What its rows are called, and what they must be.
+    """
+
+    def __init__(self, op: str, name: str = "features", expected: str | None = None) -> None:
+        self._op, self._name = op, name
+        self._expected = expected or f"finite, its row's square at most {LARGEST:g}"
+        self._run, self._scratch = kernel(op), getattr(_C, f"{op}_scratch")
+
+    def __call__(self, problem: Problem, *options: object) -> tuple[Tensor, Tensor, Tensor]:
+        features, relevance, k, diversity, *indices, window, exact = problem
+        users, items = relevance.shape
+        width = features.shape[-1]
+        shown = problem.shown
+        features = features.contiguous()
+        inputs = [features, relevance.double().contiguous(), diversity.contiguous()]
+        inputs += [None if value is None else value.contiguous() for value in indices]
+        outputs = empty(users, k, relevance)
+        arguments = (
+            users,
+            items,
+            width,
+            k,
+            0 if shown is None else shown.shape[1],
+            window,
+            exact,
+            _FORMATS[features.dtype],
+            0 if features.dim() == 2 else items * width * features.element_size(),
+            *(0 if value is None else value.data_ptr() for value in inputs),
+            *(value.data_ptr() for value in outputs),
+        )
+        # A loop over two users may still number its threads up to the team's size.
+        scratch = torch.empty(self._scratch(arguments, options) * max(1, _threads()) + 64, dtype=torch.uint8)
+        item, seen, grade = self._run(arguments, options, scratch.data_ptr())
+        if item >= 0:
+            raise self._wrong_row(problem, problem.candidates, item, items)
+        if seen >= 0:
+            raise self._wrong_row(problem, shown, seen, shown.shape[1])
+        if grade >= 0:
+            raise not_allowed(self._op, "relevance", relevance, grade, f"finite and at most {LARGEST:g}")
+        return outputs
+
+    def _wrong_row(self, problem: Problem, ids: Tensor | None, position: int, each: int) -> ValueError:
+        features = problem.features
+        if ids is not None:
+            row = int(ids.reshape(-1)[position])
+        else:
+            row = position if features.dim() == 3 else position % each
+        values = features.reshape(-1, features.shape[-1])[row].double()
+        # The first that is not allowed by itself; in a row whose square is too large, its greatest.
+        alone = ~torch.isfinite(values)
+        if self._name == "topics":
+            alone |= (values < 0) | (values > 1)
+        column = int(alone.nonzero()[0]) if bool(alone.any()) else int(values.abs().argmax())
+        return not_allowed(self._op, self._name, features, row * len(values) + column, self._expected)
 
 
 def outside(op: str, name: str, place: list[int], value: int, rows: int) -> OutOfRange:

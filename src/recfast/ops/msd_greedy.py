@@ -10,9 +10,12 @@ from recfast.ops import _greedy
 from recfast.ops._greedy import GreedyResult
 from recfast.ops._library import define
 
+_kernel = _greedy.Kernel("msd_greedy")
+
 
 def _cpu(*arguments):
-    return _reference(*arguments)
+    *shared, mean = arguments
+    return _kernel(_greedy.Problem(*shared), mean)
 
 
 def _fake(features, relevance, k, *_):

@@ -17,8 +17,12 @@ _SPENT = 1e-10
 _MOST_VOLUME = 1e100
 
 
+_kernel = _greedy.Kernel("ssd_greedy")
+
+
 def _cpu(*arguments):
-    return _reference(*arguments)
+    *shared, gamma, mode, volume = arguments
+    return _kernel(_greedy.Problem(*shared), gamma, mode == "paper", volume)
 
 
 def _fake(features, relevance, k, *_):

@@ -11,9 +11,13 @@ from recfast.ops import _check, _greedy
 from recfast.ops._greedy import GreedyResult
 from recfast.ops._library import define
 
+_kernel = _greedy.Kernel("xquad_greedy", "topics", "in [0, 1]")
+
 
 def _cpu(*arguments):
-    return _reference(*arguments)
+    *shared, preferences = arguments
+    preferences = preferences.contiguous()
+    return _kernel(_greedy.Problem(*shared), preferences.data_ptr())
 
 
 def _fake(features, relevance, k, *_):
