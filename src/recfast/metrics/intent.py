@@ -60,7 +60,9 @@ def _preferences(metric: str, value: Any, problem: _Problem) -> np.ndarray:
         return served / np.maximum(served.sum(1, keepdims=True), 1)
     out = _check.array(value, np.float64)
     if out.shape not in ((count,), (users, count)):
-        raise InputError(f"{metric}: preferences must have shape [{count}] or [{users}, {count}], got {list(out.shape)}")
+        raise InputError(
+            f"{metric}: preferences must have shape [{count}] or [{users}, {count}], got {list(out.shape)}"
+        )
     wrong = ~((out >= 0) & np.isfinite(out))
     if wrong.any():
         place = tuple(int(x) for x in np.argwhere(wrong)[0])
@@ -118,7 +120,8 @@ def _greedy(problem: _Problem, decay: float, weights: np.ndarray, discount: np.n
 
 def _ratio_to_greedy(problem: _Problem, decay: float, weights: np.ndarray, discount: np.ndarray) -> np.ndarray:
     ideal = _greedy(problem, decay, weights, discount)
-    return _of_lists(problem, decay, weights, discount) / np.where(ideal > 0, ideal, np.nan)
+    ratio = _of_lists(problem, decay, weights, discount) / np.where(ideal > 0, ideal, 1.0)
+    return np.where(problem.served.any(1), ratio, np.nan)
 
 
 def _of_lists(problem: _Problem, decay: float, weights: np.ndarray, discount: np.ndarray) -> np.ndarray:
