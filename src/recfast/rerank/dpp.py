@@ -7,16 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from recfast.errors import InputError
-from recfast.ops import dpp_greedy as _real  # TEMP
-
-
-def dpp_greedy(features, relevance, k, *, candidates=None, epsilon=None, **o):  # TEMP
-    if candidates is not None:
-        features = features[candidates.clamp(min=0)]
-        assert o["shown"] is None
-    return _real(features, relevance, k, **o)
-
-
+from recfast.ops import dpp_greedy
 from recfast.rerank._base import Reranker, window_of
 
 _POLICIES = ("relevance", "stop", "restart")
