@@ -36,6 +36,8 @@ from recfast.files import atomic_path, write_json, write_text
 RESULTS, TABLE, PLOT = "frontier.json", "frontier.md", "frontier.png"
 CANDIDATES, CUTS = 100, (10, 20)
 GRID = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+# Of samples, which cost more.
+FEW = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 LOSSES = (0.02, 0.05, 0.1)
 REPLICATES = 1000
 # What is measured of each user's list, and of all lists together.
@@ -225,7 +227,9 @@ _KINDS = (
     ("SSD", "SSD", ()),
     ("DPP", "DPP", ()),
     (f"DPP, window {WINDOW}", "DPP", (("window", WINDOW),)),
-    ("k-DPP", "KDPP", ()),
+    # gamma = 0: the eigenvectors of the narrow side, where 0.1 needs those of all candidates. It draws from the same
+    # features, but lists longer than their rank are filled up by relevance.
+    ("k-DPP", "KDPP", (("gamma", 0.0),)),
 )
 METHODS = [
     Method(name, kind, features, options, personal)
@@ -270,11 +274,12 @@ class Curve:
     of_all: dict[tuple[int, str], np.ndarray]
 
 
-def curve(problem: Problem, method: Method, seed: int, grid: tuple[float, ...] = GRID) -> Curve:
+def curve(problem: Problem, method: Method, seed: int, grid: tuple[float, ...] | None = None) -> Curve:
+    # What is greedy has the shorter list in the longer one; a sample has not.
+    sampled = method.kind == "KDPP"
+    grid = grid or (FEW if sampled else GRID)
     rows: dict[tuple[int, str], list[Any]] = {}
     for diversity in grid:
-        # What is greedy has the shorter list in the longer one; a sample has not.
-        sampled = method.kind == "KDPP"
         longest = None if sampled else method.lists(problem, diversity, max(CUTS), seed)
         for k in CUTS:
             lists = method.lists(problem, diversity, k, seed) if sampled else longest
@@ -287,6 +292,22 @@ def curve(problem: Problem, method: Method, seed: int, grid: tuple[float, ...] =
         {key: value for key, value in stacked.items() if key[1] in BY_USER},
         {key: value for key, value in stacked.items() if key[1] in OF_ALL},
     )
+
+
+@dataclass
+class Seed:
+    """All methods on one problem."""
+
+    problem: Problem
+    curves: list[Curve]
+    random: dict[int, dict[str, Any]]
+
+
+def every_method(
+    problem: Problem, seed: int, methods: list[Method] | None = None, grid: tuple[float, ...] | None = None
+) -> Seed:
+    curves = [curve(problem, method, seed, grid) for method in (METHODS if methods is None else methods)]
+    return Seed(problem, curves, {k: measured(problem, at_random(problem, k, seed), k) for k in CUTS})
 
 
 @dataclass
@@ -308,46 +329,39 @@ class Outcome:
         return [c for c in self.curves if (c.method.features, c.method.personal) == (features, personal)]
 
 
-def outcome(problems: list[Problem], methods: list[Method], grid: tuple[float, ...] = GRID) -> Outcome:
-    """Measure all methods.
+def outcome(seeds: list[Seed]) -> Outcome:
+    """Join the seeds.
 
     A user who is in all problems (another training of the same cascade) counts once, with the mean over them; users of
     generated worlds are users of their own.
     """
-    same = len({len(p.candidates) for p in problems}) == 1 and all(
-        np.array_equal(p.history, problems[0].history) for p in problems
+    problems = [seed.problem for seed in seeds]
+    same = all(
+        p.history.shape == problems[0].history.shape and (p.history == problems[0].history).all() for p in problems
     )
 
     def joined(values: list[Any]) -> Any:
         return np.mean(values, axis=0) if same else np.concatenate(values, axis=-1)
 
     curves = []
-    for method in methods:
-        found = [curve(problem, method, seed, grid) for seed, problem in enumerate(problems)]
-        curves.append(
-            Curve(
-                method,
-                grid,
-                {key: joined([c.by_user[key] for c in found]) for key in found[0].by_user},
-                {key: np.mean([c.of_all[key] for c in found], axis=0) for key in found[0].of_all},
-            )
-        )
-    shuffled = [{k: measured(p, at_random(p, k, seed), k) for k in CUTS} for seed, p in enumerate(problems)]
+    for found in zip(*(seed.curves for seed in seeds), strict=True):
+        by_user = {key: joined([c.by_user[key] for c in found]) for key in found[0].by_user}
+        of_all = {key: np.mean([c.of_all[key] for c in found], axis=0) for key in found[0].of_all}
+        curves.append(Curve(found[0].method, found[0].grid, by_user, of_all))
     random = {
-        (k, name): joined([s[k][name] for s in shuffled])
+        (k, name): joined([seed.random[k][name] for seed in seeds])
         if name in BY_USER
-        else float(np.mean([s[k][name] for s in shuffled]))
+        else float(np.mean([seed.random[k][name] for seed in seeds]))
         for k in CUTS
         for name in (*BY_USER, *OF_ALL)
     }
-    whole = range(1) if same else range(len(problems))
     first = [measured(p, p.candidates, CUTS[0]) for p in problems]
     return Outcome(
         problems[0].name,
         len(problems),
         curves,
         random,
-        np.concatenate([problems[i].propensity for i in whole]),
+        np.concatenate([p.propensity for p in (problems[:1] if same else problems)]),
         [{name: float(np.mean(f[name])) for name in ("ndcg", "recall", "ild_genres", "ild_vectors")} for f in first],
     )
 
@@ -488,9 +502,13 @@ def table_of_grid(out: Outcome, features: str, k: int = CUTS[0]) -> str:
     other = "ild_vectors" if features == "genres" else "ild_genres"
     curves = out.find(features, False)
     lines = ["| diversity | " + " | ".join(c.method.name for c in curves) + " |", "|---" * (1 + len(curves)) + "|"]
-    for g, diversity in enumerate(curves[0].grid):
+    for diversity in curves[0].grid:
         cells = []
         for c in curves:
+            if diversity not in c.grid:
+                cells.append("")
+                continue
+            g = c.grid.index(diversity)
             change = [c.by_user[k, name].mean(1) for name in ("ndcg", other)]
             cells.append(" / ".join(f"{100 * (v[g] / v[0] - 1):+.1f}" for v in change))
         lines.append(f"| {diversity:g} | " + " | ".join(cells) + " |")
@@ -784,17 +802,18 @@ def main() -> None:
     for name in ("ml-100k", "generated"):
         if name == "ml-100k" and arguments.ml_100k is None:
             continue
-        problems = []
+        seeds = []
         for seed in range(arguments.seeds):
             started = time.perf_counter()
             if name == "ml-100k":
-                problems.append(trained(arguments.ml_100k, seed, arguments.cache))
+                problem = trained(arguments.ml_100k, seed, arguments.cache)
             else:
-                problems.append(generated(seed))
-            print(f"{name}, seed {seed}: candidates in {time.perf_counter() - started:.0f} s", flush=True)
-        started = time.perf_counter()
-        outcomes.append(outcome(problems, METHODS))
-        print(f"{name}: {len(METHODS)} methods measured in {time.perf_counter() - started:.0f} s", flush=True)
+                problem = generated(seed)
+            middle = time.perf_counter()
+            seeds.append(every_method(problem, seed))
+            took = f"candidates in {middle - started:.0f} s, methods in {time.perf_counter() - middle:.0f} s"
+            print(f"{name}, seed {seed}: {took}", flush=True)
+        outcomes.append(outcome(seeds))
         report(outcomes, arguments.out)
 
 
