@@ -37,7 +37,7 @@ RESULTS, TABLE, PLOT = "frontier.json", "frontier.md", "frontier.png"
 CANDIDATES, CUTS = 100, (10, 20)
 GRID = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 # Of samples, which cost more.
-FEW = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+FEW = (0.0, 0.15, 0.3, 0.4, 0.5, 0.7)
 LOSSES = (0.02, 0.05, 0.1)
 REPLICATES = 1000
 # What is measured of each user's list, and of all lists together.
@@ -73,8 +73,9 @@ class Problem:
     @cached_property
     def preferences(self) -> np.ndarray:
         """Each user's share of each genre; uniform where there is no history."""
-        total = self.history.sum(1, keepdims=True)
-        return np.where(total > 0, self.history / np.maximum(total, 1), 1 / self.history.shape[1])
+        counts = self.history.astype(np.float64)
+        total = counts.sum(1, keepdims=True)
+        return np.where(total > 0, counts / np.maximum(total, 1), 1 / counts.shape[1])
 
     @cached_property
     def worth(self) -> np.ndarray:
@@ -236,7 +237,7 @@ METHODS = [
     for personal in (False, True)
     for features in ("genres", "vectors")
     for name, kind, options in _KINDS
-    if not (personal and (kind == "KDPP" or name == "MSD, sum"))
+    if not (personal and (features == "vectors" or kind == "KDPP" or name == "MSD, sum"))
 ]
 METHODS += [Method("xQuAD", "XQuAD", "genres", (), personal) for personal in (False, True)]
 
