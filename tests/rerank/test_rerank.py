@@ -370,6 +370,16 @@ def test_xquad_by_hand():
     assert flags[picks[:, 0], 2].all()
 
 
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_lists_and_arrays_are_the_same(kind):
+    table, ids, relevance = near_duplicates()
+    ids = ids[:3]
+    table = np.abs(table)
+    wanted = kind(0.5).rank(table, relevance[:3], 4, candidates=ids)
+    answer = kind(0.5).rank(table.tolist(), relevance[:3].tolist(), 4, candidates=ids.tolist())
+    np.testing.assert_array_equal(answer, wanted)
+
+
 def test_samples_are_those_of_the_kernel():
     """Frequencies of the object's lists against determinants, by chi-squared."""
     rng = np.random.default_rng(3)

@@ -312,6 +312,11 @@ class Reranker:
         raise NotImplementedError
 
 
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of an array, a tensor or nested lists."""
+    return tuple(value.shape) if hasattr(value, "shape") else np.shape(value)
+
+
 def window_of(name: str, window: int | None) -> int | None:
     """The option `window`, checked."""
     if window is not None and window < 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recfast.errors import InputError
 from recfast.ops import kdpp_sample
-from recfast.rerank._base import Reranker
+from recfast.rerank._base import Reranker, shape_of
 
 
 class KDPP(Reranker):
@@ -74,7 +74,7 @@ class KDPP(Reranker):
         mask: Any = None,
         shown: Any = None,
     ) -> Any:
-        """Choose k candidates of each user: see `Reranker.rank`, and
+        """Choose k candidates of each user: `Reranker.rank`, by chance.
 
         Parameters
         ----------
@@ -83,14 +83,13 @@ class KDPP(Reranker):
         draw : int, at least 0
             Which draw of these users; if left out the first call makes draw 0, the second draw 1, and so on.
         shown
-            Must be left out: there is no drawing against what was shown; leave it out of the candidates by `mask`.
+            Must be left out: nothing is drawn against what was shown. Leave it out of the candidates by `mask`.
         """
         if shown is not None:
             raise InputError("KDPP.rank: shown is not for samples, leave such items out by mask")
         if draw is not None and draw < 0:
             raise InputError(f"KDPP.rank: draw must be at least 0, got {draw}")
-        shape = getattr(relevance, "shape", None) or torch.as_tensor(relevance).shape
-        count = shape[0] if len(shape) == 2 else 1
+        count = len(relevance) if len(shape_of(relevance)) == 2 else 1
         keys = torch.arange(count) if users is None else self._indices("users", users, [count], 2**63 - 1)
         call = next(self._calls) if draw is None else int(draw)
         seed = torch.full((count,), _mixed(self.seed, call), dtype=torch.int64)

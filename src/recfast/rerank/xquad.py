@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recfast.errors import InputError
 from recfast.ops import xquad_greedy
-from recfast.rerank._base import Additive
+from recfast.rerank._base import Additive, shape_of
 
 
 class XQuAD(Additive):
@@ -57,7 +57,7 @@ class XQuAD(Additive):
         mask: Any = None,
         shown: Any = None,
     ) -> Any:
-        """Choose and order k candidates of each user: see `Reranker.rank`; here
+        """Choose and order k candidates of each user: `Reranker.rank`, with topics for features, and preferences.
 
         Parameters
         ----------
@@ -67,9 +67,8 @@ class XQuAD(Additive):
             How much each user likes each topic, at least 0, such as the counts of genres in the history; brought to a
             sum of 1. All topics alike if left out, or where all are 0.
         """
-        users = 1 if len(relevance.shape if hasattr(relevance, "shape") else [0]) == 1 else len(relevance)
-        shape = features.shape if hasattr(features, "shape") else torch.as_tensor(features).shape
-        given = self._preferences(preferences, users, shape[-1] if len(shape) else 0)
+        users = len(relevance) if len(shape_of(relevance)) == 2 else 1
+        given = self._preferences(preferences, users, shape_of(features)[-1] if shape_of(features) else 0)
         return self._rank(features, relevance, k, candidates, propensity, lengths, mask, shown, preferences=given)
 
     def _preferences(self, preferences: Any, users: int, topics: int) -> Tensor:
