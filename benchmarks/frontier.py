@@ -453,6 +453,7 @@ COLUMNS = {
     "err_ia": "ERR-IA",
     "s_recall": "S-recall",
 }
+TITLES = {"ndcg": "NDCG", "recall": "recall", **COLUMNS}
 SAW = {"genres": "genres", "vectors": "embeddings"}
 
 
@@ -607,8 +608,7 @@ def markdown(outcomes: list[Outcome], loss: float = 0.05) -> str:
     for out in outcomes:
         weights = resampled(out.users)
         seeds = "; ".join(
-            ", ".join(f"{COLUMNS.get(name, name.upper())} {value:.4f}" for name, value in seed.items())
-            for seed in out.by_seed
+            ", ".join(f"{TITLES[name]} {value:.4f}" for name, value in seed.items()) for seed in out.by_seed
         )
         parts.append(f"## {out.name}")
         parts.append(_wrapped(f"{out.users:,} users; {out.seeds} seeds. The ranker's order at 10, by seed: {seeds}."))
@@ -753,7 +753,9 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
             low, high = axis.get_xlim()
             high = max(end[0] for end, _, _ in ends)
             axis.set_xlim(low, high + 0.38 * (high - low))
-            places = _spread([max(end[1], LOWEST + 1) for end, _, _ in ends], 1.75)
+            # Of those that leave at the bottom the rightmost stands highest, so that leaders do not cross.
+            wanted = [max(end[1], LOWEST + 1) + 0.1 * (end[0] - low) / (high - low) for end, _, _ in ends]
+            places = _spread(wanted, 1.75)
             shift = min(places) - (LOWEST + 1)
             places = [place - min(shift, 0) for place in places]
             for (end, label, colour), place in zip(ends, places, strict=True):
