@@ -22,7 +22,10 @@ class Reranker:
     Parameters
     ----------
     diversity : float, in [0, 1]
-        0 keeps the order of relevance, 1 looks at the features alone.
+        d: 0 keeps the order of relevance, 1 looks at the features alone (but for the first item of those that add
+        scores up, which is the most relevant). What is between differs by kind: `DPP` and `KDPP` weigh relevance, as
+        z-scores, by (1 - d) / d against the log-determinant; `MMR`, `MSD`, `SSD` and `XQuAD` add (1 - d) times
+        relevance, in [0, 1], and d times what the item brings to the list. The same d does not cost the same: measure.
     personal : None, bool or float in [0, 1]
         How far a user's `propensity` for diversity counts (None or False: not at all, True: 1).
         `diversity_u = diversity * (1 - personal + personal * propensity_u)`: a higher propensity never means less
