@@ -18,6 +18,7 @@ draws the same users for all methods.
 from __future__ import annotations
 
 import argparse
+import json
 import textwrap
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ import torch
 
 from recfast import Pipeline, cascade, data, metrics, rerank, train
 from recfast.data import Jagged
-from recfast.files import atomic_path, write_json, write_text
+from recfast.files import atomic_path, write_text
 
 RESULTS, TABLE, PLOT = "frontier.json", "frontier.md", "frontier.png"
 CANDIDATES, CUTS = 100, (10, 20)
@@ -644,10 +645,13 @@ def as_json(outcomes: list[Outcome]) -> dict[str, Any]:
     result: dict[str, Any] = {"grid": GRID, "candidates": CANDIDATES, "cuts": CUTS, "data": {}}
     for out in outcomes:
         weights = resampled(out.users)
+        # A list a point, for there are many: `columns` names what is in it.
+        columns = ["method", "kind", "saw", "personal", "diversity", "k"]
+        columns += [name + end for name in BY_USER for end in ("", "_se")] + list(OF_ALL)
         points = []
         for c in out.curves:
             m = c.method
-            about = {"method": m.name, "kind": m.kind, "options": dict(m.options), "saw": m.features}
+            about = {"method": m.name, "kind": m.kind, "saw": m.features}
             for g, diversity in enumerate(c.grid):
                 for k in CUTS:
                     point = {**about, "personal": m.personal, "diversity": diversity, "k": k}
@@ -676,7 +680,8 @@ def as_json(outcomes: list[Outcome]) -> dict[str, Any]:
             "seeds": out.seeds,
             "by_seed": out.by_seed,
             "random": {f"{name}@{k}": round(float(np.mean(v)), 5) for (k, name), v in out.random.items()},
-            "points": points,
+            "columns": columns,
+            "points": [[point[name] for name in columns] for point in points],
             "at_loss": losses,
             "personal": personal_rows(out, weights, "genres", 0.05),
         }
@@ -743,16 +748,17 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
                 else:
                     end = (x[last], y[last])
                 ends.append((end, c.method.name, colour))
-            axis.plot(x[0], 0, "k*", markersize=11, zorder=5)
+            axis.plot(x[:1], [0], "k*", markersize=11, zorder=5)
             axis.set_ylim(LOWEST, 4)
             axis.set_title(title, loc="left", fontsize=10)
             axis.grid(color="#e8eaee")
             axis.set_axisbelow(True)
             for side in ("top", "right"):
                 axis.spines[side].set_visible(False)
-            low, high = axis.get_xlim()
-            high = max(end[0] for end, _, _ in ends)
-            axis.set_xlim(low, high + 0.38 * (high - low))
+            seen = np.concatenate([line.get_xdata()[line.get_ydata() >= LOWEST] for line in axis.lines])
+            seen = np.concatenate([seen, [end[0] for end, _, _ in ends]])
+            low, high = seen.min(), seen.max()
+            axis.set_xlim(low - 0.04 * (high - low), high + 0.4 * (high - low))
             # Of those that leave at the bottom the rightmost stands highest, so that leaders do not cross.
             wanted = [max(end[1], LOWEST + 1) + 0.1 * (end[0] - low) / (high - low) for end, _, _ in ends]
             places = _spread(wanted, 1.75)
@@ -784,7 +790,7 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
 
 
 def report(outcomes: list[Outcome], out: Path) -> None:
-    write_json(out / RESULTS, as_json(outcomes))
+    write_text(out / RESULTS, json.dumps(as_json(outcomes), separators=(",", ":")).replace("],[", "],\n["))
     write_text(out / TABLE, markdown(outcomes))
     plot(outcomes, out / PLOT)
 

@@ -110,7 +110,8 @@ def test_the_report_says_what_was_measured(frontier, outcome, tmp_path):
     result = json.loads((tmp_path / frontier.RESULTS).read_text(encoding="utf-8"))["data"]["generated"]
     curve = outcome.curves[0]
     about = {"method": curve.method.name, "saw": "genres", "personal": False, "diversity": 0.3, "k": 10}
-    (point,) = [p for p in result["points"] if all(p[key] == value for key, value in about.items())]
+    points = [dict(zip(result["columns"], point, strict=True)) for point in result["points"]]
+    (point,) = [p for p in points if all(p[key] == value for key, value in about.items())]
     assert point["ndcg"] == round(float(curve.by_user[10, "ndcg"][1].mean()), 5)
     text = (tmp_path / frontier.TABLE).read_text(encoding="utf-8")
     for method in frontier.METHODS:
