@@ -67,7 +67,7 @@ def recent_events(
 
 
 def segment_softmax(logits: Tensor, owner: Tensor, rows: int, *, empty: Tensor | None = None) -> Tensor:
-    r"""Return :math:`e^{z_t} / (n_{o_t} + \sum_{t' : o_{t'} = o_t} e^{z_{t'}})`, float [T]; softmax within each history.
+    r"""Return :math:`e^{z_t} / (n_{o_t} + \sum_{t' : o_{t'} = o_t} e^{z_{t'}})`, float [T]; softmax in each history.
 
     Parameters
     ----------
