@@ -392,8 +392,12 @@ class Searcher {
 
   // Appends blocks [first, last).
   void list(const State<Code>& s, std::int64_t first, std::int64_t last, Listed& listed) const noexcept {
+    const std::uint64_t* const live = items_.live;
+    const std::uint64_t* const mask = job_.request.mask_by_position ? s.mask : nullptr;
     for (std::int64_t block = first; block < last; ++block) {
-      const std::uint64_t bits = word(s, block);
+      std::uint64_t bits = live == nullptr ? ~std::uint64_t{0} : live[block];
+      if (mask != nullptr) bits &= mask[block];
+      if (block + 1 == job_.blocks) bits &= word(s, block);
       listed.blocks[listed.count] = static_cast<std::int32_t>(block);
       listed.allowed[listed.count] = bits;
       listed.count += bits != 0 ? 1 : 0;

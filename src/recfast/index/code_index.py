@@ -65,7 +65,7 @@ class CodeIndex(NamedItems):
         What an item is called outside; its slot where left out. Ties go to the lowest.
     order : "auto", "none" or "lex"
         "lex" lays items out in lexicographic order of their codes, so that neighbours share codes and a search can
-        skip groups of items that cannot reach the answer; it costs the sort and 8 + M / 7 bytes an item. "none" keeps
+        skip groups of items that cannot reach the answer; it costs the sort and 8 + M / 8 bytes an item. "none" keeps
         the order given. "auto" sorts where items cluster, which it measures: there are 16,384 items or more, and groups
         of 256 neighbours in sorted order hold at most 0.95 of the different codes that they would hold were the
         codebooks independent of each other, with codes as frequent as they are. Decided when the index is made and
@@ -88,7 +88,7 @@ class CodeIndex(NamedItems):
     tenth of the items in the tail it is time.
 
     Memory, bytes an item (`nbytes` has the sum): M (2 M where K > 256) for the codes, of which there is one copy; 5 for
-    a bias, 8 for ids, 1/8 after a removal; in lexicographic order 8 for slots and their inverse and M / 7 for the
+    a bias, 8 for ids, 1/8 after a removal; in lexicographic order 8 for slots and their inverse and M / 8 for the
     bitmaps of what groups hold; 4 M + 4 where sparse tables have made it build lists; 16 for finding items by their
     ids, where there are ids, from the first call on that does. Room for a quarter more items after `add`.
     """

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from recfast.ops import _check
-from recfast.ops._library import define, kernel
+from recfast.ops._library import define, kernel, unwatched
 from recfast.ops.packed_codes import (
     CODE_DTYPES,
     PackedCodes,
@@ -445,7 +445,8 @@ def _search_packed(packed: PackedCodes, table: Any, k: int, mask: Any, plan: str
         raise ValueError(f"{_NAME}: plan block_max needs the bitmaps of pack_codes(order='lex'), and these have none")
     if plan == "auto":
         plan = "scan" if packed.held is None else "block_max"
-    return _op_packed(*packed, dense, codes, values, offsets, words, by_position, k, _PLANS[plan])
+    call = _cpu_packed if unwatched(packed.planes, values if dense is None else dense) else _op_packed
+    return call(*packed, dense, codes, values, offsets, words, by_position, k, _PLANS[plan])
 
 
 code_search.reference = reference
