@@ -157,6 +157,7 @@ struct User {
   }
 
   [[nodiscard]] double reach() const noexcept { return weight * span; }
+  [[nodiscard]] double offsets() const noexcept { return reach() / unit; }  // the greatest size of one
 };
 
 template <class Rule>
