@@ -330,7 +330,10 @@ class Loop {
     u_.free[item] = false;
     u_.offset[item] = kNever;
     u_.upper[item] = kNever;
-    if (u_.args.window > 0) renew(item / kPanel);
+    const std::int64_t b = item / kPanel;
+    // Other panels' bounds may be those of items of which nothing is known, above what their items last had.
+    if (rule_.fresh(b)) u_.bound[b] = greatest(u_.upper + b * kPanel);
+    if (u_.args.window > 0) renew(b);
   }
 
   void see(std::int64_t row) noexcept {
