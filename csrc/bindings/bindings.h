@@ -76,6 +76,7 @@ void bind_dpp_greedy(py::module_& m);
 void bind_embedding_bag(py::module_& m);
 void bind_embedding_update(py::module_& m);
 void bind_example_axpy(py::module_& m);
+void bind_greedy(py::module_& m);
 void bind_hamming_top_k(py::module_& m);
 void bind_hstu_attention(py::module_& m);
 void bind_id_map(py::module_& m);

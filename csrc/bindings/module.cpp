@@ -74,6 +74,7 @@ PYBIND11_MODULE(_C, m) {
   bind_embedding_bag(m);
   bind_embedding_update(m);
   bind_example_axpy(m);
+  bind_greedy(m);
   bind_hamming_top_k(m);
   bind_hstu_attention(m);
   bind_id_map(m);

@@ -24,6 +24,8 @@ from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.mmr_greedy import GreedyResult, mmr_greedy
+from recfast.ops.msd_greedy import msd_greedy
 from recfast.ops.negatives_loss import negatives_loss
 from recfast.ops.packed_codes import (  # the edits of what is packed, which are no ops, are for index
     PackedCodes,
@@ -36,7 +38,9 @@ from recfast.ops.packed_rows import PackedRows, pack_rows
 from recfast.ops.sdim_attention import sdim_append, sdim_attention, sdim_history_attention, sdim_table
 from recfast.ops.sequence_attention import sequence_attention
 from recfast.ops.simhash import simhash
+from recfast.ops.ssd_greedy import ssd_greedy
 from recfast.ops.target_attention import attention_top_k, target_attention
+from recfast.ops.xquad_greedy import xquad_greedy
 
 __all__ = [
     "Codes",
@@ -44,6 +48,7 @@ __all__ = [
     "DPPResult",
     "DiceWeights",
     "Features",
+    "GreedyResult",
     "IdMap",
     "PackedCodes",
     "PackedRows",
@@ -72,6 +77,8 @@ __all__ = [
     "hamming_top_k",
     "hstu_attention",
     "initial_rows",
+    "mmr_greedy",
+    "msd_greedy",
     "negatives_loss",
     "pack_codes",
     "pack_mask",
@@ -88,5 +95,7 @@ __all__ = [
     "sdim_table",
     "sequence_attention",
     "simhash",
+    "ssd_greedy",
     "target_attention",
+    "xquad_greedy",
 ]
