@@ -40,10 +40,7 @@ inline std::int64_t pivoted_cholesky(Problem& p, std::int64_t size, std::int64_t
     if (p.left[pivot] == kDone) break;
     double* column = p.factor + rank * stride;
     kernel_row(pivot, column);
-    for (std::int64_t s = 0; s < rank; ++s) {
-      const double* before = p.factor + s * stride;
-      subtract(column, before[pivot], before, stride);
-    }
+    subtract_rows(column, p.factor + pivot, stride, p.factor, stride, rank, stride);
     const double root = std::sqrt(p.left[pivot]);
     for (std::int64_t i = 0; i < stride; ++i) column[i] = i < size && p.left[i] != kDone ? column[i] / root : 0.0;
     column[pivot] = root;
@@ -140,10 +137,11 @@ inline std::int64_t decompose_kernel(Problem& p) noexcept {
   }
   const std::int64_t most = p.regularised ? p.items : std::min(p.items, p.width);
   const std::int64_t rank = pivoted_cholesky(p, p.items, p.item_stride, most, [&](std::int64_t j, double* out) {
-    for (std::int64_t i = 0; i < p.items; ++i) {
-      out[i] = dot(p.rows + i * p.width_stride, p.rows + j * p.width_stride, p.width_stride);
+    const double* row = p.rows + j * p.width_stride;
+    // Rows are filled up with zeros to a multiple of 8.
+    for (std::int64_t i = 0; i < p.item_stride; i += 4) {
+      four_dots(row, p.rows + i * p.width_stride, p.width_stride, p.width_stride, out + i);
     }
-    std::fill(out + p.items, out + p.item_stride, 0.0);
     if (p.regularised) out[j] += p.own[j];
   });
   jacobi(p.factor, rank, p.item_stride);
