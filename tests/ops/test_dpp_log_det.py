@@ -130,7 +130,7 @@ def test_singular_lists(dtype):
     assert answer[1].item() == pytest.approx(finite, rel=1e-5)
     # Four rows of width 3, a duplicate, a zero row; a NaN goes through.
     assert answer[[0, 2, 3]].tolist() == [-math.inf] * 3
-    assert math.isnan(answer[4])
+    assert math.isnan(answer[4].item())
     for twice in (False, True):
         (gradient,) = torch.autograd.grad(ops.dpp_log_det(features[:4]).sum(), features, create_graph=twice)
         assert (gradient[[0, 2, 3]] == 0).all()
