@@ -72,7 +72,7 @@ def by_numpy(rows, quality, k, samples, rng):
 def test_kdpp_sample(race, users, items, k, samples):
     rows, quality = problem(users, items)
     rows_t, quality_t = torch.from_numpy(rows), torch.from_numpy(quality)
-    rng = np.random.default_rng(0)
+    rng = np.random.RandomState(0)  # what DPPy takes
     base = rows.astype(np.float64) * np.exp(quality.astype(np.float64))[..., None]
     base_t = torch.from_numpy(base)
     some, directions = np.ones((samples, k, k)), np.ones((k, k))
