@@ -1,5 +1,5 @@
-// Small dense algebra in float64, for bodies that are included once per instruction set inside its target region. Vectors
-// have eight lanes on all of them, and products and sums are rounded apart, so all forms give the same bits.
+// Small dense algebra in float64, for bodies that are included once per instruction set inside its target region.
+// Vectors have eight lanes on all of them, and products and sums are rounded apart, so all forms give the same bits.
 
 namespace {
 
