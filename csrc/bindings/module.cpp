@@ -71,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
   bind_code_trie(m);
   bind_din_attention(m);
   bind_dpp_greedy(m);
+  bind_dpp_log_det(m);
   bind_embedding_bag(m);
   bind_embedding_update(m);
   bind_example_axpy(m);
@@ -79,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   bind_hstu_attention(m);
   bind_id_map(m);
   bind_initial_rows(m);
+  bind_kdpp_sample(m);
   bind_packed_rows(m);
   bind_negatives_loss(m);
   bind_sdim_attention(m);

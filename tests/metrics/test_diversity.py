@@ -72,6 +72,67 @@ def test_gini_is_the_mean_difference(counts):
     assert metrics.gini(counts) == pytest.approx(wanted, abs=1e-12)
 
 
+@given(
+    users=st.integers(0, 4),
+    width=st.integers(0, 6),
+    genres=st.integers(1, 5),
+    k=st.one_of(st.none(), st.integers(1, 7)),
+    ways=st.sampled_from(["expected", "history", "both"]),
+    every=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_serendipity(users, width, genres, k, ways, every, seed):
+    rng = np.random.default_rng(seed)
+    table = rng.integers(-1, 2, (9, genres)).astype(np.float32)
+    lists, plain = rng.integers(-1, 9, (users, width)), rng.integers(-1, 9, (users, 3))
+
+    def jagged():
+        sizes = rng.integers(0, 6, users)
+        return rng.integers(0, 9, sizes.sum()), np.concatenate([[0], np.cumsum(sizes)])
+
+    relevant, known = jagged(), jagged()
+    options = {"expected": plain} if ways != "history" else {}
+    if ways != "expected":
+        options |= {"history": known, "features": table}
+    answer = metrics.serendipity(lists, None if every else relevant, k, **options)
+    for u in range(users):
+        ids = lists[u].tolist()[:k]
+        wanted = set(relevant[0][relevant[1][u] : relevant[1][u + 1]].tolist())
+        history = known[0][known[1][u] : known[1][u + 1]].tolist()
+        total = 0.0
+        for place, i in enumerate(ids):
+            if i < 0 or i in ids[:place] or not (every or i in wanted):
+                continue
+            worth = 1.0
+            if ways != "history":
+                worth *= i not in plain[u]
+            if ways != "expected" and history:
+                worth *= np.mean([distance(table[i], table[h]) for h in history])
+            total += worth
+        defined = (every or wanted) and (ways == "expected" or history)
+        count = sum(i >= 0 for i in ids)
+        assert answer[u] == pytest.approx(total / max(count, 1) if defined else math.nan, nan_ok=True, abs=1e-6)
+
+
+def test_serendipity_known_values(monkeypatch):
+    table = np.array([[1, 0], [0, 1], [1, 1]])
+    root = 1 / math.sqrt(2)
+    # The user knows item 0 twice and item 1 once: item 1 is 2/3 away, item 2 1 - root from both.
+    arguments = {"history": ([0, 0, 1], [0, 3]), "features": table}
+    np.testing.assert_allclose(metrics.serendipity([[1, 2]], None, **arguments), [(2 / 3 + 1 - root) / 2])
+    np.testing.assert_allclose(metrics.serendipity([[1, 2]], ([2], [0, 1]), **arguments), [(1 - root) / 2])
+    np.testing.assert_allclose(metrics.serendipity([[1, 2]], ([2], [0, 1]), expected=[[2]], **arguments), [0.0])
+    np.testing.assert_allclose(metrics.serendipity([[1, 2], [-1, -1]], None, expected=[[2], [0]]), [0.5, 0.0])
+    nothing = metrics.serendipity([[-1]], None, history=([], [0, 0]), features=np.zeros((0, 2)))
+    assert np.isnan(nothing).all()
+    rng = np.random.default_rng(0)
+    lists, features = rng.integers(-1, 30, (20, 5)), rng.random((30, 4))
+    known = rng.integers(0, 30, 60), np.arange(21) * 3
+    whole = metrics.serendipity(lists, None, history=known, features=features)
+    monkeypatch.setattr(diversity, "_CELLS", 30)
+    np.testing.assert_allclose(metrics.serendipity(lists, None, history=known, features=features), whole, rtol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -91,6 +152,19 @@ def test_gini_is_the_mean_difference(counts):
         (lambda: metrics.catalogue_coverage([[0, 1]], 1), "catalogue_coverage: items must be at least 2, got 1"),
         (lambda: metrics.gini([0, 0]), "gini: counts must have a positive entry"),
         (lambda: metrics.gini([1, -1]), r"gini: counts\[1\] must be at least 0 and finite, got -1"),
+        (lambda: metrics.serendipity([[0]], None), "serendipity: expected, or history and features, must be given"),
+        (
+            lambda: metrics.serendipity([[0]], None, history=([0], [0, 1])),
+            "serendipity: history and features must be given together",
+        ),
+        (
+            lambda: metrics.serendipity([[0]], None, history=([3], [0, 1]), features=np.eye(3)),
+            r"serendipity: history.values\[0\] = 3 is outside \[0, 3\)",
+        ),
+        (
+            lambda: metrics.serendipity([[0]], None, expected=[[0], [1]]),
+            "serendipity: expected must hold 1 lists like lists",
+        ),
         (lambda: metrics.exposure([[-2]], 3), r"exposure: lists\[0, 0\] = -2 is outside \[0, 3\)"),
     ],
 )

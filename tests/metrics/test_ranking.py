@@ -88,3 +88,47 @@ def test_known_values():
 def test_rejects_bad_input(lists, relevant, k, sentence):
     with pytest.raises(InputError, match=sentence):
         metrics.recall(lists, relevant, k)
+
+
+@given(
+    users=st.integers(0, 5),
+    width=st.integers(0, 8),
+    k=st.one_of(st.none(), st.integers(1, 10)),
+    seed=st.integers(0, 10**6),
+)
+def test_graded_ndcg_and_precision(users, width, k, seed):
+    rng = np.random.default_rng(seed)
+    lists = rng.integers(-1, 9, (users, width))
+    sizes = rng.integers(0, 7, users)
+    values, offsets = rng.integers(0, 9, sizes.sum()), np.concatenate([[0], np.cumsum(sizes)])
+    gains = rng.integers(0, 4, sizes.sum()).astype(float)
+    answer = metrics.ndcg(lists, (values, offsets), k, gains=gains)
+    share = metrics.precision(lists, (values, offsets), k)
+    length = width if k is None else k
+    for u in range(users):
+        grade = {}
+        for at in range(offsets[u], offsets[u + 1]):
+            grade[values[at]] = max(grade.get(values[at], 0.0), gains[at])
+        ids = lists[u].tolist()[:length]
+        ids = [i if i not in ids[:place] else -1 for place, i in enumerate(ids)]
+        gained = sum(grade.get(i, 0.0) / math.log2(place + 2) for place, i in enumerate(ids))
+        best = sorted(grade.values(), reverse=True)[:length]
+        ideal = sum(g / math.log2(place + 2) for place, g in enumerate(best))
+        assert answer[u] == pytest.approx(gained / (ideal or 1.0) if sum(grade.values()) else math.nan, nan_ok=True)
+        found = sum(i in grade for i in ids) / max(length, 1)
+        assert share[u] == pytest.approx(found if grade else math.nan, nan_ok=True)
+    # Equal gains are no gains.
+    plain = metrics.ndcg(lists, (values, offsets), k)
+    np.testing.assert_allclose(metrics.ndcg(lists, (values, offsets), k, gains=np.full(len(values), 2.0)), plain)
+
+
+def test_graded_known_values():
+    # 3 and 1 out of 3, 2, 1: (3 + 1 / log2 3) / (3 + 2 / log2 3 + 1 / 2).
+    second = 1 / math.log2(3)
+    answer = metrics.ndcg([[5, 9, 8]], ([9, 5, 7], [0, 3]), gains=[1, 3, 2])
+    np.testing.assert_allclose(answer, [(3 + second) / (3 + 2 * second + 0.5)])
+    assert metrics.precision([[5, 9, -1, -1]], ([9, 5, 7], [0, 3])).tolist() == [0.5]
+    with pytest.raises(InputError, match=r"ndcg: gains must have 3 entries like relevant.values, got 2"):
+        metrics.ndcg([[5]], ([9, 5, 7], [0, 3]), gains=[1, 2])
+    with pytest.raises(InputError, match=r"ndcg: gains\[1\] must be at least 0 and finite, got -1"):
+        metrics.ndcg([[5]], ([9, 5, 7], [0, 3]), gains=[1, -1, 0])

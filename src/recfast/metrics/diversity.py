@@ -9,6 +9,7 @@ import numpy as np
 
 from recfast.errors import InputError
 from recfast.metrics import _check
+from recfast.metrics.ranking import hits
 
 # Float64 values of list items held at once.
 _CELLS = 4_000_000
@@ -188,3 +189,113 @@ def novelty(lists: Any, counts: Any) -> np.ndarray:
     valid = ids >= 0
     total = np.where(valid, bits[np.where(valid, ids, 0)], 0.0).sum(1)
     return total / np.maximum(valid.sum(1), 1)
+
+
+def _mean_directions(table: np.ndarray, members: _check.Jagged) -> np.ndarray:
+    """The mean of the unit rows of each user's members, float64 [U, G]; NaN without members."""
+    counts = np.diff(members.offsets)
+    norm = np.linalg.norm(table, axis=1, keepdims=True)
+    unit = table / np.where(norm > 0, norm, 1.0)
+    out = np.zeros((len(counts), table.shape[1]))
+    owner = np.repeat(np.arange(len(counts)), counts)
+    for part in _blocks(len(owner), table.shape[1]):
+        first = np.flatnonzero(np.diff(owner[part], prepend=-1))
+        # A user that two blocks share is added to by both.
+        out[owner[part][first]] += np.add.reduceat(unit[members.values[part]], first, axis=0)
+    return out / np.where(counts > 0, counts, np.nan)[:, None]
+
+
+def serendipity(
+    lists: Any,
+    relevant: Any,
+    k: int | None = None,
+    *,
+    expected: Any = None,
+    history: Any = None,
+    features: Any = None,
+) -> np.ndarray:
+    r"""Mean over a list's items of being relevant and unexpected, float64 [U]; 0 for an empty list.
+
+    .. math::
+        \frac{1}{n} \sum_{i \in L_k} [i \in R]\, [i \notin E] \left(1 - \frac{1}{|H|} \sum_{h \in H}
+        \frac{f_i \cdot f_h}{|f_i| |f_h|}\right)
+
+    There is no one definition; this is one form of the two that are in use. With `expected` alone it is the share of
+    items that are of use and that a plain method would not have found (Ge et al.); with `history` and `features` alone
+    the mean distance from what the user knows (Zhang et al.), of relevant items. Both together multiply.
+
+    Parameters
+    ----------
+    lists : int64 [U, K]
+        An id that comes twice counts at its first place.
+    relevant : (values, offsets), or None
+        The relevant ids of each user; None: all are.
+    k : int
+        The first k places; None: all.
+    expected : int64 [U, M], -1 padded
+        E, what a plain method gives, such as the most popular items.
+    history : (values, offsets)
+        H, the ids that each user knows, rows of `features`.
+    features : [N, G]
+        Row of each id. A zero row is at distance 1 from everything.
+
+    Returns
+    -------
+    float64 [U]; NaN for a user without relevant ids, or without history where that is given.
+
+    Raises
+    ------
+    InputError
+        Neither `expected` nor `history` is given, or one of `history` and `features` only; an id of the lists or the
+        history outside [0, N); NaN in the features.
+
+    References
+    ----------
+    Ge, Delgado-Battenfeld and Jannach, "Beyond accuracy: evaluating recommender systems by coverage and serendipity",
+    RecSys 2010. Zhang et al., "Auralist: introducing serendipity into music recommendation", WSDM 2012.
+
+    Examples
+    --------
+    >>> serendipity([[4, 7, 9]], ([7, 9], [0, 2]), expected=[[9, 1]])  # 7 alone is right and no matter of course
+    array([0.33333333])
+    """
+    metric = "serendipity"
+    if (history is None) != (features is None):
+        raise InputError(f"{metric}: history and features must be given together")
+    if expected is None and history is None:
+        raise InputError(f"{metric}: expected, or history and features, must be given")
+    ids = _check.lists(metric, lists, k)
+    users = len(ids)
+    valid = ids >= 0
+    if relevant is None:
+        # Every id of the list, so that one that comes twice counts once here too.
+        relevant = (ids[valid], np.concatenate([[0], np.cumsum(valid.sum(1))]))
+        defined = np.ones(users, dtype=bool)
+        worth = hits(lists, relevant, k, metric=metric)[0].astype(np.float64)
+    else:
+        found, counts = hits(lists, relevant, k, metric=metric)
+        worth, defined = found.astype(np.float64), counts > 0
+    if expected is not None:
+        plain = _check.lists(metric, expected)
+        if len(plain) != users:
+            raise InputError(f"{metric}: expected must hold {users} lists like lists, got {len(plain)}")
+        kept = plain >= 0
+        plain = (plain[kept], np.concatenate([[0], np.cumsum(kept.sum(1))]))
+        worth *= ~hits(lists, plain, k, metric=metric)[0]
+    if history is not None:
+        table = _table(metric, "features", features).astype(np.float64)
+        _check.rows(metric, ids, len(table))
+        known = _check.jagged(metric, "history", history, users)
+        wrong = (known.values < 0) | (known.values >= len(table))
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise InputError(f"{metric}: history.values[{at}] = {known.values[at]} is outside [0, {len(table)})")
+        mean = _mean_directions(table, known)
+        # Without rows all lists are empty, and there is nothing to look up.
+        for part in _blocks(users if len(table) else 0, ids.shape[1] * table.shape[1]):
+            rows = table[np.where(valid[part], ids[part], 0)]
+            norm = np.linalg.norm(rows, axis=2)
+            alike = np.einsum("ukg,ug->uk", rows, mean[part]) / np.where(norm > 0, norm, 1.0)
+            worth[part] *= 1.0 - alike
+        defined &= np.diff(known.offsets) > 0
+    return np.where(defined, np.where(valid, worth, 0.0).sum(1) / np.maximum(valid.sum(1), 1), np.nan)

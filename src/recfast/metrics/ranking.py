@@ -1,4 +1,4 @@
-"""Is the list right? Recall, NDCG, hit rate, MRR and MAP of top-k lists, a value for each user.
+"""Is the list right? Recall, precision, NDCG, hit rate, MRR and MAP of top-k lists, a value for each user.
 
 `lists` are ids int64 [U, K], best first, -1 where a list is shorter; an id that comes twice counts at its first place.
 `relevant` is a pair (values, offsets), such as `data.Jagged`: the distinct relevant ids of each user. A user without
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from recfast.errors import InputError
 from recfast.metrics import _check
 
 
@@ -55,19 +56,74 @@ def recall(lists: Any, relevant: Any, k: int | None = None) -> np.ndarray:
     return _ratio(found.sum(1), counts)
 
 
-def ndcg(lists: Any, relevant: Any, k: int | None = None) -> np.ndarray:
-    r"""Normalised discounted cumulative gain, float64 [U], gains 0 or 1.
+def precision(lists: Any, relevant: Any, k: int | None = None) -> np.ndarray:
+    r"""Share of the k places that hold a relevant id: :math:`|L_k \cap R| / k`, float64 [U].
 
-    .. math:: \frac{\sum_{i \le k} [l_i \in R] / \log_2(i + 1)}{\sum_{i \le \min(|R|, k)} 1 / \log_2(i + 1)}
+    A list that is shorter than k is not let off: its empty places count as wrong.
+    """
+    found, counts = hits(lists, relevant, k, metric="precision")
+    length = found.shape[1] if k is None else k
+    return np.where(counts > 0, found.sum(1) / max(length, 1), np.nan)
 
-    The best possible list is as long as k, whatever the width of `lists`.
+
+def ndcg(lists: Any, relevant: Any, k: int | None = None, *, gains: Any = None) -> np.ndarray:
+    r"""Normalised discounted cumulative gain, float64 [U].
+
+    .. math::
+        \frac{\sum_{i \le k} g(l_i) / \log_2(i + 1)}{\sum_{i \le \min(|R|, k)} g_{(i)} / \log_2(i + 1)}
+
+    with the gain g of an id that is not relevant 0 and :math:`g_{(1)} \ge g_{(2)} \ge \dots` those of the user's
+    relevant ids. The best possible list is as long as k, whatever the width of `lists`.
+
+    Parameters
+    ----------
+    gains : [T]
+        The gain of each value of `relevant`, at least 0: grades, or `2**grade - 1`. None: 1 each. Of an id that comes
+        twice with a user the greatest counts. A user whose gains are all 0 gets NaN.
+
+    References
+    ----------
+    Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", TOIS 20, 2002.
+
+    Examples
+    --------
+    >>> ndcg([[7, 8]], ([7, 8], [0, 2]), gains=[1, 3]).round(4)
+    array([0.7967])
     """
     found, counts = hits(lists, relevant, k, metric="ndcg")
     length = found.shape[1] if k is None else k
     discount = 1.0 / np.log2(np.arange(length) + 2.0)
-    ideal = np.concatenate([[0.0], np.cumsum(discount)])[np.minimum(counts, length)]
-    gained = found @ discount[: found.shape[1]]
-    return np.where(counts > 0, gained / np.where(ideal > 0, ideal, 1.0), np.nan)
+    if gains is None:
+        ideal = np.concatenate([[0.0], np.cumsum(discount)])[np.minimum(counts, length)]
+        gained = found @ discount[: found.shape[1]]
+        return np.where(counts > 0, gained / np.where(ideal > 0, ideal, 1.0), np.nan)
+    ids = _check.lists("ndcg", lists, k)
+    wanted = _check.jagged("ndcg", "relevant", relevant, len(ids))
+    gain = _check.vector("ndcg", "gains", gains)
+    if len(gain) != len(wanted.values):
+        raise InputError(f"ndcg: gains must have {len(wanted.values)} entries like relevant.values, got {len(gain)}")
+    wrong = ~((gain >= 0) & np.isfinite(gain))
+    if wrong.any():
+        at = int(wrong.argmax())
+        raise InputError(f"ndcg: gains[{at}] must be at least 0 and finite, got {gain[at]:g}")
+    owner = np.repeat(np.arange(len(ids)), np.diff(wanted.offsets))
+    # Greatest first within a user: what is kept of an id is the first, and the ideal is what is kept in that order.
+    order = np.lexsort((-gain, owner))
+    owner, values, gain = owner[order], wanted.values[order], gain[order]
+    _, first = np.unique(np.stack([owner, values], 1), axis=0, return_index=True)
+    kept = np.sort(first)
+    rank = np.arange(len(kept)) - (np.cumsum(counts) - counts)[owner[kept]]
+    place = discount[np.minimum(rank, length - 1)] * (rank < length) if length else np.zeros(len(kept))
+    ideal = np.bincount(owner[kept], gain[kept] * place, minlength=len(ids))
+    # Hits are few: each is looked up among the user's values, which are put in the order of (user, id).
+    user, at = np.nonzero(found)
+    owner, values, gain = owner[first], values[first], gain[first]
+    distinct = np.unique(values)
+    key = owner * max(len(distinct), 1) + np.searchsorted(distinct, values)
+    hit = user * max(len(distinct), 1) + np.searchsorted(distinct, ids[user, at])
+    gained = np.bincount(user, gain[np.searchsorted(key, hit)] * discount[at], minlength=len(ids))
+    defined = np.bincount(owner, gain, minlength=len(ids)) > 0
+    return np.where(defined, gained / np.where(ideal > 0, ideal, 1.0), np.nan)
 
 
 def hit_rate(lists: Any, relevant: Any, k: int | None = None) -> np.ndarray:

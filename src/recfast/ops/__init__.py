@@ -8,6 +8,7 @@ from recfast.ops.code_search import Codes, code_search
 from recfast.ops.code_trie import TrieArrays, TrieStep, code_trie_step
 from recfast.ops.din_attention import DiceWeights, DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
+from recfast.ops.dpp_log_det import dpp_log_det
 from recfast.ops.embedding_bag import Features, embedding_bag
 from recfast.ops.embedding_update import (
     Pending,
@@ -26,6 +27,7 @@ from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
 from recfast.ops.mmr_greedy import GreedyResult, mmr_greedy
 from recfast.ops.msd_greedy import msd_greedy
+from recfast.ops.kdpp_sample import KDPPResult, kdpp_sample
 from recfast.ops.negatives_loss import negatives_loss
 from recfast.ops.packed_codes import (  # the edits of what is packed, which are no ops, are for index
     PackedCodes,
@@ -50,6 +52,7 @@ __all__ = [
     "Features",
     "GreedyResult",
     "IdMap",
+    "KDPPResult",
     "PackedCodes",
     "PackedRows",
     "Pending",
@@ -68,6 +71,7 @@ __all__ = [
     "code_trie_step",
     "din_attention",
     "dpp_greedy",
+    "dpp_log_det",
     "embedding_bag",
     "embedding_step_gradient",
     "embedding_update_",
@@ -79,6 +83,7 @@ __all__ = [
     "initial_rows",
     "mmr_greedy",
     "msd_greedy",
+    "kdpp_sample",
     "negatives_loss",
     "pack_codes",
     "pack_mask",
