@@ -49,8 +49,8 @@ recfast::code_search::Items<Code> items_of(const py::tuple& values) {
   items.edges = fields.next<const float*>();
   items.ids = fields.next<const std::int64_t*>();
   items.live = fields.next<const std::uint64_t*>();
-  items.groups = fields.next<const std::uint64_t*>();
-  items.supers = fields.next<const std::uint64_t*>();
+  items.held = fields.next<const std::uint64_t*>();
+  items.lanes = fields.next<std::int64_t>();
   items.size = fields.next<std::int64_t>();
   items.books = fields.next<std::int64_t>();
   items.entries = fields.next<std::int64_t>();

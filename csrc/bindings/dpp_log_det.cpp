@@ -3,7 +3,6 @@
 #include "bindings/bindings.h"
 
 namespace recfast::bindings {
-void bind_dpp_log_det(py::module_& m);
 namespace {
 
 template <class T>

@@ -3,7 +3,6 @@
 #include "bindings/bindings.h"
 
 namespace recfast::bindings {
-void bind_kdpp_sample(py::module_& m);
 namespace {
 
 template <class T>

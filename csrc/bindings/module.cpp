@@ -13,8 +13,6 @@
 #include "common/random.h"
 
 namespace recfast::bindings {
-void bind_kdpp_sample(py::module_& m);
-void bind_dpp_log_det(py::module_& m);
 namespace {
 
 recfast::Isa isa_by_name(const std::string& name) {

@@ -13,6 +13,8 @@
 //                 terms are negative.
 //              2. Groups of the highest sums are added up exactly until k items are found; their k-th score is theta.
 //              3. So are all other groups whose bound reaches theta, which rises meanwhile.
+//              Wide groups with places of a byte are added up row after row, all those of a chunk at once: a row has
+//              one or two postings in a group, or none, and no jump should depend on which.
 // Exactness    Rounded addition is monotone, so the rounded sum of the bounds is no less than the rounded sum of the
 //              terms; the sum in 8 bits is no less than that by 1e-5 and more. A group is left out only where it is
 //              below theta. What is added up is added in the order the query names its rows, product, bias and sum

@@ -18,6 +18,10 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 template <class Kernel>
 using Best = BestList<Kernel>;
 constexpr std::int64_t kLut = 64;
+// Postings of a row that are noted before they are added: room for these, for one group more and for some that are
+// written in vain.
+constexpr std::int64_t kNoted = 512;
+constexpr std::int64_t kInVain = 4;
 
 // A row that a query names.
 struct Named {
@@ -61,19 +65,27 @@ struct Parts {
   std::uint8_t* sums;
   Reaching* chunks;
   Best<Kernel> best;
-  std::uint32_t* totals;   // wide groups: bits of sums
+  std::uint32_t* totals;   // wide groups: bits of sums, of a chunk up to kByteLocals, else of a group
   std::uint32_t* touched;
+  std::uint64_t* noted;
   std::uint64_t* order;
 };
 
 // A sum that nothing was added to: a NaN that no addition of finite numbers makes.
 constexpr std::uint32_t kUntouched = 0xFFFFFFFF;
 
+// Wide groups: the items whose sums are kept at a time.
+inline std::int64_t summed_items(const Packed& packed) noexcept {
+  if (packed.shift == kNarrow) return 0;
+  return (packed.shift <= kByteLocals ? kGroups : 1) << packed.shift;
+}
+
 template <class Kernel>
 Parts<Kernel> cut_scratch(const Packed& packed, std::int64_t width, std::int64_t k, Scratch& scratch) noexcept {
   const std::int64_t kept = std::min(k, packed.n_items);
   const std::int64_t capacity = best_capacity(kept);
-  const std::int64_t group = packed.shift == kNarrow ? 0 : std::int64_t{1} << packed.shift;
+  const std::int64_t summed = summed_items(packed);
+  const bool in_chunks = packed.shift != kNarrow && packed.shift <= kByteLocals;
   return {.rows = scratch.take<Named>(width),
           .tables = scratch.take<std::uint8_t>(width * kLut),
           .sums = scratch.take<std::uint8_t>(packed.chunks() * kGroups),
@@ -83,8 +95,9 @@ Parts<Kernel> cut_scratch(const Packed& packed, std::int64_t width, std::int64_t
                    .keys = scratch.take<std::int32_t>(capacity + 16),
                    .k = kept,
                    .capacity = capacity},
-          .totals = scratch.take<std::uint32_t>(group),
-          .touched = scratch.take<std::uint32_t>(group + 1),
+          .totals = scratch.take<std::uint32_t>(summed),
+          .touched = scratch.take<std::uint32_t>(summed + 1),
+          .noted = scratch.take<std::uint64_t>(in_chunks ? kNoted + (1 << kByteLocals) + kInVain : 0),
           .order = scratch.take<std::uint64_t>(kept)};
 }
 
@@ -110,7 +123,7 @@ class Search {
 
   void run() noexcept {
     if (parts_.best.k > 0 && name_rows() > 0) {
-      if (packed_.shift != kNarrow) std::fill_n(parts_.totals, std::int64_t{1} << packed_.shift, kUntouched);
+      std::fill_n(parts_.totals, summed_items(packed_), kUntouched);
       if (make_tables()) {
         Kernel::bounds(parts_.rows, count_, chunks_, parts_.sums);
         by_bounds();
@@ -299,19 +312,104 @@ class Search {
       if (mask_.kind != MaskKind::kNone) groups = Kernel::allowed(groups, first, mask_);
       if (groups != 0) Kernel::narrow(parts_.rows, count_, chunk, groups, first, mask_, parts_.best);
     } else if (packed_.shift <= kByteLocals) {
-      wide<std::uint8_t, std::uint16_t>(chunk, groups);
+      if (mask_.kind != MaskKind::kNone) groups = allowed_wide(groups, first);
+      if (groups != 0) by_rows(chunk, groups, first);
     } else {
-      wide<std::uint16_t, std::uint32_t>(chunk, groups);
+      by_groups(chunk, groups);
     }
   }
 
-  template <class Local, class Offset>
-  void wide(std::int64_t chunk, std::uint64_t groups) noexcept {
+  // Those of a chunk's groups that have an allowed item, as far as it pays to look.
+  [[nodiscard]] std::uint64_t allowed_wide(std::uint64_t groups, std::int64_t first) const noexcept {
+    const std::int64_t size = std::int64_t{1} << packed_.shift;
+    if (mask_.kind != MaskKind::kBits && size > 128) return groups;
+    std::uint64_t left = groups;
+    for (std::uint64_t rest = groups; rest != 0; rest &= rest - 1) {
+      const int group = std::countr_zero(rest);
+      if (!mask_.any(first + group * size, size)) left &= ~(std::uint64_t{1} << group);
+    }
+    return left;
+  }
+
+  // Groups of a chunk, row after row. A row has one or two postings in a group, or none: no jump depends on which.
+  void by_rows(std::int64_t chunk, std::uint64_t groups, std::int64_t first) noexcept {
+    std::int64_t found = 0;
+    for (std::int64_t j = 0; j < count_; ++j) {
+      const Named& row = parts_.rows[j];
+      const std::uint64_t present = row.present[chunk];
+      const Start start = row.starts[chunk];
+      const Start next = row.starts[chunk + 1];
+      const auto* const offsets = static_cast<const std::uint16_t*>(row.groups) + start.group;
+      const auto here = static_cast<std::uint32_t>(next.posting - start.posting);
+      const std::int64_t last = next.group - start.group - 1;
+      std::uint64_t* const noted = parts_.noted;
+      std::int64_t count = 0;
+      for (std::uint64_t rest = groups & present; rest != 0; rest &= rest - 1) {
+        const std::uint64_t lowest = rest & (0 - rest);
+        const std::int64_t at = std::popcount(present & (lowest - 1));
+        const std::uint32_t begin = offsets[at];
+        const std::uint32_t beyond = offsets[at + 1];  // of the next chunk or row, or the one behind the last
+        const std::uint32_t end = at == last ? here : beyond;
+        // A place in the chunk above, a posting below.
+        const std::uint64_t entry = static_cast<std::uint64_t>(std::countr_zero(rest)) << (32 + packed_.shift) | begin;
+        for (std::int64_t i = 0; i < kInVain; ++i) noted[count + i] = entry + static_cast<std::uint64_t>(i);
+        for (std::uint32_t i = kInVain; i < end - begin; ++i) noted[count + i] = entry + i;
+        count += end - begin;
+        if (count < kNoted) continue;
+        found = add_noted(row, start.posting, count, first, found);
+        count = 0;
+      }
+      found = add_noted(row, start.posting, count, first, found);
+    }
+    std::uint32_t* const totals = parts_.totals;
+    for (std::int64_t i = 0; i < found; ++i) {
+      const std::uint32_t place = parts_.touched[i];
+      const float total = std::bit_cast<float>(totals[place]);
+      totals[place] = kUntouched;
+      parts_.best.offer(total, static_cast<std::int32_t>(first + place));
+    }
+  }
+
+  // Adds the postings noted of a row; how many items are touched then.
+  std::int64_t add_noted(const Named& row, std::int32_t posting, std::int64_t count, std::int64_t first,
+                         std::int64_t found) noexcept {
+    const auto* const locals = static_cast<const std::uint8_t*>(row.locals) + posting;
+    const float* const scores = row.scores + posting;
+    const float weight = row.weight;
+    const float bias = row.bias;
+    std::uint64_t* const noted = parts_.noted;
+    if (mask_.kind != MaskKind::kNone) {
+      std::int64_t allowed = 0;
+      for (std::int64_t i = 0; i < count; ++i) {
+        const std::uint64_t entry = noted[i];
+        noted[allowed] = entry;
+        const std::uint64_t place = (entry >> 32) + locals[static_cast<std::uint32_t>(entry)];
+        allowed += mask_.allows(first + static_cast<std::int64_t>(place)) ? 1 : 0;
+      }
+      count = allowed;
+    }
+    std::uint32_t* const totals = parts_.totals;
+    std::uint32_t* const touched = parts_.touched;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto at = static_cast<std::uint32_t>(noted[i]);
+      const std::uint32_t place = static_cast<std::uint32_t>(noted[i] >> 32) + locals[at];
+      const std::uint32_t bits = totals[place];
+      const std::uint32_t fresh = bits == kUntouched ? 1 : 0;
+      touched[found] = place;
+      found += fresh;
+      const float before = std::bit_cast<float>(bits & (fresh - 1));  // 0 where fresh
+      totals[place] = std::bit_cast<std::uint32_t>(before + (weight * scores[at] + bias));
+    }
+    return found;
+  }
+
+  void by_groups(std::int64_t chunk, std::uint64_t groups) noexcept {
+    using Local = std::uint16_t;
+    using Offset = std::uint32_t;
     const std::int64_t size = std::int64_t{1} << packed_.shift;
     // To look for an allowed item first pays only while a group is not much longer than its few postings.
-    const std::int64_t looked_at = mask_.kind == MaskKind::kBits ? 1024 : 128;
     const bool masked = mask_.kind != MaskKind::kNone;
-    const bool look = masked && size <= looked_at;
+    const bool look = mask_.kind == MaskKind::kBits && size <= 1024;
     std::uint32_t* totals = parts_.totals;
     std::uint32_t* touched = parts_.touched;
     for (; groups != 0; groups &= groups - 1) {

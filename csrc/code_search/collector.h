@@ -80,8 +80,12 @@ class Collector {
   std::int64_t write(float* scores, std::int64_t* ids) noexcept {
     if (size_ > k_ && k_ > 0) cut();
     name_all();
-    std::sort(kept_, kept_ + size_, goes_before);
     const std::int64_t count = std::min(size_, k_);
+    if (size_ <= kRanked && rank(scores, ids)) {
+      clear();
+      return count;
+    }
+    std::sort(kept_, kept_ + size_, [](const Scored& a, const Scored& b) { return goes_before(a, b); });
     for (std::int64_t i = 0; i < count; ++i) {
       scores[i] = kept_[i].score;
       ids[i] = kept_[i].id;
@@ -92,6 +96,22 @@ class Collector {
 
  private:
   static constexpr std::int64_t kNoId = std::numeric_limits<std::int64_t>::max();
+
+  // Up to here counting how many keys are higher beats sorting.
+  static constexpr std::int64_t kRanked = 320;
+
+  // Writes each entry to the place that as many as have higher scores leave it; false where two have the same.
+  bool rank(float* scores, std::int64_t* ids) const noexcept {
+    if (size_ > k_) return false;
+    std::fill_n(ids, size_, std::int64_t{-1});
+    for (std::int64_t i = 0; i < size_; ++i) {
+      const std::int64_t place = reach_(keys_, size_, keys_[i] + 1);
+      if (ids[place] >= 0) return false;
+      scores[place] = kept_[i].score;
+      ids[place] = kept_[i].id;
+    }
+    return true;
+  }
 
   // Ordered as the scores are; -0 and 0 are equal.
   [[nodiscard]] static std::int32_t key(float score) noexcept {

@@ -17,9 +17,11 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr std::int64_t kSuperItems = kSuper * kItems;
 
-// Deficits are requantised where the limit has fallen below this, superblocks bounded anew below the second.
+// Deficits are requantised where the limit has fallen below the first, groups bounded anew below the second, if more
+// than so many are within reach.
 constexpr int kFine = 200;
-constexpr int kCoarse = 64;
+constexpr int kCoarse = 100;
+constexpr std::int64_t kManyGroups = 128;
 
 // A piece of fewer superblocks is not worth a buffer and a merge of its own.
 constexpr std::int64_t kMinPiece = 4;
@@ -32,14 +34,20 @@ constexpr std::int64_t kTile = 16;
 // What one of them reads in its turn: it stays in the second level of the cache for the others.
 constexpr std::int64_t kTurnBytes = 256 * 1024;
 
-// Groups are bounded while at least this share (in 256) of them was skipped of late; elsewhere one superblock in
-// kProbe.
-constexpr int kWorthwhile = 96;
-constexpr std::int64_t kProbe = 16;
-// After one superblock in this many it is judged whether to go on best first.
-constexpr std::int64_t kJudged = 20;
-// The bound of a superblock that has been scanned.
-constexpr std::uint16_t kDone = 0xffff;
+// Groups that come first, the best of all; then this many times more, and so on. Few, since while theta is low, nearly
+// all items of the best groups have to be scored.
+constexpr std::int64_t kFirstGroups = 2;
+constexpr std::int64_t kMoreGroups = 4;
+// Before it is judged whether bounds are of use.
+constexpr std::int64_t kJudged = 64;
+// Blocks that are listed before they are looked into.
+constexpr std::int64_t kListed = 256;
+// The codes of a codebook that are looked up: so many times the number that makes one of them meet a group, were the
+// codes of groups drawn at random.
+constexpr std::int64_t kMeetings = 4;
+constexpr std::int64_t kFewestCodes = 16;
+// To find the groups that come first.
+constexpr std::int64_t kFirstCodes = 8;
 
 [[nodiscard]] constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) noexcept { return (a + b - 1) / b; }
 
@@ -60,21 +68,47 @@ void deficits_scalar(const float* values, std::int64_t count, float top, float i
 
 float top_scalar(const float* values, std::int64_t count) noexcept { return *std::max_element(values, values + count); }
 
-void bounds_scalar(const std::uint64_t* bitmaps, std::int64_t count, std::int64_t rows, const std::uint8_t* lut,
-                   std::uint16_t* out) noexcept {
-  for (std::int64_t i = 0; i < count; ++i) {
-    std::uint64_t sum = 0;
+void bounds_scalar(const std::uint64_t* held, std::int64_t spans, std::int64_t rows, std::int64_t lanes,
+                   const std::uint8_t* lut, const std::uint8_t* floors, std::uint8_t* out) noexcept {
+  for (std::int64_t word = 0; word < spans * lanes; ++word) {
+    int sums[kWord] = {};
     for (std::int64_t row = 0; row < rows; ++row) {
-      std::uint8_t least = 255;
-      for (std::int64_t w = 0; w < kBits; ++w) {
-        for (std::uint64_t bits = bitmaps[(i * rows + row) * kBits + w]; bits != 0; bits &= bits - 1) {
-          least = std::min(least, lut[row * kLevels + w * 64 + std::countr_zero(bits)]);
+      const std::uint64_t* const lines = held + (word / lanes * rows + row) * kLevels * lanes + word % lanes;
+      int least[kWord];
+      std::fill_n(least, kWord, int{floors[row]});
+      for (std::int64_t code = 0; code < kLevels; ++code) {
+        const int value = lut[row * kLevels + code];
+        if (value >= floors[row]) continue;
+        for (std::uint64_t bits = lines[code * lanes]; bits != 0; bits &= bits - 1) {
+          int& its = least[std::countr_zero(bits)];
+          its = std::min(its, value);
         }
       }
-      sum += least;
+      for (std::int64_t g = 0; g < kWord; ++g) sums[g] += least[g];
     }
-    out[i] = static_cast<std::uint16_t>(std::min<std::uint64_t>(sum, 0xffff));
+    for (std::int64_t g = 0; g < kWord; ++g) out[word * kWord + g] = static_cast<std::uint8_t>(std::min(sums[g], 255));
   }
+}
+
+std::uint64_t within_scalar(const std::uint8_t* values, int most) noexcept {
+  std::uint64_t bits = 0;
+  for (int i = 0; i < 64; ++i) bits |= static_cast<std::uint64_t>(values[i] <= most ? 1 : 0) << i;
+  return bits;
+}
+
+std::int64_t count_scalar(const std::uint8_t* values, const std::uint64_t* those, std::int64_t words,
+                          int most) noexcept {
+  std::int64_t found = 0;
+  for (std::int64_t i = 0; i < words * 64; ++i) {
+    found += (those[i / 64] >> (i % 64) & 1) != 0 && values[i] <= most ? 1 : 0;
+  }
+  return found;
+}
+
+std::int64_t bits_scalar(const std::uint64_t* words, std::int64_t count) noexcept {
+  std::int64_t bits = 0;
+  for (std::int64_t w = 0; w < count; ++w) bits += std::popcount(words[w]);
+  return bits;
 }
 
 std::int64_t reach_scalar(const std::int32_t* keys, std::int64_t count, std::int32_t key) noexcept {
@@ -84,7 +118,8 @@ std::int64_t reach_scalar(const std::int32_t* keys, std::int64_t count, std::int
 }
 
 template <class Code>
-constexpr Forms<Code> kScalarForms{seek_none<Code>, deficits_scalar, top_scalar, bounds_scalar, reach_scalar};
+constexpr Forms<Code> kScalarForms{seek_none<Code>, deficits_scalar, top_scalar, bounds_scalar, within_scalar,
+                                    count_scalar, bits_scalar, reach_scalar};
 
 template <class Code>
 [[nodiscard]] Forms<Code> pick(Plan plan) noexcept {
@@ -128,6 +163,8 @@ struct Job {
   Forms<Code> forms;
   std::int64_t blocks = 0;
   std::int64_t supers = 0;
+  std::int64_t groups = 0;
+  std::int64_t words = 0;  // of groups, with the room that bitmaps have for more
   std::int64_t rows = 0;  // of a bitmap and of the deficits: codebooks, and levels where there is a bias
   std::int64_t kept = 0;  // min(k, N)
   int shift = 0;
@@ -158,9 +195,9 @@ struct State {
   float* tops = nullptr;               // [rows]
   float* dense = nullptr;              // [M, K], where the table is sparse
   float* shared = nullptr;             // [M, 256], where codes share a deficit: the largest entry
-  std::uint16_t* bounds = nullptr;     // [superblocks]
-  std::int32_t* order = nullptr;       // [superblocks]
-  std::int32_t* ranked = nullptr;      // [superblocks]
+  std::uint8_t* floors = nullptr;      // [rows]
+  std::uint8_t* bounds = nullptr;      // [words, 64] of groups
+  std::uint64_t* left = nullptr;       // [words] the groups that have not been looked into
   Collector best;
 
   const float* table = nullptr;
@@ -170,6 +207,7 @@ struct State {
   double tops_size = 0;  // A
   double inverse = 0;    // deficits to steps; 0: no bound yet
   double reach = 0;      // R
+  double share = 1;      // of the items that are allowed
   int limit = 255;
   bool boundable = false;
   bool nothing = false;  // a codebook without an allowed code
@@ -182,9 +220,9 @@ struct State {
     if (job.request.offsets != nullptr) dense = carve.template take<float>(items.books * items.entries);
     if (job.shift > 0 && job.block_max) shared = carve.template take<float>(items.books * kLevels);
     if (job.block_max) {
-      bounds = carve.template take<std::uint16_t>(job.supers);
-      order = carve.template take<std::int32_t>(job.supers);
-      ranked = carve.template take<std::int32_t>(job.supers);
+      floors = carve.template take<std::uint8_t>(job.rows);
+      bounds = carve.template take<std::uint8_t>(job.words * kWord);
+      left = carve.template take<std::uint64_t>(job.words);
     }
     const std::int64_t room = Collector::room(job.kept);
     auto* const kept = carve.template take<Scored>(room);
@@ -230,8 +268,12 @@ class Searcher {
 
   // theta from a sample spread over all items; what the sample finds is found again later.
   void seed(State<Code>& s) const noexcept {
-    const std::int64_t sample = std::max<std::int64_t>(16, ceil_div(4 * job_.kept, kItems));
-    if (job_.kept == 0 || sample * 4 > job_.blocks) return;
+    s.share = allowed_share(s);
+    if (job_.kept == 0) return;
+    const auto wanted = static_cast<double>(4 * job_.kept) / (kItems * s.share);
+    if (wanted * 4 > static_cast<double>(job_.blocks)) return;
+    const std::int64_t sample = std::max<std::int64_t>(16, static_cast<std::int64_t>(wanted) + 1);
+    if (sample * 4 > job_.blocks) return;
     Pending pending;
     for (std::int64_t i = 0; i < sample; ++i) {
       const std::int64_t block = i * job_.blocks / sample;
@@ -259,52 +301,52 @@ class Searcher {
     }
   }
 
-  void search_best_first(State<Code>& s, std::int64_t first, std::int64_t step) const noexcept {
+  // Groups best bound first; of `pieces` threads each has every pieces-th group.
+  void search_best_first(State<Code>& s, std::int64_t piece, std::int64_t pieces) const noexcept {
+    if (s.nothing) return;
     if (s.inverse == 0) {  // too few found for a threshold: every superblock may matter
-      for (std::int64_t super = first; super < job_.supers; super += step) visit(s, super, false);
+      for (std::int64_t super = piece; super < job_.supers; super += pieces) visit(s, super);
       return;
     }
-    std::int64_t count = 0;
-    for (std::int64_t super = first; super < job_.supers; super += step) {
-      s.order[count++] = static_cast<std::int32_t>(super);
-    }
-    const std::int64_t all = count;
-    std::int64_t done = 0;
-    int skipped = 256;  // share in 256, of late
-    bool judged = false;
-    while (done < count) {
-      const double scale = s.inverse;
-      count = done + rank(s, s.order + done, count - done);
-      for (std::int64_t turn = 0; done < count; ++done, ++turn) {
-        const int limit = limit_of(scale, s.reach);
-        if (s.bounds[s.order[done]] > limit) return;
-        if (limit < kCoarse && s.limit > 2 * limit && count - done > 8) break;
-        if (!judged && done * kJudged >= all) {
-          judged = true;
-          const auto within = std::count_if(s.order + done, s.order + count,
-                                            [&](std::int32_t super) { return s.bounds[super] <= limit; });
-          if (skipped < kWorthwhile && within * 4 > all * 3) {
-            for (std::int64_t i = 0; i < done; ++i) s.bounds[s.order[i]] = kDone;
-            scan_rest(s, scale, first, step);
-            return;
-          }
-        }
-        const bool bounded = skipped >= kWorthwhile || turn % kProbe == 0;
-        const int share_skipped = visit(s, s.order[done], bounded);
-        if (bounded) skipped = (3 * skipped + share_skipped) / 4;
+    std::fill_n(s.left, job_.words, std::uint64_t{0});
+    if (pieces == 1) {
+      std::fill_n(s.left, job_.groups / kWord, ~std::uint64_t{0});
+      if (job_.groups % kWord != 0) s.left[job_.groups / kWord] = (std::uint64_t{1} << job_.groups % kWord) - 1;
+    } else {
+      for (std::int64_t group = piece; group < job_.groups; group += pieces) {
+        s.left[group / kWord] |= std::uint64_t{1} << group % kWord;
       }
     }
-  }
-
-  // Bounds turned out to be of no use: what is left, as it lies.
-  void scan_rest(State<Code>& s, double scale, std::int64_t first, std::int64_t step) const noexcept {
-    for (std::int64_t super = first; super < job_.supers; super += step) {
-      const int limit = limit_of(scale, s.reach);
-      if (s.bounds[super] > limit) continue;
-      std::int64_t last = super + 1;
-      while (step == 1 && last < job_.supers && s.bounds[last] <= limit && last < super + kAhead) ++last;
-      run(s, super, last);
-      super = last - 1;
+    bound(s, kFirstCodes);
+    double scale = s.inverse;
+    bool close = false;
+    // With few items allowed it takes more groups to find some.
+    const auto first = std::min(static_cast<std::int64_t>(kFirstGroups / s.share), job_.groups / 16 + 1);
+    for (std::int64_t wanted = first;; wanted *= kMoreGroups) {
+      int limit = limit_of(scale, s.reach);
+      std::int64_t within = count(s, limit);
+      const bool finer = !close || (limit < kCoarse && s.limit > 2 * limit);
+      if (finer && wanted > first && within > kManyGroups) {
+        bound(s, 0);
+        close = true;
+        scale = s.inverse;
+        limit = limit_of(scale, s.reach);
+        within = count(s, limit);
+      }
+      if (within <= wanted) {
+        look_within(s, scale, limit);
+        return;
+      }
+      // Bounds turn out to be of no use: what is left, as it lies.
+      if (wanted >= kJudged && wanted > first && within * 4 > job_.groups * 3) {
+        scan_left(s, scale);
+        return;
+      }
+      int low = 0;
+      for (int step = 128; step > 0; step /= 2) {
+        if (low + step <= limit && count(s, low + step) <= wanted) low += step;
+      }
+      look_within(s, scale, low);
     }
   }
 
@@ -315,52 +357,20 @@ class Searcher {
       look(s, nullptr, nullptr, first * kSuper, std::min(last * kSuper, job_.blocks));
       return;
     }
-    for (std::int64_t super = first; super < last; ++super) visit(s, super, false);
+    for (std::int64_t super = first; super < last; ++super) visit(s, super);
   }
 
-  // All that may be among the k best of a superblock's blocks. Returns which share of groups, in 256, was skipped
-  // unseen.
-  int visit(State<Code>& s, std::int64_t super, bool bounded) const noexcept {
-    if (s.nothing) return 256;
+  // All that may be among the k best of a superblock's blocks.
+  void visit(State<Code>& s, std::int64_t super) const noexcept {
+    if (s.nothing) return;
     const std::int64_t first = super * kSuper;
     const std::int64_t last = std::min(first + kSuper, job_.blocks);
-    bounded = bounded && s.inverse > 0;
-    if (!bounded && !masked(s)) {
-      look(s, nullptr, nullptr, first, last);
-      return 0;
+    Listed listed;
+    if (masked(s)) {
+      list(s, first, last, listed);
+      if (listed.count < last - first) return look(s, listed.blocks, listed.allowed, 0, listed.count);
     }
-    // Blocks of which something may be found, and what.
-    std::int32_t list[kSuper];
-    std::uint64_t allowed[kSuper] = {};
-    const std::int64_t blocks = last - first;
-    words(s, first, blocks, allowed);
-    std::int64_t listed = 0;
-    for (std::int64_t i = 0; i < blocks; ++i) {
-      const std::uint64_t bits = allowed[i];
-      allowed[listed] = bits;
-      list[listed] = static_cast<std::int32_t>(first + i);
-      listed += bits != 0 ? 1 : 0;
-    }
-    if (!bounded && listed == blocks) {
-      look(s, nullptr, nullptr, first, last);
-      return 0;
-    }
-    // To bound a group takes about as long as to scan half of it.
-    if (!bounded || listed <= blocks / 4) {
-      look(s, list, allowed, 0, listed);
-      return bounded ? 256 : 0;
-    }
-    std::uint16_t bounds[kGroups];
-    const std::int64_t groups = ceil_div(blocks, kGroup);
-    job_.forms.bounds(items_.groups + super * kGroups * job_.rows * kBits, groups, job_.rows, s.lut, bounds);
-    std::int64_t kept = 0;
-    for (std::int64_t i = 0; i < listed; ++i) {
-      list[kept] = list[i];
-      allowed[kept] = allowed[i];
-      kept += bounds[(list[i] - first) / kGroup] <= s.limit ? 1 : 0;
-    }
-    look(s, list, allowed, 0, kept);
-    return static_cast<int>((listed - kept) * 256 / listed);
+    look(s, nullptr, nullptr, first, last);
   }
 
   void write(State<Code>& s, std::int64_t query) const noexcept {
@@ -373,6 +383,139 @@ class Searcher {
   }
 
  private:
+  // Blocks of which something may be found, and what.
+  struct Listed {
+    std::int32_t blocks[kListed + kGroup];
+    std::uint64_t allowed[kListed + kGroup];
+    std::int64_t count = 0;
+  };
+
+  // Appends blocks [first, last).
+  void list(const State<Code>& s, std::int64_t first, std::int64_t last, Listed& listed) const noexcept {
+    const std::uint64_t* const live = items_.live;
+    const std::uint64_t* const mask = job_.request.mask_by_position ? s.mask : nullptr;
+    for (std::int64_t block = first; block < last; ++block) {
+      std::uint64_t bits = live == nullptr ? ~std::uint64_t{0} : live[block];
+      if (mask != nullptr) bits &= mask[block];
+      if (block + 1 == job_.blocks) bits &= word(s, block);
+      listed.blocks[listed.count] = static_cast<std::int32_t>(block);
+      listed.allowed[listed.count] = bits;
+      listed.count += bits != 0 ? 1 : 0;
+    }
+  }
+
+  // Which share of the items is allowed, about; never 0.
+  [[nodiscard]] double allowed_share(const State<Code>& s) const noexcept {
+    if (items_.live == nullptr && s.mask == nullptr) return 1;
+    constexpr std::int64_t kWords = 64;
+    std::uint64_t words[kWords];
+    for (std::int64_t i = 0; i < kWords; ++i) {
+      const std::int64_t block = i * job_.blocks / kWords;
+      // Of a mask by slot another order of the same bits.
+      words[i] = word(s, block) & (s.mask == nullptr ? ~std::uint64_t{0} : s.mask[block]);
+    }
+    const std::int64_t bits = job_.forms.bits(words, kWords);
+    return static_cast<double>(std::max<std::int64_t>(bits, 1)) / (kWords * kItems);
+  }
+
+  // How many codes of a codebook to look up.
+  [[nodiscard]] std::int64_t worth(std::int64_t row) const noexcept {
+    // How many a group holds, by a sample of lines.
+    constexpr std::int64_t kSampled = 16;
+    const std::int64_t lanes = items_.lanes;
+    const std::int64_t spans = job_.words / lanes;
+    std::int64_t bits = 0;
+    for (std::int64_t i = 0; i < kSampled; ++i) {
+      const std::int64_t line = (i * spans / kSampled * job_.rows + row) * kLevels + i * (kLevels / kSampled);
+      bits += job_.forms.bits(items_.held + line * lanes, lanes);
+    }
+    const std::int64_t groups = std::min(job_.groups, lanes * kWord);
+    return std::max(kFewestCodes, kMeetings * kSampled * groups / std::max<std::int64_t>(bits, 1));
+  }
+
+  // Bounds of all groups, in the present scale; by `codes` of each codebook, or as many as are worth it (0).
+  void bound(State<Code>& s, std::int64_t codes) const noexcept {
+    const std::int64_t lanes = items_.lanes;
+    const std::int64_t spans = job_.words / lanes;
+    for (std::int64_t row = 0; row < job_.rows; ++row) {
+      const std::uint8_t* const lut = s.lut + row * kLevels;
+      const std::int64_t most = codes > 0 ? codes : worth(row);
+      // The highest floor, up to what is out of reach, that leaves no more codes below it.
+      int floor = 0;
+      for (int step = 128; step > 0; step /= 2) {
+        if (floor + step > std::min(s.limit, 254) + 1) continue;
+        constexpr std::uint64_t kAll[kLevels / 64] = {~std::uint64_t{0}, ~std::uint64_t{0}, ~std::uint64_t{0},
+                                                      ~std::uint64_t{0}};
+        if (job_.forms.count(lut, kAll, kLevels / 64, floor + step - 1) <= most) floor += step;
+      }
+      s.floors[row] = static_cast<std::uint8_t>(floor);
+    }
+    job_.forms.bounds(items_.held, spans, job_.rows, lanes, s.lut, s.floors, s.bounds);
+  }
+
+  // How many of the groups left have a bound of at most `most`.
+  [[nodiscard]] std::int64_t count(const State<Code>& s, int most) const noexcept {
+    return job_.forms.count(s.bounds, s.left, job_.words, most);
+  }
+
+  // Looks into the groups left with a bound of at most `most`, as long as that is within reach.
+  void look_within(State<Code>& s, double scale, int most) const noexcept {
+    Listed listed;
+    std::int64_t full = 2 * kGroup;  // theta rises soonest in the beginning
+    for (std::int64_t word = 0; word < job_.words; ++word) {
+      const int limit = std::min(most, limit_of(scale, s.reach));
+      std::uint64_t groups = job_.forms.within(s.bounds + word * kWord, limit) & s.left[word];
+      s.left[word] &= ~groups;
+      for (; groups != 0; groups &= groups - 1) {
+        const std::int64_t first = (word * kWord + std::countr_zero(groups)) * kGroup;
+        list(s, first, std::min(first + kGroup, job_.blocks), listed);
+        if (listed.count < full) continue;
+        look(s, listed.blocks, listed.allowed, 0, listed.count);
+        listed.count = 0;
+        full = std::min(2 * full, kListed);
+      }
+    }
+    look(s, listed.blocks, listed.allowed, 0, listed.count);
+  }
+
+  // Looks into all groups left that are within reach, in runs; of superblocks one in kAhead first.
+  void scan_left(State<Code>& s, double scale) const noexcept {
+    constexpr std::int64_t kGroups = kSuper / kGroup;
+    for (int turn = 0; turn < 2; ++turn) {
+      for (std::int64_t group = 0; group < job_.groups;) {
+        const std::int64_t super = group / kGroups;
+        if ((super % kAhead == 0) != (turn == 0)) {
+          group = (super + 1) * kGroups;
+          continue;
+        }
+        const int limit = limit_of(scale, s.reach);
+        const auto wanted = [&](std::int64_t g) {
+          return (s.left[g / kWord] >> (g % kWord) & 1) != 0 && s.bounds[g] <= limit;
+        };
+        if (!wanted(group)) {
+          ++group;
+          continue;
+        }
+        std::int64_t last = group + 1;
+        const std::int64_t stop =
+            std::min((turn == 0 ? super + 1 : (super / kAhead + 1) * kAhead) * kGroups, job_.groups);
+        while (last < stop && wanted(last)) ++last;
+        if (masked(s)) {
+          Listed listed;
+          for (std::int64_t g = group; g < last; ++g) {
+            list(s, g * kGroup, std::min((g + 1) * kGroup, job_.blocks), listed);
+            if (listed.count < kListed && g + 1 < last) continue;
+            look(s, listed.blocks, listed.allowed, 0, listed.count);
+            listed.count = 0;
+          }
+        } else {
+          look(s, nullptr, nullptr, group * kGroup, std::min(last * kGroup, job_.blocks));
+        }
+        group = last;
+      }
+    }
+  }
+
   [[nodiscard]] static int limit_of(double inverse, double reach) noexcept {
     // Each deficit and its product are rounded once; limits above 254 would let saturated sums through, which is no
     // error.
@@ -418,30 +561,6 @@ class Searcher {
     }
   }
 
-  // Bounds the superblocks in order[0:count] and sorts those within reach by bound; how many these are.
-  [[nodiscard]] std::int64_t rank(State<Code>& s, std::int32_t* order, std::int64_t count) const noexcept {
-    const std::int64_t stride = job_.rows * kBits;
-    if (count == job_.supers) {
-      job_.forms.bounds(items_.supers, count, job_.rows, s.lut, s.bounds);
-    } else {
-      for (std::int64_t i = 0; i < count; ++i) {
-        job_.forms.bounds(items_.supers + order[i] * stride, 1, job_.rows, s.lut, s.bounds + order[i]);
-      }
-    }
-    // By counting; of equal bounds the first stays first.
-    std::int32_t starts[kLevels + 1] = {};
-    for (std::int64_t i = 0; i < count; ++i) {
-      if (s.bounds[order[i]] <= s.limit) ++starts[s.bounds[order[i]] + 1];
-    }
-    for (int bound = 0; bound < kLevels; ++bound) starts[bound + 1] += starts[bound];
-    const std::int32_t within = starts[kLevels];
-    for (std::int64_t i = 0; i < count; ++i) {
-      if (s.bounds[order[i]] <= s.limit) s.ranked[starts[s.bounds[order[i]]]++] = order[i];
-    }
-    std::copy_n(s.ranked, within, order);
-    return within;
-  }
-
   [[nodiscard]] bool masked(const State<Code>& s) const noexcept {
     return items_.live != nullptr || (s.mask != nullptr && job_.request.mask_by_position);
   }
@@ -464,15 +583,6 @@ class Searcher {
     if (items_.live != nullptr) bits &= items_.live[block];
     if (s.mask != nullptr && job_.request.mask_by_position) bits &= s.mask[block];
     return bits;
-  }
-
-  void words(const State<Code>& s, std::int64_t first, std::int64_t count, std::uint64_t* out) const noexcept {
-    std::fill_n(out, count, ~std::uint64_t{0});
-    if (items_.live != nullptr) std::copy_n(items_.live + first, count, out);
-    if (s.mask != nullptr && job_.request.mask_by_position) {
-      for (std::int64_t i = 0; i < count; ++i) out[i] &= s.mask[first + i];
-    }
-    out[count - 1] &= word(s, first + count - 1);
   }
 
   void look(State<Code>& s, const std::int32_t* list, const std::uint64_t* allowed, std::int64_t first,
@@ -585,11 +695,13 @@ template <class Code>
   Job<Code> job{.items = items, .request = request, .forms = pick<Code>(request.plan)};
   job.blocks = ceil_div(items.size, kItems);
   job.supers = ceil_div(job.blocks, kSuper);
+  job.groups = ceil_div(job.blocks, kGroup);
   job.rows = items.books + (items.bias == nullptr ? 0 : 1);
   job.kept = std::min(request.k, items.size);
   // A byte has no more than 256 codes, whatever the table has room for.
   job.shift = sizeof(Code) == 1 ? 0 : shift_of(items.entries);
-  job.block_max = request.plan == Plan::kBlockMax && items.groups != nullptr && items.supers != nullptr;
+  job.block_max = request.plan == Plan::kBlockMax && items.held != nullptr;
+  if (job.block_max) job.words = ceil_div(job.groups, kWord * items.lanes) * items.lanes;
   return job;
 }
 
@@ -737,9 +849,7 @@ std::int64_t count_bits(const std::uint64_t* words, std::int64_t count) noexcept
   if (has_vbmi()) return count_bits_avx512(words, count);
   if (active_isa() >= Isa::kAvx2) return count_bits_avx2(words, count);
 #endif
-  std::int64_t bits = 0;
-  for (std::int64_t w = 0; w < count; ++w) bits += std::popcount(words[w]);
-  return bits;
+  return bits_scalar(words, count);
 }
 
 void order_mask(const std::uint64_t* mask, std::int64_t rows, std::int64_t items, const std::int32_t* slots,

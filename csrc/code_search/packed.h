@@ -12,15 +12,17 @@
 //              with saturation; an item goes on where the sum is at most the limit, which falls as theta rises. What
 //              goes on is summed in float32 and compared exactly, so that the bound decides the time and never the
 //              answer. No bound where A or D reaches 1e38, that is where a sum could overflow.
-// Block-max    Bitmaps say which codes a group (256 items) and a superblock (4096) hold: the sum of the smallest
-//              deficits present bounds them all. With K > 256, 2^s neighbouring codes share a bit and the larger
-//              entry.
-// Method       theta from a sample first; then superblocks best bound first, as long as bounds tell them apart, or
-//              all of them as they lie (one in 16 first, so that theta rises soon wherever the good items are). A
-//              scan notes where something may be good enough; that is scored, then compared, many at a time. What is
-//              good enough goes to a buffer that is cut to the k best whenever it is full.
-// Threads      A query belongs to a thread; with fewer queries than threads, superblocks are dealt out and theta is
-//              shared: only items strictly below it are dropped, so the answer cannot depend on who was first.
+// Block-max    Bitmaps say which groups (256 items) hold a code: the sum over the codebooks of the smallest deficit
+//              that a group holds bounds all its items. A cache line speaks of a code and 512 groups, so that only
+//              lines of the codes that score best are read: a group without one of these has at least the deficit of
+//              the best code left out. With K > 256, 2^s neighbouring codes share a bit and the larger entry.
+// Method       theta from a sample first; then groups best bound first, more of them each time, as long as bounds
+//              tell them apart, or all of them as they lie (one superblock, 4096 items, in 16 first, so that theta
+//              rises soon wherever the good items are). A scan notes where something may be good enough; that is
+//              scored, then compared, many at a time. What is good enough goes to a buffer that is cut to the k best
+//              whenever it is full.
+// Threads      A query belongs to a thread; with fewer queries than threads, superblocks or groups are dealt out and
+//              theta is shared: only items strictly below it are dropped, so the answer cannot depend on who was first.
 // Forms        AVX-512 with VBMI: 256 deficits in four registers, two permutations a codebook and 64 items, and sums
 //              of two byte codes by gathers. AVX2: 16 deficits a register and a tree of blends. Scalar, and two byte
 //              codes on AVX2: everything is scored
@@ -35,10 +37,9 @@ namespace recfast::code_search {
 
 inline constexpr std::int64_t kItems = 64;                          // of a block: one bit each of a word
 inline constexpr std::int64_t kGroup = 4;                           // blocks that are bounded and scanned together
-inline constexpr std::int64_t kGroups = 16;                         // groups of a superblock
-inline constexpr std::int64_t kSuper = kGroup * kGroups;            // blocks of a superblock
+inline constexpr std::int64_t kSuper = 16 * kGroup;                 // blocks of a superblock
 inline constexpr std::int64_t kLevels = 256;                        // of a byte
-inline constexpr std::int64_t kBits = kLevels / 64;                 // words of a bitmap
+inline constexpr std::int64_t kWord = 64;                           // groups of a word of a bitmap
 
 template <class Code>
 struct Items {
@@ -49,9 +50,9 @@ struct Items {
   const float* edges = nullptr;          // [256]: at least every bias of the level
   const std::int64_t* ids = nullptr;     // by slot, or null
   const std::uint64_t* live = nullptr;   // a bit a position, or null
-  // Bitmaps, or null; with levels they have the last row.
-  const std::uint64_t* groups = nullptr;  // [ceil(P / 4), M or M + 1, 4]
-  const std::uint64_t* supers = nullptr;  // [ceil(P / 64), M or M + 1, 4]
+  // Which groups hold a code, or null: [ceil(P / (256 lanes)), M or M + 1, 256, lanes]; levels have the last row.
+  const std::uint64_t* held = nullptr;
+  std::int64_t lanes = 0;  // words that lie together: 1, 2, 4 or 8
   std::int64_t size = 0;
   std::int64_t books = 0;
   std::int64_t entries = 0;
@@ -141,9 +142,17 @@ using Seek = std::int64_t(const Sight<Code>& sight, std::int64_t first, std::int
 using Deficits = void(const float* values, std::int64_t count, float top, float inverse, std::uint8_t* out) noexcept;
 // The largest of count values.
 using Top = float(const float* values, std::int64_t count) noexcept;
-// out[i] = the sum over rows of the smallest deficit whose bit is set in bitmaps[i, row].
-using Bounds = void(const std::uint64_t* bitmaps, std::int64_t count, std::int64_t rows, const std::uint8_t* lut,
-                    std::uint16_t* out) noexcept;
+// out[g] = min(255, the sum over rows of the smaller of floors[row] and the smallest deficit of a code that group g
+// holds), for 64 * lanes groups a span of `held`. Only codes whose deficit is below the floor are looked at.
+using Bounds = void(const std::uint64_t* held, std::int64_t spans, std::int64_t rows, std::int64_t lanes,
+                    const std::uint8_t* lut, const std::uint8_t* floors, std::uint8_t* out) noexcept;
+// Which of 64 bytes are at most `most`: one bit each.
+using Within = std::uint64_t(const std::uint8_t* values, int most) noexcept;
+// How many of `those` (a bit each) of 64 bytes a word are at most `most`.
+using Count = std::int64_t(const std::uint8_t* values, const std::uint64_t* those, std::int64_t words,
+                           int most) noexcept;
+// How many bits are set.
+using CountBits = std::int64_t(const std::uint64_t* words, std::int64_t count) noexcept;
 
 // How many of `count` keys are at least `key`.
 using Reach = std::int64_t(const std::int32_t* keys, std::int64_t count, std::int32_t key) noexcept;
@@ -154,6 +163,9 @@ struct Forms {
   Deficits* deficits;
   Top* top;
   Bounds* bounds;
+  Within* within;
+  Count* count;
+  CountBits* bits;
   Reach* reach;
 };
 
@@ -176,7 +188,6 @@ std::int64_t seek_none(const Sight<Code>& sight, std::int64_t first, std::int64_
 using PackWords = void(const std::uint8_t* mask, std::int64_t words, std::uint64_t* out) noexcept;
 PackWords pack_words_avx2;
 PackWords pack_words_avx512;
-using CountBits = std::int64_t(const std::uint64_t* words, std::int64_t count) noexcept;
 CountBits count_bits_avx2;
 CountBits count_bits_avx512;
 

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 
 #pragma GCC push_options
@@ -116,27 +117,55 @@ float top(const float* values, std::int64_t count) noexcept {
   return best;
 }
 
-void bounds(const std::uint64_t* bitmaps, std::int64_t count, std::int64_t rows, const std::uint8_t* lut,
-            std::uint16_t* out) noexcept {
+std::uint64_t within(const std::uint8_t* values, int most) noexcept {
+  const __m256i limit = _mm256_set1_epi8(static_cast<char>(most));
+  const auto half = [&](const std::uint8_t* from) {
+    const __m256i bytes = load(from);
+    return static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_min_epu8(bytes, limit), bytes)));
+  };
+  return half(values) | static_cast<std::uint64_t>(half(values + 32)) << 32;
+}
+
+void bounds(const std::uint64_t* held, std::int64_t spans, std::int64_t rows, std::int64_t lanes,
+            const std::uint8_t* lut, const std::uint8_t* floors, std::uint8_t* out) noexcept {
   const __m256i spread = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
-  for (std::int64_t i = 0; i < count; ++i) {
-    int sum = 0;
+  for (std::int64_t span = 0; span < spans; ++span) {
+    std::uint8_t* const sums = out + span * lanes * kWord;
+    std::fill_n(sums, lanes * kWord, std::uint8_t{0});
     for (std::int64_t row = 0; row < rows; ++row) {
-      const std::uint64_t* const bits = bitmaps + (i * rows + row) * kBits;
-      __m256i least = _mm256_set1_epi8(-1);
-      for (int part = 0; part < 8; ++part) {
-        const auto half = static_cast<std::uint32_t>(bits[part / 2] >> (part % 2 * 32));
-        const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(half)), spread);
-        const __m256i absent = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), _mm256_setzero_si256());
-        least = _mm256_min_epu8(least, _mm256_or_si256(absent, load(lut + row * kLevels + part * 32)));
+      const std::uint8_t* const values = lut + row * kLevels;
+      const std::uint64_t* const lines = held + (span * rows + row) * kLevels * lanes;
+      const int floor = floors[row];
+      std::int32_t codes[kLevels];
+      std::int64_t count = 0;
+      for (std::int64_t first = 0; floor > 0 && first < kLevels; first += 64) {
+        for (std::uint64_t below = within(values + first, floor - 1); below != 0; below &= below - 1) {
+          codes[count++] = static_cast<std::int32_t>(first + std::countr_zero(below));
+        }
       }
-      const __m128i quarter = _mm_min_epu8(_mm256_castsi256_si128(least), _mm256_extracti128_si256(least, 1));
-      const __m128i pairs = _mm_min_epu8(quarter, _mm_srli_epi16(quarter, 8));
-      sum += _mm_cvtsi128_si32(_mm_minpos_epu16(pairs)) & 0xff;
+      for (std::int64_t half = 0; half < 2 * lanes; ++half) {
+        __m256i least = _mm256_set1_epi8(static_cast<char>(floor));
+        for (std::int64_t i = 0; i < count; ++i) {
+          const std::uint64_t word = lines[codes[i] * lanes + half / 2];
+          const auto groups = static_cast<std::int32_t>(word >> (half % 2 * 32));
+          const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(groups), spread);
+          const __m256i absent = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), _mm256_setzero_si256());
+          const __m256i value = _mm256_set1_epi8(static_cast<char>(values[codes[i]]));
+          least = _mm256_min_epu8(least, _mm256_or_si256(absent, value));
+        }
+        store(sums + half * 32, _mm256_adds_epu8(load(sums + half * 32), least));
+      }
     }
-    out[i] = static_cast<std::uint16_t>(std::min(sum, 0xffff));
   }
+}
+
+std::int64_t count(const std::uint8_t* values, const std::uint64_t* those, std::int64_t words, int most) noexcept {
+  std::int64_t found = 0;
+  for (std::int64_t w = 0; w < words; ++w) {
+    found += _mm_popcnt_u64(within(values + w * 64, most) & those[w]);
+  }
+  return found;
 }
 
 std::int64_t reach(const std::int32_t* keys, std::int64_t count, std::int32_t key) noexcept {
@@ -163,9 +192,9 @@ std::int64_t count_bits_avx2(const std::uint64_t* words, std::int64_t count) noe
   return bits;
 }
 
-Forms<std::uint8_t> forms_avx2(std::uint8_t) noexcept { return {seek8, deficits, top, bounds, reach}; }
+Forms<std::uint8_t> forms_avx2(std::uint8_t) noexcept { return {seek8, deficits, top, bounds, within, count, count_bits_avx2, reach}; }
 Forms<std::uint16_t> forms_avx2(std::uint16_t) noexcept {
-  return {seek_none<std::uint16_t>, deficits, top, bounds, reach};
+  return {seek_none<std::uint16_t>, deficits, top, bounds, within, count, count_bits_avx2, reach};
 }
 
 }  // namespace recfast::code_search

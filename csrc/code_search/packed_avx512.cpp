@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 
 #pragma GCC push_options
@@ -202,42 +203,61 @@ float top(const float* values, std::int64_t count) noexcept {
   return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
 }
 
-// Two vectors of bytes to one of pairs, the smaller of two each time.
-template <int Bytes>
-__m512i zip(__m512i a, __m512i b) noexcept {
-  if constexpr (Bytes == 1) return _mm512_min_epu8(_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b));
-  if constexpr (Bytes == 2) return _mm512_min_epu8(_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b));
-  return _mm512_min_epu8(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+template <int Lanes>
+void bounds(const std::uint64_t* held, std::int64_t spans, std::int64_t rows, const std::uint8_t* lut,
+            const std::uint8_t* floors, std::uint8_t* out) noexcept {
+  for (std::int64_t span = 0; span < spans; ++span) {
+    __m512i sums[Lanes] = {};
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const std::uint8_t* const values = lut + row * kLevels;
+      const std::uint64_t* const lines = held + (span * rows + row) * kLevels * Lanes;
+      const __m512i floor = _mm512_set1_epi8(static_cast<char>(floors[row]));
+      __m512i least[Lanes];
+#pragma GCC unroll 8
+      for (int i = 0; i < Lanes; ++i) least[i] = floor;
+      for (std::int64_t first = 0; first < kLevels; first += 64) {
+        std::uint64_t codes = _mm512_cmplt_epu8_mask(_mm512_loadu_si512(values + first), floor);
+        for (; codes != 0; codes &= codes - 1) {
+          const std::int64_t code = first + std::countr_zero(codes);
+          const std::uint64_t* const line = lines + code * Lanes;
+          if constexpr (Lanes == 8) {
+            // In order of codes, those of the first codebook lie in few spans.
+            const __m512i words = _mm512_loadu_si512(line);
+            if (_mm512_test_epi64_mask(words, words) == 0) continue;
+          }
+          const __m512i value = _mm512_set1_epi8(static_cast<char>(values[code]));
+#pragma GCC unroll 8
+          for (int i = 0; i < Lanes; ++i) least[i] = _mm512_mask_min_epu8(least[i], line[i], least[i], value);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < Lanes; ++i) sums[i] = _mm512_adds_epu8(sums[i], least[i]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Lanes; ++i) _mm512_storeu_si512(out + (span * Lanes + i) * kWord, sums[i]);
+  }
 }
 
-void bounds(const std::uint64_t* bitmaps, std::int64_t count, std::int64_t rows, const std::uint8_t* lut,
-            std::uint16_t* out) noexcept {
-  const __m512i none = _mm512_set1_epi8(-1);
-  for (std::int64_t i = 0; i < count; ++i) {
-    std::int64_t sum = 0;
-    // Eight rows meet in the bytes of a 64-bit lane. Rows that are not there have deficit 0.
-    for (std::int64_t first = 0; first < rows; first += 8) {
-      __m512i row[8];
-#pragma GCC unroll 8
-      for (std::int64_t r = 0; r < 8; ++r) {
-        row[r] = _mm512_setzero_si512();
-        if (first + r >= rows) continue;
-        const std::uint64_t* const bits = bitmaps + (i * rows + first + r) * kBits;
-        const std::uint8_t* const values = lut + (first + r) * kLevels;
-        __m512i least[kBits];
-        for (int w = 0; w < kBits; ++w) least[w] = _mm512_mask_loadu_epi8(none, bits[w], values + w * 64);
-        row[r] = _mm512_min_epu8(_mm512_min_epu8(least[0], least[1]), _mm512_min_epu8(least[2], least[3]));
-      }
-      const __m512i low = zip<2>(zip<1>(row[0], row[1]), zip<1>(row[2], row[3]));
-      const __m512i high = zip<2>(zip<1>(row[4], row[5]), zip<1>(row[6], row[7]));
-      const __m512i all = zip<4>(low, high);
-      const __m256i half = _mm256_min_epu8(_mm512_castsi512_si256(all), _mm512_maskz_extracti32x8_epi32(0xff, all, 1));
-      const __m128i quarter = _mm_min_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-      const __m128i one = _mm_min_epu8(quarter, _mm_unpackhi_epi64(quarter, quarter));
-      sum += _mm_cvtsi128_si32(_mm_sad_epu8(one, _mm_setzero_si128()));
-    }
-    out[i] = static_cast<std::uint16_t>(std::min<std::int64_t>(sum, 0xffff));
+void bounds(const std::uint64_t* held, std::int64_t spans, std::int64_t rows, std::int64_t lanes,
+            const std::uint8_t* lut, const std::uint8_t* floors, std::uint8_t* out) noexcept {
+  switch (lanes) {
+    case 1: return bounds<1>(held, spans, rows, lut, floors, out);
+    case 2: return bounds<2>(held, spans, rows, lut, floors, out);
+    case 4: return bounds<4>(held, spans, rows, lut, floors, out);
+    default: return bounds<8>(held, spans, rows, lut, floors, out);
   }
+}
+
+std::uint64_t within(const std::uint8_t* values, int most) noexcept {
+  return _mm512_cmple_epu8_mask(_mm512_loadu_si512(values), _mm512_set1_epi8(static_cast<char>(most)));
+}
+
+std::int64_t count(const std::uint8_t* values, const std::uint64_t* those, std::int64_t words, int most) noexcept {
+  std::int64_t found = 0;
+  for (std::int64_t w = 0; w < words; ++w) {
+    found += _mm_popcnt_u64(within(values + w * 64, most) & those[w]);
+  }
+  return found;
 }
 
 std::int64_t reach(const std::int32_t* keys, std::int64_t count, std::int32_t key) noexcept {
@@ -266,8 +286,8 @@ std::int64_t count_bits_avx512(const std::uint64_t* words, std::int64_t count) n
   return bits;
 }
 
-Forms<std::uint8_t> forms_avx512(std::uint8_t) noexcept { return {seek8, deficits, top, bounds, reach}; }
-Forms<std::uint16_t> forms_avx512(std::uint16_t) noexcept { return {seek16, deficits, top, bounds, reach}; }
+Forms<std::uint8_t> forms_avx512(std::uint8_t) noexcept { return {seek8, deficits, top, bounds, within, count, count_bits_avx512, reach}; }
+Forms<std::uint16_t> forms_avx512(std::uint16_t) noexcept { return {seek16, deficits, top, bounds, within, count, count_bits_avx512, reach}; }
 
 }  // namespace recfast::code_search
 

@@ -157,6 +157,7 @@ struct User {
   }
 
   [[nodiscard]] double reach() const noexcept { return weight * span; }
+  [[nodiscard]] double offsets() const noexcept { return reach() / unit; }  // the greatest size of one
 };
 
 template <class Rule>
@@ -329,7 +330,10 @@ class Loop {
     u_.free[item] = false;
     u_.offset[item] = kNever;
     u_.upper[item] = kNever;
-    if (u_.args.window > 0) renew(item / kPanel);
+    const std::int64_t b = item / kPanel;
+    // Other panels' bounds may be those of items of which nothing is known, above what their items last had.
+    if (rule_.fresh(b)) u_.bound[b] = greatest(u_.upper + b * kPanel);
+    if (u_.args.window > 0) renew(b);
   }
 
   void see(std::int64_t row) noexcept {
@@ -347,9 +351,7 @@ class Loop {
   }
 
   // The bound from which an item counts.
-  [[nodiscard]] double needed(double best) const noexcept {
-    return best == -kInfinity ? -kInfinity : (best - tie_ - u_.top - rule_.common()) / u_.unit;
-  }
+  [[nodiscard]] double needed(double best) const noexcept { return (best - tie_ - u_.top - rule_.common()) / u_.unit; }
 
   [[nodiscard]] double bound(std::int64_t b) noexcept {
     return u_.bound[b] == kNever ? -kInfinity : static_cast<double>(u_.bound[b]) + rule_.drift(b);
@@ -366,16 +368,23 @@ class Loop {
     u_.bound[b] = rule_.refresh(b);
   }
 
-  void contend(std::int64_t b, double* best) noexcept {
-    const float* upper = u_.upper + b * kPanel;
-    for (std::uint64_t left = reaching(upper, limit(*best)); left != 0; left &= left - 1) {
-      const int l = std::countr_zero(left);
-      if (upper[l] == kNever || static_cast<double>(upper[l]) < needed(*best)) continue;
-      *best = std::max(*best, evaluate(b * kPanel + l));
-    }
+  // The best score so far, and the bound from which another item counts.
+  struct Best {
+    double score = -kInfinity;
+    double enough = -kInfinity;
+  };
+
+  void contend(std::int64_t item, Best* best) noexcept {
+    if (const double score = evaluate(item); score > best->score) *best = {score, needed(score)};
   }
 
-  [[nodiscard]] float limit(double best) const noexcept { return rounded_down(needed(best)); }
+  void contend_all(std::int64_t b, Best* best) noexcept {
+    const float* upper = u_.upper + b * kPanel;
+    for (std::uint64_t left = reaching(upper, rounded_down(best->enough)); left != 0; left &= left - 1) {
+      const int l = std::countr_zero(left);
+      if (upper[l] != kNever && static_cast<double>(upper[l]) >= best->enough) contend(b * kPanel + l, best);
+    }
+  }
 
   // There is a free item.
   [[nodiscard]] std::int64_t select_exact() noexcept {
@@ -388,17 +397,20 @@ class Loop {
         first = b;
       }
     }
-    double best = -kInfinity;
+    Best best;
     refresh(first);
-    contend(first, &best);
+    // In it the item of the greatest bound, without which half the panel would be evaluated on the way up.
+    const std::uint64_t top = reaching(u_.upper + first * kPanel, u_.bound[first]);
+    if (top != 0) contend(first * kPanel + std::countr_zero(top), &best);
+    contend_all(first, &best);
     for (std::int64_t b = 0; b < u_.panels; ++b) {
-      if (b == first || u_.bound[b] == kNever || bound(b) < needed(best)) continue;
+      if (b == first || u_.bound[b] == kNever || bound(b) < best.enough) continue;
       refresh(b);
-      if (static_cast<double>(u_.bound[b]) >= needed(best)) contend(b, &best);
+      if (static_cast<double>(u_.bound[b]) >= best.enough) contend_all(b, &best);
     }
     // Whatever may tie with the best has been evaluated, for its bound was above what was then needed.
-    const double least = best - tie_;
-    const double enough = needed(best);
+    const double least = best.score - tie_;
+    const double enough = best.enough;
     for (std::int64_t b = 0; b < u_.panels; ++b) {
       if (u_.bound[b] == kNever || bound(b) < enough) continue;
       for (std::uint64_t left = reaching(u_.upper + b * kPanel, rounded_down(enough)); left != 0; left &= left - 1) {

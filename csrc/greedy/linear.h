@@ -18,7 +18,7 @@ class Linear {
         age_(arena.take<std::int32_t>(user.panels)),
         h32_(arena.take<float>(user.args.width)) {}
 
-  [[nodiscard]] float first(std::int64_t) const noexcept { return static_cast<float>(kRounding); }
+  [[nodiscard]] float first(std::int64_t) const noexcept { return static_cast<float>(kRounding * u_.offsets()); }
   [[nodiscard]] bool picked(std::int64_t) const noexcept { return false; }
   [[nodiscard]] bool fresh(std::int64_t b) const noexcept { return age_[b] == step_; }
 
@@ -41,7 +41,7 @@ class Linear {
     std::fill_n(age_, u_.panels, 0);
     std::fill_n(h32_, u_.args.width, 0.0f);
     std::fill_n(drift_of_, u_.most + 2, -1);
-    slack_ = static_cast<float>(kRounding);
+    slack_ = static_cast<float>(kRounding * u_.offsets());
   }
 
   // The next step's h = factor * vector; `size` bounds |<x, h>| / factor for any row.
@@ -50,7 +50,8 @@ class Linear {
     for (std::int64_t c = 0; c < u_.stride; ++c) h[c] = factor * vector[c];
     for (std::int64_t c = 0; c < u_.args.width; ++c) h32_[c] = static_cast<float>(h[c]);
     size *= std::abs(factor);
-    slack_ = static_cast<float>(dot_error(u_.args.width) * size + kRounding * (1.0 + size));
+    // In proportion to what there is: where relevance does not count, terms may shrink by many orders along a list.
+    slack_ = static_cast<float>(dot_error(u_.args.width) * size + kRounding * (u_.offsets() + size));
   }
 
   // rise(now, then): by how much <x, -h> may have grown.

@@ -1,9 +1,9 @@
 // kdpp_sample: exact samples of a k-DPP, sets of k items drawn with P(Y) = det L_Y / e_k(L), low-rank kernel.
 //
 // Kernel       L = Diag(q) S Diag(q), q_i = exp(quality_i), S = (1 - gamma) F F^T + gamma I
-// Method       1. Eigenvectors of L: from those of the D x D dual B^T B, B = sqrt(1 - gamma) Diag(q) F; where N <= D, where
-//                 gamma > 0, or where the dual has lost the k-th eigenvalue (below kLost of the first), from the pivoted
-//                 Cholesky factor of L itself. Both by one-sided Jacobi rotations of a pivoted Cholesky factor.
+// Method       1. Eigenvectors of L: from those of the D x D dual B^T B, B = sqrt(1 - gamma) Diag(q) F; where N <= D,
+//                 where gamma > 0, or where the dual has lost the k-th eigenvalue (below kLost of the first), from the
+//                 pivoted Cholesky factor of L itself. Both by one-sided Jacobi rotations of a pivoted Cholesky factor.
 //              2. Which k of them: eigenvector n with probability lambda_n / (R_m + lambda_n), m still to choose, where
 //                 R_m = e_m / e_(m-1) of the eigenvalues before n. The ratios stay in the eigenvalues' own range:
 //                 R_m <- (R_m + lambda) / (1 + lambda / R_(m-1)), all terms positive.

@@ -40,10 +40,7 @@ inline std::int64_t pivoted_cholesky(Problem& p, std::int64_t size, std::int64_t
     if (p.left[pivot] == kDone) break;
     double* column = p.factor + rank * stride;
     kernel_row(pivot, column);
-    for (std::int64_t s = 0; s < rank; ++s) {
-      const double* before = p.factor + s * stride;
-      subtract(column, before[pivot], before, stride);
-    }
+    subtract_rows(column, p.factor + pivot, stride, p.factor, stride, rank, stride);
     const double root = std::sqrt(p.left[pivot]);
     for (std::int64_t i = 0; i < stride; ++i) column[i] = i < size && p.left[i] != kDone ? column[i] / root : 0.0;
     column[pivot] = root;
@@ -57,42 +54,47 @@ inline std::int64_t pivoted_cholesky(Problem& p, std::int64_t size, std::int64_t
   return rank;
 }
 
-// Rotates the rows of `factor` against each other until all are orthogonal: they are then eigenvectors of
-// factor^T factor, their squared lengths its eigenvalues.
-inline void jacobi(double* factor, std::int64_t rank, std::int64_t stride) noexcept {
+// Rotates two rows against each other so that they become orthogonal, and keeps their squared lengths; false if they
+// are so already, up to `rounding`.
+inline bool rotate(double* x, double* y, std::int64_t stride, double rounding, double& first, double& second) noexcept {
+  const double both = dot(x, y, stride);
+  if (std::fabs(both) <= rounding * std::sqrt(first) * std::sqrt(second)) return false;
+  const double zeta = (second - first) / (2.0 * both);
+  const double size = std::fabs(zeta);
+  // Where zeta^2 would overflow, 1 / (2 zeta) is what is left of the formula.
+  const double part = size > 1e150 ? 0.5 / size : 1.0 / (size + std::sqrt(1.0 + size * size));
+  const double tangent = std::copysign(part, zeta);
+  const double cosine = 1.0 / std::sqrt(1.0 + tangent * tangent);
+  const double sine = cosine * tangent;
+  for (std::int64_t c = 0; c < stride / kLanes; ++c) {
+    const Doubles a = lanes(x)[c];
+    const Doubles b = lanes(y)[c];
+    lanes(x)[c] = cosine * a - sine * b;
+    lanes(y)[c] = sine * a + cosine * b;
+  }
+  first = std::max(first - tangent * both, 0.0);
+  second += tangent * both;
+  return true;
+}
+
+// Rotates the rows of `factor` until all are orthogonal: they are then eigenvectors of factor^T factor, their squared
+// lengths its eigenvalues.
+inline void jacobi(double* factor, std::int64_t rank, std::int64_t stride, double* squared) noexcept {
   constexpr int kSweeps = 60;
-  constexpr double kOrthogonal = 4e-16;
+  const double rounding = std::sqrt(static_cast<double>(stride)) * 2.220446049250313e-16;  // of a dot product
+  // As in a tournament: each row meets each other once a sweep, and those that meet in a round are disjoint, so that
+  // the processor need not wait for one pair to begin the next.
+  const std::int64_t fixed = (rank + 1) / 2 * 2 - 1;  // with an odd number of rows, nobody
   for (int sweep = 0; sweep < kSweeps; ++sweep) {
     bool rotated = false;
-    for (std::int64_t i = 0; i + 1 < rank; ++i) {
-      double* x = factor + i * stride;
-      for (std::int64_t j = i + 1; j < rank; ++j) {
-        double* y = factor + j * stride;
-        Doubles xx{}, yy{}, xy{};
-        for (std::int64_t c = 0; c < stride / kLanes; ++c) {
-          const Doubles a = lanes(x)[c];
-          const Doubles b = lanes(y)[c];
-          xx += a * a;
-          yy += b * b;
-          xy += a * b;
-        }
-        const double first = total(&xx);
-        const double second = total(&yy);
-        const double both = total(&xy);
-        if (std::fabs(both) <= kOrthogonal * std::sqrt(first) * std::sqrt(second)) continue;
-        rotated = true;
-        const double zeta = (second - first) / (2.0 * both);
-        const double size = std::fabs(zeta);
-        // Where zeta^2 would overflow, 1 / (2 zeta) is what is left of the formula.
-        const double tangent = std::copysign(size > 1e150 ? 0.5 / size : 1.0 / (size + std::sqrt(1.0 + size * size)), zeta);
-        const double cosine = 1.0 / std::sqrt(1.0 + tangent * tangent);
-        const double sine = cosine * tangent;
-        for (std::int64_t c = 0; c < stride / kLanes; ++c) {
-          const Doubles a = lanes(x)[c];
-          const Doubles b = lanes(y)[c];
-          lanes(x)[c] = cosine * a - sine * b;
-          lanes(y)[c] = sine * a + cosine * b;
-        }
+    for (std::int64_t j = 0; j < rank; ++j) squared[j] = dot(factor + j * stride, factor + j * stride, stride);
+    for (std::int64_t round = 0; round < fixed; ++round) {
+      for (std::int64_t pair = 0; pair <= fixed / 2; ++pair) {
+        std::int64_t i = round + pair < fixed ? round + pair : round + pair - fixed;
+        std::int64_t j = pair == 0 ? fixed : round >= pair ? round - pair : round - pair + fixed;
+        if (i > j) std::swap(i, j);
+        if (j >= rank) continue;
+        rotated |= rotate(factor + i * stride, factor + j * stride, stride, rounding, squared[i], squared[j]);
       }
     }
     if (!rotated) return;
@@ -126,7 +128,7 @@ inline std::int64_t decompose_dual(Problem& p) noexcept {
     std::copy_n(p.dual + a * p.width_stride, p.width_stride, out);
   });
   if (rank < p.picks) return 0;
-  jacobi(p.factor, rank, p.width_stride);
+  jacobi(p.factor, rank, p.width_stride, p.squared);
   sort_values(p, rank, p.width_stride);
   return p.values[p.picks - 1] < kLost * p.values[0] ? 0 : rank;
 }
@@ -140,13 +142,14 @@ inline std::int64_t decompose_kernel(Problem& p) noexcept {
   }
   const std::int64_t most = p.regularised ? p.items : std::min(p.items, p.width);
   const std::int64_t rank = pivoted_cholesky(p, p.items, p.item_stride, most, [&](std::int64_t j, double* out) {
-    for (std::int64_t i = 0; i < p.items; ++i) {
-      out[i] = dot(p.rows + i * p.width_stride, p.rows + j * p.width_stride, p.width_stride);
+    const double* row = p.rows + j * p.width_stride;
+    // Rows are filled up with zeros to a multiple of 8.
+    for (std::int64_t i = 0; i < p.item_stride; i += 4) {
+      four_dots(row, p.rows + i * p.width_stride, p.width_stride, p.width_stride, out + i);
     }
-    std::fill(out + p.items, out + p.item_stride, 0.0);
     if (p.regularised) out[j] += p.own[j];
   });
-  jacobi(p.factor, rank, p.item_stride);
+  jacobi(p.factor, rank, p.item_stride, p.squared);
   sort_values(p, rank, p.item_stride);
   return rank;
 }

@@ -571,6 +571,25 @@ def test_save_and_load(stored, mmap):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "something was left behind"
 
 
+@pytest.mark.parametrize("stored", ["lex"], indirect=True)
+def test_bitmaps_by_group_are_read_as_they_were_written_once(stored):
+    """A file with the codes that each group and each superblock hold, instead of the groups that hold each code."""
+    index, path = stored
+    config, arrays = _file.load(path, "CodeIndex", mmap=False)
+    held = arrays.pop("held")
+    bits = np.unpackbits(np.ascontiguousarray(held).view(np.uint8), bitorder="little").reshape(*held.shape, 64)
+    groups = bits.transpose(0, 3, 4, 1, 2).reshape(-1, held.shape[1], 256)[: -(-index.n_slots // 256)]
+    blocks = np.packbits(groups, axis=-1, bitorder="little").view(np.int64)
+    _file.save(path, "CodeIndex", config, {**arrays, "blocks": blocks, "superblocks": blocks})
+    again = CodeIndex.load(path)
+    assert torch.equal(again._packed.held, index._packed.held)
+    table = table_for(index)
+    same(again.search(table, 60), index.search(table, 60))
+    _file.save(path, "CodeIndex", config, {**arrays, "blocks": blocks[:, :-1], "superblocks": blocks})
+    with pytest.raises(InputError, match=r"is corrupt: blocks must be int64 \[1, 4, 4\]"):
+        CodeIndex.load(path)
+
+
 @pytest.mark.parametrize("mmap", [False, True])
 def test_every_damaged_byte_is_refused(stored, mmap):
     index, path = stored
@@ -623,7 +642,7 @@ def test_the_sentence_names_the_damaged_array(stored):
         ({"ids": lambda a: a - 500}, "an id is below 0"),
         ({"live": lambda a: a[:0]}, r"live must be int64 \[1\]"),
         ({"levels": None}, "only some of bias, levels, edges are there"),
-        ({"blocks": None}, "only some of slots, positions, blocks, superblocks are there"),
+        ({"held": None}, "only some of slots, positions, held are there"),
         ({"more": lambda a: np.zeros(1)}, "'more'"),
     ],
 )

@@ -123,6 +123,8 @@ def test_serendipity_known_values(monkeypatch):
     np.testing.assert_allclose(metrics.serendipity([[1, 2]], ([2], [0, 1]), **arguments), [(1 - root) / 2])
     np.testing.assert_allclose(metrics.serendipity([[1, 2]], ([2], [0, 1]), expected=[[2]], **arguments), [0.0])
     np.testing.assert_allclose(metrics.serendipity([[1, 2], [-1, -1]], None, expected=[[2], [0]]), [0.5, 0.0])
+    nothing = metrics.serendipity([[-1]], None, history=([], [0, 0]), features=np.zeros((0, 2)))
+    assert np.isnan(nothing).all()
     rng = np.random.default_rng(0)
     lists, features = rng.integers(-1, 30, (20, 5)), rng.random((30, 4))
     known = rng.integers(0, 30, 60), np.arange(21) * 3

@@ -107,6 +107,7 @@ def recall(model: torch.nn.Module, dataset: data.Dataset, k: int, *, only_new: b
         ("simplex", {}),
         ("simplex", {"aggregation": "self_attention", "shared_items": False}),
         ("simplex", {"aggregation": "user_attention", "gamma": 0.3}),
+        ("simplex", {"aggregation": "user_attention", "gamma": 0.3, "padded": True}),
     ],
 )
 def test_learns_what_comes_next(walks, name, options):

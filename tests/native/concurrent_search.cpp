@@ -68,8 +68,8 @@ struct Items {
   std::vector<Code> planes = std::vector<Code>(blocks * books * 64);
   std::vector<std::int32_t> slots = std::vector<std::int32_t>(size);
   std::vector<std::uint64_t> live = std::vector<std::uint64_t>(blocks, ~std::uint64_t{0});
-  std::vector<std::uint64_t> groups = std::vector<std::uint64_t>((blocks + 3) / 4 * books * 4);
-  std::vector<std::uint64_t> supers = std::vector<std::uint64_t>((blocks + 63) / 64 * books * 4);
+  static constexpr std::int64_t lanes = 2;  // 79 groups are two words
+  std::vector<std::uint64_t> held = std::vector<std::uint64_t>(books * 256 * lanes);
   std::vector<std::int64_t> indptr = std::vector<std::int64_t>(books * entries + 1);
   std::vector<std::int32_t> positions = std::vector<std::int32_t>(size * books);
   std::vector<std::int32_t> order = std::vector<std::int32_t>(size);
@@ -91,8 +91,8 @@ struct Items {
     for (std::int64_t i = 0; i < size; ++i) {
       for (std::int64_t m = 0; m < books; ++m) {
         const std::int64_t bit = planes[i / 64 * books * 64 + m * 64 + i % 64] >> shift;
-        groups[(i / 256 * books + m) * 4 + bit / 64] |= std::uint64_t{1} << (bit % 64);
-        supers[(i / 4096 * books + m) * 4 + bit / 64] |= std::uint64_t{1} << (bit % 64);
+        const std::int64_t group = i / 256;
+        held[(m * 256 + bit) * lanes + group / 64] |= std::uint64_t{1} << (group % 64);
       }
     }
     std::vector<std::int64_t> starts(books * entries);
@@ -100,8 +100,8 @@ struct Items {
     packed.planes = planes.data();
     packed.slots = slots.data();
     packed.live = live.data();
-    packed.groups = groups.data();
-    packed.supers = supers.data();
+    packed.held = held.data();
+    packed.lanes = lanes;
     packed.size = size;
     packed.books = books;
     packed.entries = entries;

@@ -62,3 +62,14 @@ def test_gradients():
 def test_extreme_logits_stay_finite():
     weight = segment_softmax(torch.tensor([1000.0, -1000.0, -1000.0]), torch.tensor([0, 0, 2]), 3)
     assert weight.tolist() == [1.0, 0.0, 1.0]
+
+
+def test_segment_softmax_with_empty_places():
+    logits, owner = torch.tensor([1.0, 2.0, 90.0, -300.0]), torch.tensor([0, 0, 1, 3])
+    weight = segment_softmax(logits, owner, 4, empty=torch.tensor([3, 5, 7, 0]))
+    e = torch.e
+    torch.testing.assert_close(weight[:2], torch.tensor([e, e**2]) / (3 + e + e**2))
+    torch.testing.assert_close(weight[2:], torch.ones(2))  # neither overflows nor vanishes
+    # With the empty places written out as entries it is a softmax.
+    full = segment_softmax(torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0]), torch.zeros(5, dtype=torch.int64), 1)
+    torch.testing.assert_close(weight[:2], full[:2])

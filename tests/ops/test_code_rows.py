@@ -142,6 +142,20 @@ def test_packing_matches_its_reference(seed, n_items, n_rows, mean, kind, values
     assert torch.equal(packed.item_ids(), index.item_ids.int())
 
 
+@pytest.mark.parametrize("masks", ["none", "bool", "bits"])
+@pytest.mark.parametrize("shift", [5, 8])
+def test_full_chunks_are_added_up(shift, masks, isa_levels):
+    """Groups with many postings of a row, and chunks with more of them than are noted at a time."""
+    random, index = problem(3, 5, 30_000, 20_000, np.int32)
+    packed = ops.pack_rows(index, shift=shift)
+    rows = random.integers(-1, 5, (3, 6))
+    allowed = None if masks == "none" else random.random(30_000) < 0.4
+    mask = as_tensor(allowed if masks != "bits" else np.packbits(allowed, bitorder="little"))
+    wanted = oracle(*raw(index), rows, 700, allowed=allowed)
+    for _ in isa_levels():
+        equal_bits(ops.code_rows_search(packed, torch.from_numpy(rows), 700, mask=mask), wanted)
+
+
 @pytest.mark.parametrize("values", ["positive", "normal", "skewed", "equal", "few"])
 @pytest.mark.parametrize("shift", [4, 6, 10])
 def test_bounds_leave_nothing_out(values, shift, isa_levels):

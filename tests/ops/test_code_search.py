@@ -353,6 +353,26 @@ def test_packing_matches_reference(items, entries):
         assert torch.equal(have & last, want & last)
 
 
+def test_lines_of_bitmaps_widen_as_items_come(isa_levels):
+    """From one word a line to eight and a second span, by appends; the bits are those that packing anew would set."""
+    random = np.random.default_rng(5)
+    codes = np.sort(random.integers(0, 256, (300_000, 2)).astype(np.uint8), axis=0)
+    packed = ops.pack_codes(torch.from_numpy(codes[:100]), n_codes=256, order="lex")
+    table = torch.from_numpy(random.standard_normal((2, 2, 256)).astype(np.float32))
+    widths = []
+    for end in (16_384, 16_385, 40_000, 131_072, 300_000):
+        packed = packed_codes.packed_append(packed, torch.from_numpy(codes[packed.size : end]))
+        widths.append(packed.held.shape[3])
+        spans = packed_codes.spans_of(-(-end // 64))
+        assert torch.equal(
+            packed.held[:spans], packed_codes._held(packed._replace(planes=packed.planes[: -(-end // 64)]))
+        )
+        wanted = [part.numpy() for part in ops.code_search.reference(torch.from_numpy(codes[:end]), table, 50)]
+        for _ in isa_levels():
+            equal_bits(ops.code_search(packed, table, 50, plan="block_max"), wanted)
+    assert widths == [1, 2, 4, 8, 8]
+
+
 def test_sparse_zeros_are_positive():
     """What a sparse table does not name is +0: where all of an item's terms are -0 or absent, absent wins."""
     packed = ops.pack_codes(torch.tensor([[0, 0], [1, 1]], dtype=torch.uint8), n_codes=2)

@@ -16,7 +16,15 @@ from recfast.index._named import NamedItems
 from recfast.index.bitmap import Bitmap
 from recfast.ops import PackedCodes, SparseTable, pack_codes
 from recfast.ops.code_postings import refuse_faults
-from recfast.ops.packed_codes import packed_append, packed_remove, packed_write, unpack_codes
+from recfast.ops.packed_codes import (
+    lanes_of,
+    lines_of,
+    packed_append,
+    packed_remove,
+    packed_write,
+    spans_of,
+    unpack_codes,
+)
 
 _ORDERS = ("auto", "none", "lex")
 _INTEGERS = (torch.int64, torch.int32)
@@ -57,7 +65,7 @@ class CodeIndex(NamedItems):
         What an item is called outside; its slot where left out. Ties go to the lowest.
     order : "auto", "none" or "lex"
         "lex" lays items out in lexicographic order of their codes, so that neighbours share codes and a search can
-        skip groups of items that cannot reach the answer; it costs the sort and 8 + M / 7 bytes an item. "none" keeps
+        skip groups of items that cannot reach the answer; it costs the sort and 8 + M / 8 bytes an item. "none" keeps
         the order given. "auto" sorts where items cluster, which it measures: there are 16,384 items or more, and groups
         of 256 neighbours in sorted order hold at most 0.95 of the different codes that they would hold were the
         codebooks independent of each other, with codes as frequent as they are. Decided when the index is made and
@@ -80,7 +88,7 @@ class CodeIndex(NamedItems):
     tenth of the items in the tail it is time.
 
     Memory, bytes an item (`nbytes` has the sum): M (2 M where K > 256) for the codes, of which there is one copy; 5 for
-    a bias, 8 for ids, 1/8 after a removal; in lexicographic order 8 for slots and their inverse and M / 7 for the
+    a bias, 8 for ids, 1/8 after a removal; in lexicographic order 8 for slots and their inverse and M / 8 for the
     bitmaps of what groups hold; 4 M + 4 where sparse tables have made it build lists; 16 for finding items by their
     ids, where there are ids, from the first call on that does. Room for a quarter more items after `add`.
     """
@@ -607,6 +615,7 @@ class CodeIndex(NamedItems):
         index = cls.__new__(cls)
         size, index._n_codes, index._wanted = int(config["size"]), int(config["n_codes"]), config["order"]
         books = arrays["planes"].shape[1]
+        arrays = _with_lines(arrays, size, books + ("bias" in arrays))
         _refuse_shapes(arrays, size, books, index._n_codes)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         packed = PackedCodes(size=size, n_codes=index._n_codes, **tensors)
@@ -632,8 +641,7 @@ def _lengths(size: int) -> dict[str, int]:
     blocks = -(-size // 64)
     return {
         "planes": blocks,
-        "blocks": -(-blocks // 4),
-        "superblocks": -(-blocks // 64),
+        "held": spans_of(blocks),
         "levels": blocks,
         "edges": 256,
         "live": blocks,
@@ -644,6 +652,20 @@ def _lengths(size: int) -> dict[str, int]:
     }
 
 
+def _with_lines(arrays: dict[str, np.ndarray], size: int, rows: int) -> dict[str, np.ndarray]:
+    """Bitmaps as they are now, from those of a file that has the codes of each group (`blocks`) instead."""
+    if "blocks" not in arrays or "held" in arrays:
+        return arrays
+    arrays = dict(arrays)
+    arrays.pop("superblocks", None)
+    codes = arrays.pop("blocks")
+    blocks = -(-size // 64)
+    if codes.shape != (-(-blocks // 4), rows, 4) or codes.dtype != np.int64:
+        raise ValueError(f"blocks must be int64 {[-(-blocks // 4), rows, 4]}")
+    present = np.unpackbits(codes.view(np.uint8), axis=-1, bitorder="little").astype(bool)
+    return {**arrays, "held": lines_of(present, blocks).numpy()}
+
+
 def _refuse_shapes(arrays: dict[str, np.ndarray], size: int, books: int, n_codes: int) -> None:
     """Raise ValueError unless every array is as long as `size` items need, of its dtype, and beside those it needs."""
     if not 1 <= n_codes <= 65536 or books < 1:
@@ -651,8 +673,7 @@ def _refuse_shapes(arrays: dict[str, np.ndarray], size: int, books: int, n_codes
     rows = books + ("bias" in arrays)
     wanted = {
         "planes": ((books, 64), np.uint8 if n_codes <= 256 else np.uint16),
-        "blocks": ((rows, 4), np.int64),
-        "superblocks": ((rows, 4), np.int64),
+        "held": ((rows, 256, lanes_of(-(-size // 64))), np.int64),
         "levels": ((64,), np.uint8),
         "edges": ((), np.float32),
         "live": ((), np.int64),
@@ -666,7 +687,7 @@ def _refuse_shapes(arrays: dict[str, np.ndarray], size: int, books: int, n_codes
         shape, kind = wanted[name]
         if array.shape != (lengths[name], *shape) or array.dtype != kind:
             raise ValueError(f"{name} must be {np.dtype(kind)} {[lengths[name], *shape]}")
-    for together in (("slots", "positions", "blocks", "superblocks"), ("bias", "levels", "edges")):
+    for together in (("slots", "positions", "held"), ("bias", "levels", "edges")):
         if len({name in arrays for name in together}) == 2:
             raise ValueError(f"only some of {', '.join(together)} are there")
 
@@ -691,7 +712,9 @@ def _clusters(packed: PackedCodes) -> bool:
     """Whether groups of neighbours hold few different codes; `packed` is in lexicographic order. See `CodeIndex`."""
     books = packed.planes.shape[1]
     groups = packed.size // 256  # full ones
-    held = Bitmap(packed.blocks[:groups, :books].reshape(-1, 4), 256).count().double().mean() * books
+    lines = packed.held[:, :books].permute(0, 3, 1, 2).flatten(0, 1).flatten(1)  # a row for 64 groups
+    full = Bitmap.from_mask(torch.arange(len(lines) * 64) < groups).words
+    held = Bitmap((lines & full[:, None]).flatten(), 64 * lines.numel()).count() / groups
     counts = ops.posting_counts(packed, packed.n_codes).view(books, -1).double()
     # Bitmaps have 256 bits: neighbouring codes share one where there are more.
     share = 1 << max((packed.n_codes - 1).bit_length() - 8, 0)

@@ -1,6 +1,6 @@
 """What is measured: whether lists are right (`recall`, `ndcg`, ...), scores tell apart (`auc`, `gauc`, `logloss`),
-chances hold (`ece`, `pcoc`), lists are varied (`intra_list_diversity`, ...), and right for each thing that a user may be
-after (`alpha_ndcg`, ...).
+chances hold (`ece`, `pcoc`), lists are varied (`intra_list_diversity`, ...), and right for each thing that a user may
+be after (`alpha_ndcg`, ...).
 
 Arrays, tensors or plain lists in; float64 out, of top-k lists one value a user, so that the mean, its error and a
 comparison by user can be made of them. Wrong input is a `recfast.InputError`.

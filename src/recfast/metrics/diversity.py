@@ -291,8 +291,9 @@ def serendipity(
             at = int(wrong.argmax())
             raise InputError(f"{metric}: history.values[{at}] = {known.values[at]} is outside [0, {len(table)})")
         mean = _mean_directions(table, known)
-        for part in _blocks(users, ids.shape[1] * table.shape[1]):
-            rows = table[np.where(valid[part], ids[part], 0)] if len(table) else np.zeros((*ids[part].shape, 0))
+        # Without rows all lists are empty, and there is nothing to look up.
+        for part in _blocks(users if len(table) else 0, ids.shape[1] * table.shape[1]):
+            rows = table[np.where(valid[part], ids[part], 0)]
             norm = np.linalg.norm(rows, axis=2)
             alike = np.einsum("ukg,ug->uk", rows, mean[part]) / np.where(norm > 0, norm, 1.0)
             worth[part] *= 1.0 - alike

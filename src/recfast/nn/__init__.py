@@ -13,6 +13,7 @@ from recfast.nn.compressed import (
     best_step,
 )
 from recfast.nn.dare import DARE
+from recfast.nn.dpp_loss import DPPLoss, dpp_log_normaliser
 from recfast.nn.dynamic_table import DynamicTable
 from recfast.nn.embedding_tables import EmbeddingTables, second_pass
 from recfast.nn.eta import ETA
@@ -36,6 +37,7 @@ __all__ = [
     "SDIM",
     "Assignment",
     "CrossNetV2",
+    "DPPLoss",
     "Dice",
     "DynamicTable",
     "EmbeddingTables",
@@ -60,6 +62,7 @@ __all__ = [
     "VectorQuantizer",
     "best_step",
     "chamfer",
+    "dpp_log_normaliser",
     "fm_interaction",
     "resolve_collisions",
     "second_pass",

@@ -66,8 +66,8 @@ def recent_events(
     return Events(values[place], owner, age[place], kept)
 
 
-def segment_softmax(logits: Tensor, owner: Tensor, rows: int) -> Tensor:
-    r"""Return :math:`e^{z_t} / \sum_{t' : o_{t'} = o_t} e^{z_{t'}}`, float [T]; softmax within each history.
+def segment_softmax(logits: Tensor, owner: Tensor, rows: int, *, empty: Tensor | None = None) -> Tensor:
+    r"""Return :math:`e^{z_t} / (n_{o_t} + \sum_{t' : o_{t'} = o_t} e^{z_{t'}})`, float [T]; softmax in each history.
 
     Parameters
     ----------
@@ -77,11 +77,17 @@ def segment_softmax(logits: Tensor, owner: Tensor, rows: int) -> Tensor:
         int64 [T], the history of each entry, in ``[0, rows)``.
     rows
         How many histories there are.
+    empty
+        n, int64 [rows]: so many entries of logit 0 take part in each history beside its own; none if None.
     """
     # The shift changes no value, so it needs no gradient.
     highest = logits.new_full((rows,), -torch.inf).scatter_reduce(0, owner, logits.detach(), "amax")
+    rest = logits.new_zeros(rows)
+    if empty is not None:
+        highest = torch.where(empty > 0, highest.clamp(min=0.0), highest)
+        rest = torch.where(empty > 0, empty * torch.exp(-highest), rest)
     weight = torch.exp(logits - highest.index_select(0, owner))
-    return weight / weight.new_zeros(rows).index_add(0, owner, weight).index_select(0, owner)
+    return weight / rest.index_add(0, owner, weight).index_select(0, owner)
 
 
 def segment_sum(rows: Tensor, owner: Tensor, count: int) -> Tensor:

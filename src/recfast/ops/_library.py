@@ -144,6 +144,22 @@ def cuda_module() -> ModuleType:
         ) from error
 
 
+_EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+def unwatched(*tensors: torch.Tensor) -> bool:
+    """Whether nobody watches a call on these tensors: no compiler, no mode, no transform, nothing but the CPU.
+
+    Then an op without gradient may call its implementation itself: torch's dispatcher costs as much as a short search.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(tensor) in _EAGER_TYPES and tensor.is_cpu for tensor in tensors)
+    )
+
+
 def stream_of(tensor: torch.Tensor) -> int:
     """The address of the current CUDA stream of `tensor`'s device."""
     return torch.cuda.current_stream(tensor.device).cuda_stream

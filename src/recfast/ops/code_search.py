@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from recfast.ops import _check
-from recfast.ops._library import define, kernel
+from recfast.ops._library import define, kernel, unwatched
 from recfast.ops.packed_codes import (
     CODE_DTYPES,
     PackedCodes,
@@ -202,7 +202,7 @@ _op = define(
 
 
 def _cpu_packed(
-    planes, size, n_codes, slots, positions, bias, levels, edges, ids, live, blocks, superblocks,
+    planes, size, n_codes, slots, positions, bias, levels, edges, ids, live, held,
     table, codes, values, offsets, mask, by_position, k, plan,
 ):  # fmt: skip
     books = planes.shape[1]
@@ -211,7 +211,8 @@ def _cpu_packed(
     scores = torch.empty((queries, k), dtype=torch.float32)
     found = torch.empty((queries, k), dtype=torch.int64)
     items = (
-        *map(_address, (planes, slots, bias, levels, edges, ids, live, blocks, superblocks)),
+        *map(_address, (planes, slots, bias, levels, edges, ids, live, held)),
+        0 if held is None else held.shape[3],
         size,
         books,
         n_codes,
@@ -256,7 +257,7 @@ def _fault(kind, position, table, codes, values, offsets, entries) -> Exception:
 
 
 def _fake_packed(
-    planes, size, n_codes, slots, positions, bias, levels, edges, ids, live, blocks, superblocks,
+    planes, size, n_codes, slots, positions, bias, levels, edges, ids, live, held,
     table, codes, values, offsets, mask, by_position, k, plan,
 ):  # fmt: skip
     queries = offsets.shape[0] - 1 if table is None else table.shape[0]
@@ -264,11 +265,11 @@ def _fake_packed(
 
 
 def _expected_packed(
-    planes, size, n_codes, slots, positions, bias, levels, edges, ids, live, blocks, superblocks,
+    planes, size, n_codes, slots, positions, bias, levels, edges, ids, live, held,
     table, codes, values, offsets, mask, by_position, k, plan,
 ):  # fmt: skip
     packed = PackedCodes(
-        planes, size, n_codes, slots, positions, bias, levels, edges, ids, live, blocks, superblocks
+        planes, size, n_codes, slots, positions, bias, levels, edges, ids, live, held
     )  # fmt: skip
     if mask is not None:
         bits = (mask.unsqueeze(-1) >> torch.arange(64) & 1).flatten(-2)[..., :size].bool()
@@ -304,7 +305,7 @@ def _sparse(table: torch.Tensor) -> SparseTable:
 
 _op_packed = define(
     "code_search_packed(Tensor planes, SymInt size, SymInt n_codes, Tensor? slots, Tensor? positions, Tensor? bias,"
-    " Tensor? levels, Tensor? edges, Tensor? ids, Tensor? live, Tensor? blocks, Tensor? superblocks, Tensor? table,"
+    " Tensor? levels, Tensor? edges, Tensor? ids, Tensor? live, Tensor? held, Tensor? table,"
     " Tensor? codes, Tensor? values, Tensor? offsets, Tensor? mask, bool by_position, SymInt k, int plan)"
     " -> (Tensor, Tensor)",
     cpu=_cpu_packed,
@@ -440,11 +441,12 @@ def _search_packed(packed: PackedCodes, table: Any, k: int, mask: Any, plan: str
             words = mask_words(_NAME, mask, queries, packed.size)
             if not by_position and worth_permuting(words, packed):
                 words, by_position = permute_mask(words, packed), True
-    if packed.blocks is None and plan == "block_max":
+    if packed.held is None and plan == "block_max":
         raise ValueError(f"{_NAME}: plan block_max needs the bitmaps of pack_codes(order='lex'), and these have none")
     if plan == "auto":
-        plan = "scan" if packed.blocks is None else "block_max"
-    return _op_packed(*packed, dense, codes, values, offsets, words, by_position, k, _PLANS[plan])
+        plan = "scan" if packed.held is None else "block_max"
+    call = _cpu_packed if unwatched(packed.planes, values if dense is None else dense) else _op_packed
+    return call(*packed, dense, codes, values, offsets, words, by_position, k, _PLANS[plan])
 
 
 code_search.reference = reference

@@ -9,7 +9,7 @@ import torch
 
 from recfast import _C
 from recfast.ops import _check
-from recfast.ops._library import define, kernel
+from recfast.ops._library import define, kernel, unwatched
 
 _NAME = "code_trie_step"
 _KERNELS = {
@@ -267,8 +267,9 @@ def code_trie_step(
         raise ValueError(f"{_NAME}: W K must be below 2**31, got logits of shape {list(logits.shape)}")
     if alone:
         states, logits, scores = states[:, None], logits[:, None], scores[:, None]
+    call = _cpu if unwatched(states, logits, scores) else _op
     return TrieStep(
-        *_op(trie.first_child, trie.node_codes, states, logits.detach(), scores.detach(), width, bool(renormalise))
+        *call(trie.first_child, trie.node_codes, states, logits.detach(), scores.detach(), width, bool(renormalise))
     )
 
 

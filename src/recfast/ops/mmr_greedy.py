@@ -127,9 +127,11 @@ def mmr_greedy(
 
     Notes
     -----
-    Scores that differ by less than 1e-12 of (1 - d) max \\|r\\| + d max \\|f\\|^2 are equal, and the lowest index wins;
-    relevance alone is compared as it is. Numbers up to 1e200 (squared norms too). Inference only: no gradient flows.
-    Backend: CPU.
+    Scores that differ by less than 1e-12 of (1 - d) max |r| + d max |f|^2 are equal, and the lowest index wins;
+    relevance alone is compared as it is. Numbers up to 1e200 (squared norms too).
+
+    O(N D) work a pick at most (O(N D window) with a window), less where old bounds settle it. Memory a thread: N D +
+    K D numbers. Inference only: no gradient flows. Backend: CPU (scalar, AVX2, AVX-512).
 
     References
     ----------

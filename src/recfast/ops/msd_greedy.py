@@ -124,9 +124,12 @@ def msd_greedy(
 
     Notes
     -----
-    Scores that differ by less than 1e-12 of (1 - d) max \\|r\\| + d n (1 + max \\|f\\|^2) are equal, with n items in
+    Scores that differ by less than 1e-12 of (1 - d) max |r| + d n (1 + max |f|^2) are equal, with n items in
     the sum (1 with `mean`), and the lowest index wins; relevance alone is compared as it is. Numbers up to 1e200
-    (squared norms too). Inference only: no gradient flows. Backend: CPU.
+    (squared norms too).
+
+    O(N D) work a pick at most, with a window or without, less where old bounds settle it. Memory a thread: N D +
+    K D numbers. Inference only: no gradient flows. Backend: CPU (scalar, AVX2, AVX-512).
 
     References
     ----------

@@ -14,7 +14,8 @@ CODE_DTYPES = (torch.uint8, torch.uint16)
 ORDERS = ("none", "lex")
 _ITEMS = 64  # of a block
 _GROUP = 4  # blocks of a group
-_SUPER = 64  # blocks of a superblock
+_WORD = 64  # groups of a word
+_LANES = 8  # words of a line, at most
 _LEVELS = 256
 _PLANES = {
     torch.uint8: kernel("code_search_pack_planes_uint8"),
@@ -56,11 +57,10 @@ class PackedCodes(NamedTuple):
         By slot: what an item is called. Left out, the slot.
     live : Tensor [P], int64, optional
         Bit j of word p says whether position 64 p + j holds an item. Left out, all do.
-    blocks : Tensor [ceil(P / 4), M or M + 1, 4], int64, optional
-        Which codes (and, in the last row, levels) each group of 256 positions holds, as bits: at least these. A code c
-        has bit c >> s, with the smallest s that makes 256 bits enough.
-    superblocks : Tensor [ceil(P / 64), M or M + 1, 4], int64, optional
-        The same for 4096 positions.
+    held : Tensor [ceil(P / (256 W)), M or M + 1, 256, W], int64, optional
+        Which groups of 256 positions hold a code (or, in the last row, a level): at least these. Bit j of
+        `held[s, m, b, w]` speaks of group 64 (s W + w) + j and the codes c of codebook m with c >> s = b, with the
+        smallest s that makes 256 of b enough. W is 8, or the smallest power of two that makes one s enough.
     """
 
     planes: torch.Tensor
@@ -73,8 +73,7 @@ class PackedCodes(NamedTuple):
     edges: torch.Tensor | None = None
     ids: torch.Tensor | None = None
     live: torch.Tensor | None = None
-    blocks: torch.Tensor | None = None
-    superblocks: torch.Tensor | None = None
+    held: torch.Tensor | None = None
 
 
 class SparseTable(NamedTuple):
@@ -185,7 +184,7 @@ def pack_codes(
         live = pack_mask(live if slots is None else live[slots.long()])
     packed = PackedCodes(planes, size, int(n_codes), slots, positions, bias, levels, edges, ids, live)
     if order == "lex":
-        packed = packed._replace(blocks=_bitmaps(packed, _GROUP), superblocks=_bitmaps(packed, _SUPER))
+        packed = packed._replace(held=_held(packed))
     return packed
 
 
@@ -205,9 +204,9 @@ def _pack_reference(
     blocks = _blocks_of(size)
     planes = torch.zeros((blocks, books, _ITEMS), dtype=torch.int32)
     rows_of_bits = books + (bias is not None)
-    held = {
-        unit: torch.zeros((-(-blocks // unit), rows_of_bits, _LEVELS), dtype=torch.bool) for unit in (_GROUP, _SUPER)
-    }
+    lanes = lanes_of(blocks)
+    spans = spans_of(blocks)
+    held = torch.zeros((spans, rows_of_bits, _LEVELS, lanes, _WORD), dtype=torch.bool)
     edges = levels = lives = None
     if bias is not None:
         edges, levels = torch.from_numpy(_edges(bias.numpy())), torch.zeros((blocks, _ITEMS), dtype=torch.uint8)
@@ -223,11 +222,10 @@ def _pack_reference(
             bits.append(int(levels[block, lane]))
         if live is not None:
             lives[block, lane] = live[slot]
-        for unit, present in held.items():
-            present[block // unit, range(rows_of_bits), bits] = True
+        span, rest = divmod(block // _GROUP, lanes * _WORD)
+        held[span, range(rows_of_bits), bits, rest // _WORD, rest % _WORD] = True
     as_slots = torch.tensor(slots, dtype=torch.int32)
     lex = order == "lex"
-    words = {unit: _mask_reference(present.flatten(1)).view(-1, rows_of_bits, 4) for unit, present in held.items()}
     return PackedCodes(
         planes.to(codes.dtype),
         size,
@@ -239,8 +237,7 @@ def _pack_reference(
         edges,
         ids,
         None if live is None else _mask_reference(lives).flatten(),
-        words[_GROUP] if lex else None,
-        words[_SUPER] if lex else None,
+        _mask_reference(held).flatten(3) if lex else None,
     )
 
 
@@ -284,19 +281,40 @@ def _levels(bias: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.searchsorted(edges, bias, side="left").astype(np.uint8)
 
 
-def _bitmaps(packed: PackedCodes, unit: int) -> torch.Tensor:
-    """Which codes and levels each `unit` blocks hold."""
+def lanes_of(blocks: int) -> int:
+    """The words of a line of `held`, for so many blocks."""
+    words = -(-blocks // (_GROUP * _WORD))
+    return min(1 << max(words - 1, 0).bit_length(), _LANES)
+
+
+def spans_of(blocks: int) -> int:
+    """The length of `held` for so many blocks."""
+    return -(-blocks // (_GROUP * _WORD * lanes_of(blocks)))
+
+
+def lines_of(present: np.ndarray, blocks: int) -> torch.Tensor:
+    """`held` from which codes each group has, bool [groups, rows, 256]."""
+    spans, lanes = spans_of(blocks), lanes_of(blocks)
+    groups, rows, _ = present.shape
+    lines = np.zeros((spans, lanes, _WORD, rows, _LEVELS), dtype=bool)
+    lines.reshape(spans * lanes * _WORD, rows, _LEVELS)[:groups] = present
+    # The order of bits in memory that comes of a transposed array is numpy's own affair.
+    bits = np.ascontiguousarray(np.packbits(lines.transpose(0, 3, 4, 1, 2), axis=-1, bitorder="little"))
+    return torch.from_numpy(bits.view(np.int64).reshape(spans, rows, _LEVELS, lanes))
+
+
+def _held(packed: PackedCodes) -> torch.Tensor:
+    """Which groups hold which codes and levels."""
     blocks, books, _ = packed.planes.shape
-    units = -(-blocks // unit)
     rows = books + (packed.levels is not None)
-    present = np.zeros((units, rows, _LEVELS), dtype=bool)
-    of = np.arange(packed.size) // (_ITEMS * unit)
+    present = np.zeros((-(-blocks // _GROUP), rows, _LEVELS), dtype=bool)
+    of = np.arange(packed.size) // (_ITEMS * _GROUP)
     planes, shift = packed.planes.numpy(), _shift(packed)
     for book in range(books):
         present[of, book, planes[:, book].reshape(-1)[: packed.size] >> shift] = True
     if packed.levels is not None:
         present[of, books, packed.levels.numpy().reshape(-1)[: packed.size]] = True
-    return torch.from_numpy(np.packbits(present, axis=-1, bitorder="little").view(np.int64))
+    return lines_of(present, blocks)
 
 
 def unpack_codes(packed: PackedCodes) -> torch.Tensor:
@@ -373,20 +391,21 @@ def _write(packed: PackedCodes, places: np.ndarray, rows: np.ndarray, bias: np.n
         edges[-1] = max(edges[-1], bias.max())
         levels = _levels(bias, edges)
         packed.levels.numpy()[blocks, lanes] = levels
-    for bitmaps, unit in ((packed.blocks, _GROUP), (packed.superblocks, _SUPER)):
-        if bitmaps is None:
-            continue
-        words = bitmaps.numpy().view(np.uint64)
-        units = blocks // unit
-        shifted = rows >> _shift(packed)
-        for book in range(books):
-            _set_bits(words[:, book], units, shifted[:, book])
-        if bias is not None:
-            _set_bits(words[:, books], units, levels)
+    if packed.held is None:
+        return
+    words = packed.held.numpy().view(np.uint64)
+    shifted = rows >> _shift(packed)
+    for book in range(books):
+        _set_bits(words[:, book], blocks, shifted[:, book])
+    if bias is not None:
+        _set_bits(words[:, books], blocks, levels)
 
 
-def _set_bits(words: np.ndarray, units: np.ndarray, bits: np.ndarray) -> None:
-    np.bitwise_or.at(words, (units, bits >> 6), np.uint64(1) << (bits & 63).astype(np.uint64))
+def _set_bits(lines: np.ndarray, blocks: np.ndarray, codes: np.ndarray) -> None:
+    """Notes in `lines` [spans, 256, lanes] that each of `blocks` has a code."""
+    words, bits = np.divmod(blocks // _GROUP, _WORD)
+    spans, lanes = np.divmod(words, lines.shape[2])
+    np.bitwise_or.at(lines, (spans, codes, lanes), np.uint64(1) << bits.astype(np.uint64))
 
 
 def packed_remove(packed: PackedCodes, positions: torch.Tensor) -> PackedCodes:
@@ -479,8 +498,7 @@ def packed_append(
         levels=_grown(packed.levels, blocks),
         ids=_grown(packed.ids, end),
         live=_grown(packed.live, blocks),
-        blocks=_grown(packed.blocks, -(-blocks // _GROUP)),
-        superblocks=_grown(packed.superblocks, -(-blocks // _SUPER)),
+        held=_more_lines(packed.held, blocks),
     )
     for name in ("slots", "positions"):
         if getattr(packed, name) is not None:
@@ -500,6 +518,15 @@ def _grown(array: torch.Tensor | None, rows: int) -> torch.Tensor | None:
     longer = torch.zeros((rows + rows // 4, *array.shape[1:]), dtype=array.dtype)
     longer[: len(array)] = array
     return longer
+
+
+def _more_lines(held: torch.Tensor | None, blocks: int) -> torch.Tensor | None:
+    """`held` where it has room for `blocks`, else a longer copy, of wider lines while one span is enough."""
+    if held is None or held.shape[3] == lanes_of(blocks):
+        return _grown(held, spans_of(blocks))
+    wider = torch.zeros((spans_of(blocks), *held.shape[1:3], lanes_of(blocks)), dtype=torch.int64)
+    wider[: len(held), :, :, : held.shape[3]] = held
+    return wider
 
 
 # --- masks ---

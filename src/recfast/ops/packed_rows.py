@@ -11,7 +11,7 @@ import torch
 
 from recfast import _C
 from recfast.ops import _check, _item_mask, _memory
-from recfast.ops._library import define, kernel
+from recfast.ops._library import define, kernel, unwatched
 
 _NAME = "packed_rows_search"
 _PACK = "pack_rows"
@@ -385,4 +385,10 @@ def search(
     check: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`torch.ops.recfast.packed_rows_search`."""
+    if (
+        not check
+        and unwatched(packed.scores, rows)
+        and all(part is None or part.is_contiguous() for part in packed[:10])
+    ):
+        return search_packed(fields_of(packed), rows, k, weights, row_bias, mask)
     return _op(*packed, rows, k, weights, row_bias, mask, check)

@@ -177,9 +177,12 @@ def ssd_greedy(
     Notes
     -----
     An item with less than 1e-10 of its squared norm left has rho = 0. Scores that differ by less than 1e-12 of (1 - d)
-    max \\|r\\| + d gamma max \\|f\\| (times the volume) are equal, and the lowest index wins; relevance alone is
+    max |r| + d gamma max |f| (times the volume) are equal, and the lowest index wins; relevance alone is
     compared as it is. The running volume was not checked against the paper's text; without a window it agrees with
-    rsdiv. Numbers up to 1e200 (squared norms too). Inference only: no gradient flows. Backend: CPU.
+    rsdiv. Numbers up to 1e200 (squared norms too).
+
+    O(N D) work a pick at most (O(N D window) with a window), less where old bounds settle it. Memory a thread: N D +
+    K D numbers. Inference only: no gradient flows. Backend: CPU (scalar, AVX2, AVX-512).
 
     References
     ----------

@@ -138,9 +138,11 @@ def xquad_greedy(
 
     Notes
     -----
-    Scores that differ by less than 1e-12 of (1 - d) max \\|r\\| + d sum P(z | u) are equal, and the lowest index wins;
-    relevance alone is compared as it is. Numbers up to 1e200. Inference only: no gradient flows.
-    Backend: CPU.
+    Scores that differ by less than 1e-12 of (1 - d) max |r| + d sum P(z | u) are equal, and the lowest index wins;
+    relevance alone is compared as it is. Numbers up to 1e200.
+
+    O(N Z) work a pick at most, with a window or without, less where old bounds settle it. Memory a thread: N Z + K Z
+    numbers. Inference only: no gradient flows. Backend: CPU (scalar, AVX2, AVX-512).
 
     References
     ----------

@@ -31,7 +31,8 @@ class SimpleX(Retriever):
         L = 1 - s_{ui} + \frac{w}{K} \sum_{k=1}^{K} \max(0, s_{uk} - m)
 
     with :math:`\alpha = \mathrm{softmax}(z + a_{\mathrm{age}})`, where z is 0 ("mean"),
-    :math:`q \cdot \tanh(W e_j + b)` ("self_attention") or :math:`e_u \cdot \tanh(W e_j + b)` ("user_attention").
+    :math:`q \cdot \tanh(W e_j + b)` ("self_attention") or :math:`e_u \cdot \tanh(W e_j + b)` ("user_attention"); with
+    `padded`, :math:`\alpha_j = e^{z_j} / (n + \sum_i e^{z_i})`.
     User vectors, item vectors and so the scores come at length 1.
 
     Parameters
@@ -48,6 +49,9 @@ class SimpleX(Retriever):
         g, the weight of the user's id against the history, in [0, 1].
     aggregation
         How the history becomes one vector.
+    padded
+        Let the n empty places of a history shorter than `max_length` take part in the softmax with logit 0, as the
+        authors' code has it: short histories then count less against the user's id.
     recency
         Learn a, the weight of an item by its age in the history; the paper has none (a = 0).
     history
@@ -82,6 +86,7 @@ class SimpleX(Retriever):
         max_length: int = 50,
         gamma: float = 0.8,
         aggregation: Literal["mean", "self_attention", "user_attention"] = "mean",
+        padded: bool = False,
         recency: bool = True,
         history: Literal["earlier", "others"] = "earlier",
         margin: float = 0.5,
@@ -114,6 +119,7 @@ class SimpleX(Retriever):
             )
         self.max_length, self.gamma, self.aggregation, self.history = max_length, gamma, aggregation, history
         self.num_negatives, self.shared_by, self.dropout = num_negatives, shared_by, dropout
+        self.padded = padded
         # User vectors are at length 1 before dropout.
         self.criterion = NegativesLoss("contrastive", normalize="table", margin=margin, weight=weight, reduction="none")
         with torch.random.fork_rng(devices=[]):
@@ -143,7 +149,8 @@ class SimpleX(Retriever):
         user = self.look_up(self.users.weight, users, padding_idx=0)
         # Read once: each look-up would leave a gradient as large as the table.
         rows = self.look_up(self.events, events.ids)
-        weight = segment_softmax(self._logits(events, rows, user), events.owner, count)
+        empty = self.max_length - events.offsets.diff() if self.padded else None
+        weight = segment_softmax(self._logits(events, rows, user), events.owner, count, empty=empty)
         aggregated = segment_sum(weight[:, None] * rows, events.owner, count)
         mixed = self.gamma * user + (1.0 - self.gamma) * self.transform(aggregated)
         return F.normalize(mixed, dim=1)
