@@ -25,9 +25,9 @@ from recfast.ops.hamming_top_k import hamming_top_k
 from recfast.ops.hstu_attention import hstu_attention
 from recfast.ops.id_map import IdMap
 from recfast.ops.initial_rows import initial_rows
+from recfast.ops.kdpp_sample import KDPPResult, kdpp_sample
 from recfast.ops.mmr_greedy import GreedyResult, mmr_greedy
 from recfast.ops.msd_greedy import msd_greedy
-from recfast.ops.kdpp_sample import KDPPResult, kdpp_sample
 from recfast.ops.negatives_loss import negatives_loss
 from recfast.ops.packed_codes import (  # the edits of what is packed, which are no ops, are for index
     PackedCodes,
@@ -81,9 +81,9 @@ __all__ = [
     "hamming_top_k",
     "hstu_attention",
     "initial_rows",
+    "kdpp_sample",
     "mmr_greedy",
     "msd_greedy",
-    "kdpp_sample",
     "negatives_loss",
     "pack_codes",
     "pack_mask",
