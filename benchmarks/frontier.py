@@ -612,11 +612,8 @@ def markdown(outcomes: list[Outcome], loss: float = 0.05) -> str:
             ", ".join(f"{TITLES[name]} {value:.4f}" for name, value in seed.items()) for seed in out.by_seed
         )
         parts.append(f"## {out.name}")
-        parts.append(
-            _wrapped(
-                f"{out.users:,} users; {out.seeds} seed{'s' * (out.seeds > 1)}. The ranker's order at 10, by seed: {seeds}."
-            )
-        )
+        count = f"{out.users:,} users; {out.seeds} seed{'s' * (out.seeds > 1)}"
+        parts.append(_wrapped(f"{count}. The ranker's order at 10, by seed: {seeds}."))
         said = [
             f"- Saw {SAW[saw]}, {COLUMNS[name]} at {100 * share:g} % less NDCG@10: "
             + verdict(out, weights, saw, name, share)
