@@ -8,7 +8,7 @@ and OUT/sparcode.md are written after each (`--report` writes them from what is 
 Both sides have the same encoder, embeddings, negatives, loss, batches and optimiser. On ml-100k each is tuned on
 validation items with the same number of configurations, by NDCG@50 (seed 0); the epoch is chosen there too. On Gowalla
 there is one configuration a side. Then each is trained with that for three seeds and measured once on the test items.
-What is measured is what the index answers.
+What is measured is what the index answers. ml-100k is done for each of GROUPS: encoders, and a way to train.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class Setting:
     # SparCode: epochs that pass before tokens are quantised, and the share of `lr` after that.
     free: int = 0
     settle: float = 0.25
+    # Of GROUPS: what is compared with what.
+    group: str = "mean"
 
     @property
     def build(self) -> str:
@@ -106,9 +108,30 @@ COMMON = {
         "history_dropout": 0.0,
     },
 }
+# What both sides of a comparison have beside that.
+GROUPS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "GRU": {"encoder": "gru"},
+    "self-attention": {"encoder": "attention"},
+    # The loss of the source's program: ten negatives for each positive, no item bias, the history alone, three layers.
+    "mean, trained as the source": {
+        "negatives": "private",
+        "num_negatives": 10,
+        "item_bias": False,
+        "user_id": False,
+        "recency": False,
+        "history_dropout": 0.0,
+        "dropout": 0.1,
+        "hidden": [256, 256, 256],
+    },
+}
 SPARCODE = {"tokens": 4, "token_dim": 16, "codebooks": 2, "codes": 64, "shared_codebooks": False}
 # More bits for a user in fewer rows of the index: one codebook for each of eight tokens.
 FINE = {"tokens": 8, "token_dim": 8, "codebooks": 1, "codes": 256}
+SPARCODE_ATTENTION = {**SPARCODE, "scorer": "attention", "decay": 0.95}
+# Four tokens of 64, codebooks shared, an MLP over the token and four item tokens; its codebooks have 256 codes and the
+# MLP three layers of 256, which would be 65,536 rows of the index, and eight times the work a pair.
+SOURCE = {"tokens": 4, "token_dim": 64, "item_tokens": 4, "codes": 64, "scorer": "mlp", "scorer_hidden": [64, 64]}
 SETTINGS = {
     "ml-100k": [
         Setting("two towers", {}, 24, decay=0.05),
@@ -125,6 +148,24 @@ SETTINGS = {
         ),
         Setting("SparCode", {**SPARCODE, "scorer": "dot", "item_tokens": 1, "decay": 0.95}, 18, decay=0.05, free=15),
         Setting("SparCode", {**SPARCODE, **FINE, "scorer": "attention"}, 18, decay=0.05, free=15),
+        *(
+            setting
+            for group in ("GRU", "self-attention")
+            for setting in (
+                Setting("two towers", {}, 20, decay=0.05, group=group),
+                Setting("two towers", {}, 20, lr=1e-3, decay=0.05, group=group),
+                Setting("SparCode", SPARCODE_ATTENTION, 14, decay=0.05, free=12, group=group),
+                Setting("SparCode", SPARCODE_ATTENTION, 14, lr=1e-3, decay=0.05, free=12, group=group),
+            )
+        ),
+        *(
+            setting
+            for lr in (1e-3, 5e-4)
+            for setting in (
+                Setting("two towers", {}, 20, lr=lr, group="mean, trained as the source"),
+                Setting("SparCode", SOURCE, 20, lr=lr, group="mean, trained as the source"),
+            )
+        ),
     ],
     "gowalla": [
         Setting("two towers", {}, 8),
@@ -249,7 +290,7 @@ def _start(positives: Jagged, dim: int, item_rows: int) -> tuple[torch.Tensor, t
 def built(setting: Setting, task: Task, seed: int, batches: SharedPositives) -> torch.nn.Module:
     """The model before training."""
     torch.manual_seed(seed)
-    options = {**COMMON[task.name], **setting.options, "seed": seed}
+    options = {**COMMON[task.name], **GROUPS[setting.group], **setting.options, "seed": seed}
     if setting.build == "SparCode":
         options["warm_up"] = setting.free * len(batches)
     model = models.build(setting.build, task.schema, options)
@@ -425,7 +466,7 @@ class Study:
         self.path = self.out / RUNS
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         # A line that was cut off is a run that was not done.
-        self.runs = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        self.runs = [{"group": "mean", **json.loads(line)} for line in text[: text.rfind("\n") + 1].splitlines()]
         if text and not text.endswith("\n"):
             write_text(self.path, text[: text.rfind("\n") + 1])
 
@@ -441,9 +482,10 @@ class Study:
         self.runs.append(run)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in run.items()}, flush=True)
 
-    def tune(self, name: str, path: Path) -> None:
+    def tune(self, name: str, path: Path, group: str) -> None:
         """Every configuration once, on the validation items; where there is no choice, there is nothing to tune."""
-        for setting in SETTINGS[name] if len(SETTINGS[name]) > 2 else ():
+        settings = [setting for setting in SETTINGS[name] if setting.group == group]
+        for setting in settings if len(settings) > 2 else ():
             wanted = {"kind": "tuning", "data": name, **described(setting)}
             if self.find(**wanted):
                 continue
@@ -469,7 +511,7 @@ class Study:
         """The model and what its training took, from the folder of models if it is there."""
         if self.models is None:
             return train(setting, task, seed, epochs, None)
-        folder = self.models / f"{task.name} {setting.side} {seed}"
+        folder = self.models / f"{task.name} {setting.group} {setting.side} {seed}"
         wanted = {**described(setting), "epochs": epochs}
         about = folder / "training.json"
         if about.exists() and (told := json.loads(about.read_text())).pop("seconds") and told == wanted:
@@ -481,7 +523,7 @@ class Study:
 
     def coded_queries(self, name: str, path: Path) -> None:
         """What it costs two towers to code their user vectors after training, by bits; on validation items, seed 0."""
-        chosen = self.best(name, "two towers")
+        chosen = self.best(name, "two towers", "mean")
         if chosen is None or self.find(kind="coded queries", data=name):
             return
         setting, epochs = chosen
@@ -498,24 +540,24 @@ class Study:
                 out[f"{books} x {codes}"] = coded
         self.remember(kind="coded queries", data=name, side="two towers", epochs=epochs, codes=out)
 
-    def best(self, name: str, side: str) -> tuple[Setting, int] | None:
+    def best(self, name: str, side: str, group: str) -> tuple[Setting, int] | None:
         """The configuration and the epoch of the best validation."""
-        runs = self.find(kind="tuning", data=name, side=side)
-        wanted = [setting for setting in SETTINGS[name] if setting.side == side]
+        runs = self.find(kind="tuning", data=name, side=side, group=group)
+        wanted = [setting for setting in SETTINGS[name] if setting.side == side and setting.group == group]
         if not runs:
             return (wanted[0], wanted[0].epochs) if len(wanted) == 1 else None
         best = max(runs, key=lambda run: run["best"][CHOICE])
         setting = next(s for s in wanted if described(s) == {key: best[key] for key in described(s)})
         return setting, best["best"]["epoch"]
 
-    def test(self, name: str, path: Path, side: str, seed: int) -> None:
+    def test(self, name: str, path: Path, side: str, seed: int, group: str) -> None:
         """One final training and what its indexes find."""
-        chosen = self.best(name, side)
-        if chosen is None or self.find(kind="test", data=name, side=side, seed=seed):
+        chosen = self.best(name, side, group)
+        if chosen is None or self.find(kind="test", data=name, side=side, seed=seed, group=group):
             return
         setting, epochs = chosen
         task = TASKS[name](path, "test", self.cache)
-        print(f"  test of {name}, {side}, seed {seed}", flush=True)
+        print(f"  test of {name}, {group}, {side}, seed {seed}", flush=True)
         model, seconds = self.trained(setting, task, seed, epochs)
         # Score rows of all codes do not fit the memory that they are kept in where there are many items.
         exact = measured(model, task, 1 if task.ordered else 20)
@@ -540,6 +582,7 @@ class Study:
 
 def described(setting: Setting) -> dict[str, Any]:
     return {
+        "group": setting.group,
         "side": setting.side,
         "options": setting.options,
         "lr": setting.lr,
@@ -553,16 +596,25 @@ def spread(values: list[float], digits: int = 4) -> str:
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
+def groups_of(name: str) -> list[str]:
+    return list(dict.fromkeys(setting.group for setting in SETTINGS[name]))
+
+
+def compared() -> list[tuple[str, str]]:
+    """All data sets and groups."""
+    return [(name, group) for name in SETTINGS for group in groups_of(name)]
+
+
 def table(study: Study) -> str:
-    head = ["data", "model", "index", "seeds", "Recall@20", "Recall@50", "NDCG@20", "NDCG@50"]
+    head = ["data", "encoder", "model", "index", "seeds", "Recall@20", "Recall@50", "NDCG@20", "NDCG@50"]
     head += ["training, CPU s", "µs a query (least; median)", "index, MB"]
     out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in SETTINGS:
+    for name, group in compared():
         for side in ("two towers", "SparCode"):
-            runs = study.find(kind="test", data=name, side=side)
+            runs = study.find(kind="test", data=name, side=side, group=group)
             for index in dict.fromkeys(key for run in runs for key in run["indexes"]):
                 cells = [run["indexes"][index] for run in runs if index in run["indexes"]]
-                row = [name, side, index, str(len(cells))]
+                row = [name, group, side, index, str(len(cells))]
                 row += [spread([c[m] for c in cells]) for m in ("recall@20", "recall@50", "ndcg@20", "ndcg@50")]
                 row += [f"{statistics.fmean(run['seconds'] for run in runs):.0f}"]
                 row += [f"{min(c['query_us'] for c in cells):.0f}; {min(c['query_us_median'] for c in cells):.0f}"]
@@ -575,9 +627,10 @@ def gains(study: Study) -> str:
     """What SparCode has over the exact search of two towers, in percent."""
     metrics_ = ("recall@20", "recall@50", "ndcg@20", "ndcg@50")
     out = []
-    for name in SETTINGS:
-        towers = [run["indexes"]["DenseIndex flat"] for run in study.find(kind="test", data=name, side="two towers")]
-        runs = study.find(kind="test", data=name, side="SparCode")
+    for name, group in compared():
+        towers = study.find(kind="test", data=name, side="two towers", group=group)
+        towers = [run["indexes"]["DenseIndex flat"] for run in towers]
+        runs = study.find(kind="test", data=name, side="SparCode", group=group)
         for index in dict.fromkeys(index for run in runs for index in run["indexes"]) if towers else ():
             cells = [run["indexes"][index] for run in runs if index in run["indexes"]]
             said = []
@@ -587,48 +640,46 @@ def gains(study: Study) -> str:
                     f"{metric.replace('recall', 'Recall').replace('ndcg', 'NDCG')} {100 * (ours / theirs - 1):+.1f} %"
                 )
             ours, theirs = (min(cell["query_us"] for cell in part) for part in (cells, towers))
-            out.append(f"- {name}, {index}: {', '.join(said)}; {ours / theirs:.2f} times the query time.")
+            out.append(f"- {name}, {group}, {index}: {', '.join(said)}; {ours / theirs:.2f} times the query time.")
     return "\n".join(out)
 
 
 def lost(study: Study) -> str:
     """What the codes cost: SparCode by its tokens as they are, by codes, and by the rows that were cut."""
-    head = ["data", "model", "tokens or vectors", "Recall@20", "Recall@50", "NDCG@20", "NDCG@50"]
+    head = ["data", "encoder", "model", "tokens or vectors", "Recall@20", "Recall@50", "NDCG@20", "NDCG@50"]
     out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     columns = ("recall@20", "recall@50", "ndcg@20", "ndcg@50")
 
-    def line(name: str, side: str, what: str, cells: list[dict[str, float]]) -> None:
-        row = [name, side, what, *(f"{statistics.fmean(c[m] for c in cells):.4f}" for m in columns)]
+    def line(name: str, group: str, side: str, what: str, cells: list[dict[str, float]]) -> None:
+        row = [name, group, side, what, *(f"{statistics.fmean(c[m] for c in cells):.4f}" for m in columns)]
         out.append("| " + " | ".join(row) + " |")
 
-    for name in SETTINGS:
-        runs = study.find(kind="test", data=name, side="SparCode")
+    for name, group in compared():
+        runs = study.find(kind="test", data=name, side="SparCode", group=group)
+        side = "SparCode, test"
         if runs:
-            line(name, "SparCode, test", "as they are", [run["unquantised"] for run in runs])
-            line(name, "SparCode, test", "coded, all items of a row", [run["exact"] for run in runs])
+            line(name, group, side, "as they are", [run["unquantised"] for run in runs])
+            line(name, group, side, "coded, all items of a row", [run["exact"] for run in runs])
             for index in dict.fromkeys(index for run in runs for index in run["indexes"]):
-                line(
-                    name,
-                    "SparCode, test",
-                    f"coded, {index}",
-                    [r["indexes"][index] for r in runs if index in r["indexes"]],
-                )
-        for run in study.find(kind="coded queries", data=name):
+                cells = [run["indexes"][index] for run in runs if index in run["indexes"]]
+                line(name, group, side, f"coded, {index}", cells)
+        for run in study.find(kind="coded queries", data=name) if group == "mean" else ():
             for what, cell in run["codes"].items():
                 coded = "as they are" if what == "none" else f"coded after training, {what} ({cell['bits']:.0f} bits)"
-                line(name, "two towers, validation", coded, [cell])
+                line(name, group, "two towers, validation", coded, [cell])
     return "\n".join(out)
 
 
 def tuned(study: Study) -> str:
-    head = ["data", "model", "configuration", "best epoch of", "Recall@20", "Recall@50", "NDCG@20", "NDCG@50"]
+    head = ["data", "encoder", "model", "configuration", "best epoch of"]
+    head += ["Recall@20", "Recall@50", "NDCG@20", "NDCG@50"]
     out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for run in study.find(kind="tuning"):
         options = {**run["options"], "lr": run["lr"], "weight_decay": run["decay"]}
         if run["side"] == "SparCode":
             options["quantised from epoch"] = run["free"] + 1
         said = ", ".join(f"{key} {value}" for key, value in options.items())
-        row = [run["data"], run["side"], said, f"{run['best']['epoch']} of {run['epochs']}"]
+        row = [run["data"], run["group"], run["side"], said, f"{run['best']['epoch']} of {run['epochs']}"]
         row += [f"{run['best'][m]:.4f}" for m in ("recall@20", "recall@50", "ndcg@20", "ndcg@50")]
         out.append("| " + " | ".join(row) + " |")
     return "\n".join(out)
@@ -690,20 +741,29 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="where trained models are kept, to measure their indexes again")
     parser.add_argument("--cache", type=Path, help="where prepared data are kept")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--groups", default=";".join(GROUPS), help="which of them, separated by semicolons")
     parser.add_argument("--report", action="store_true", help="train nothing, write the tables")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    groups = arguments.groups.split(";")
+    for group in groups:
+        if group not in GROUPS:
+            parser.error(f"--groups: {group!r} is none of {'; '.join(GROUPS)}")
     study = Study(arguments.out, cache=arguments.cache, models=arguments.models)
     paths = {"ml-100k": arguments.ml_100k, "gowalla": arguments.gowalla}
     for name, path in paths.items():
         if path is None or arguments.report:
             continue
-        study.tune(name, path)
-        for seed in range(arguments.seeds):
-            for side in ("two towers", "SparCode"):
-                study.test(name, path, side, seed)
-                report(study)
-        study.coded_queries(name, path)
+        for group in groups_of(name):
+            if group not in groups:
+                continue
+            study.tune(name, path, group)
+            for seed in range(arguments.seeds):
+                for side in ("two towers", "SparCode"):
+                    study.test(name, path, side, seed, group)
+                    report(study)
+            if group == "mean":
+                study.coded_queries(name, path)
     report(study)
 
 

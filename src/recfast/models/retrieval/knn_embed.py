@@ -106,7 +106,7 @@ class KNNEmbed:
         was_training = model.training
         model.eval()
         self.items = model.item_vectors().float().cpu()
-        self.history = distinct(dataset.history(upto), rows)
+        self.history = distinct(dataset.history(upto), rows, place="KNNEmbed")
         everyone = torch.arange(self.history.offsets.shape[0] - 1)
         self.users = torch.cat(
             [
@@ -123,10 +123,15 @@ class KNNEmbed:
         self.neighbors = min(neighbors, max(len(everyone) - 2, 1))
         self.smoothing, self.own = smoothing, own
         directions = F.normalize(self.items, dim=1)
-        faiss.omp_set_num_threads(torch.get_num_threads())
         options = {"niter": iterations, "seed": seed, "spherical": True, "min_points_per_centroid": 1}
         kmeans = faiss.Kmeans(directions.shape[1], clusters, max_points_per_centroid=rows, **options)
-        kmeans.train(directions[1:].numpy())
+        # FAISS has one number of threads for the whole process, which is somebody else's.
+        before = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        try:
+            kmeans.train(directions[1:].numpy())
+        finally:
+            faiss.omp_set_num_threads(before)
         self.cluster = (directions @ torch.from_numpy(kmeans.centroids).T).argmax(1)
         """int64 [rows(item)], the cluster of each item."""
 
