@@ -14,6 +14,7 @@ What is measured is what the index answers. ml-100k is done for each of GROUPS: 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -129,9 +130,9 @@ SPARCODE = {"tokens": 4, "token_dim": 16, "codebooks": 2, "codes": 64, "shared_c
 # More bits for a user in fewer rows of the index: one codebook for each of eight tokens.
 FINE = {"tokens": 8, "token_dim": 8, "codebooks": 1, "codes": 256}
 SPARCODE_ATTENTION = {**SPARCODE, "scorer": "attention", "decay": 0.95}
-# Four tokens of 64, codebooks shared, an MLP over the token and four item tokens; its codebooks have 256 codes and the
-# MLP three layers of 256, which would be 65,536 rows of the index, and eight times the work a pair.
-SOURCE = {"tokens": 4, "token_dim": 64, "item_tokens": 4, "codes": 64, "scorer": "mlp", "scorer_hidden": [64, 64]}
+# The source's form, smaller: four tokens, two shared codebooks, an MLP over the token and the item's tokens, coded from
+# the first step on. There tokens are 64 wide, an item has four, codebooks 256 codes and the MLP three layers of 256.
+SOURCE = {"tokens": 4, "token_dim": 32, "item_tokens": 2, "codes": 64, "scorer": "mlp", "scorer_hidden": [64, 64]}
 SETTINGS = {
     "ml-100k": [
         Setting("two towers", {}, 24, decay=0.05),
@@ -150,20 +151,18 @@ SETTINGS = {
         Setting("SparCode", {**SPARCODE, **FINE, "scorer": "attention"}, 18, decay=0.05, free=15),
         *(
             setting
-            for group in ("GRU", "self-attention")
+            for group, lr in (("GRU", 2e-3), ("GRU", 1e-3), ("self-attention", 2e-3))
             for setting in (
-                Setting("two towers", {}, 20, decay=0.05, group=group),
-                Setting("two towers", {}, 20, lr=1e-3, decay=0.05, group=group),
-                Setting("SparCode", SPARCODE_ATTENTION, 14, decay=0.05, free=12, group=group),
-                Setting("SparCode", SPARCODE_ATTENTION, 14, lr=1e-3, decay=0.05, free=12, group=group),
+                Setting("two towers", {}, 20, lr=lr, decay=0.05, group=group),
+                Setting("SparCode", SPARCODE_ATTENTION, 14, lr=lr, decay=0.05, free=12, group=group),
             )
         ),
         *(
             setting
-            for lr in (1e-3, 5e-4)
+            for lr in (2e-3, 1e-3)
             for setting in (
-                Setting("two towers", {}, 20, lr=lr, group="mean, trained as the source"),
-                Setting("SparCode", SOURCE, 20, lr=lr, group="mean, trained as the source"),
+                Setting("two towers", {}, 16, lr=lr, group="mean, trained as the source"),
+                Setting("SparCode", SOURCE, 16, lr=lr, group="mean, trained as the source"),
             )
         ),
     ],
@@ -307,9 +306,9 @@ def built(setting: Setting, task: Task, seed: int, batches: SharedPositives) -> 
 
 
 def train(
-    setting: Setting, task: Task, seed: int, epochs: int, look: Callable[[torch.nn.Module, int, float], object] | None
+    setting: Setting, task: Task, seed: int, epochs: int, look: Callable[..., object] | None
 ) -> tuple[torch.nn.Module, float]:
-    """Train, and return the model and the seconds of the processor; `look(model, epoch, loss)` after every epoch."""
+    """Train, and return the model and the seconds of the processor; `look(model, epoch, loss, seconds)` after each."""
     batches = SharedPositives(task, ROWS, seed)
     model = built(setting, task, seed, batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, weight_decay=setting.decay)
@@ -328,7 +327,7 @@ def train(
         seconds += time.process_time() - started
         print(f"    epoch {epoch}: loss {total / steps:.4f}, {seconds:.0f} s so far", flush=True)
         if look is not None:
-            look(model.eval(), epoch, total / steps)
+            look(model.eval(), epoch, total / steps, seconds)
     return model.eval(), seconds
 
 
@@ -451,6 +450,10 @@ def served(model: torch.nn.Module, task: Task) -> Iterator[Served]:
     yield Served("CodeIndex", by_codes, size, time.perf_counter() - started)
 
 
+# Where configurations and epochs are chosen on validation items.
+TUNED = ("ml-100k",)
+
+
 @dataclass
 class Study:
     """Trains what is not yet trained, and remembers it."""
@@ -460,18 +463,21 @@ class Study:
     # Where trained models are kept, so that indexes can be measured again.
     models: Path | None = None
     runs: list[dict[str, Any]] = field(default_factory=list)
+    # Models of seed 0, which on ml-100k learns from the same items in tuning as in the end.
+    kept: dict[str, tuple[torch.nn.Module, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         self.path = self.out / RUNS
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         # A line that was cut off is a run that was not done.
-        self.runs = [{"group": "mean", **json.loads(line)} for line in text[: text.rfind("\n") + 1].splitlines()]
+        self.runs = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         if text and not text.endswith("\n"):
             write_text(self.path, text[: text.rfind("\n") + 1])
 
     def find(self, **wanted: Any) -> list[dict[str, Any]]:
-        return [run for run in self.runs if all(run.get(key) == value for key, value in wanted.items())]
+        defaults = {"group": "mean"}
+        return [run for run in self.runs if all({**defaults, **run}.get(k) == value for k, value in wanted.items())]
 
     def remember(self, **run: Any) -> None:
         run = {**run, "load": os.getloadavg()[0]}
@@ -482,10 +488,11 @@ class Study:
         self.runs.append(run)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in run.items()}, flush=True)
 
-    def tune(self, name: str, path: Path, group: str) -> None:
-        """Every configuration once, on the validation items; where there is no choice, there is nothing to tune."""
-        settings = [setting for setting in SETTINGS[name] if setting.group == group]
-        for setting in settings if len(settings) > 2 else ():
+    def tune(self, name: str, path: Path, group: str = "mean") -> None:
+        """Every configuration of a group once, on the validation items."""
+        for setting in SETTINGS[name] if name in TUNED else ():
+            if setting.group != group:
+                continue
             wanted = {"kind": "tuning", "data": name, **described(setting)}
             if self.find(**wanted):
                 continue
@@ -494,21 +501,31 @@ class Study:
             seen: list[dict[str, Any]] = []
 
             def look(
-                model: torch.nn.Module, epoch: int, loss: float, seen: list[dict[str, Any]] = seen,
-                task: Task = task, setting: Setting = setting,
+                model: torch.nn.Module, epoch: int, loss: float, seconds: float,
+                seen: list[dict[str, Any]] = seen, task: Task = task, setting: Setting = setting,
             ) -> None:  # fmt: skip
                 # What is not quantised yet cannot be served.
                 if epoch <= setting.free or epoch % (1 if task.ordered else 2):
                     return
                 seen.append({"epoch": epoch, "loss": loss, **measured(model, task, 1 if task.ordered else 20)})
                 print(f"      {seen[-1]}", flush=True)
+                if task.ordered and seen[-1][CHOICE] == max(entry[CHOICE] for entry in seen):
+                    self.keep(setting, task, epoch, model, seconds)
 
             _, seconds = train(setting, task, 0, setting.epochs, look)
             best = max(seen, key=lambda entry: entry[CHOICE])
             self.remember(**wanted, epochs=setting.epochs, seconds=seconds, best=best)
 
+    def keep(self, setting: Setting, task: Task, epoch: int, model: torch.nn.Module, seconds: float) -> None:
+        """Remember a model of seed 0."""
+        known = {**described(setting), "epochs": epoch}
+        self.kept[json.dumps([task.name, known])] = copy.deepcopy(model), seconds
+
     def trained(self, setting: Setting, task: Task, seed: int, epochs: int) -> tuple[torch.nn.Module, float]:
         """The model and what its training took, from the folder of models if it is there."""
+        known = json.dumps([task.name, {**described(setting), "epochs": epochs}])
+        if seed == 0 and known in self.kept:
+            return self.kept[known]
         if self.models is None:
             return train(setting, task, seed, epochs, None)
         folder = self.models / f"{task.name} {setting.group} {setting.side} {seed}"
@@ -540,17 +557,19 @@ class Study:
                 out[f"{books} x {codes}"] = coded
         self.remember(kind="coded queries", data=name, side="two towers", epochs=epochs, codes=out)
 
-    def best(self, name: str, side: str, group: str) -> tuple[Setting, int] | None:
+    def best(self, name: str, side: str, group: str = "mean") -> tuple[Setting, int] | None:
         """The configuration and the epoch of the best validation."""
         runs = self.find(kind="tuning", data=name, side=side, group=group)
         wanted = [setting for setting in SETTINGS[name] if setting.side == side and setting.group == group]
         if not runs:
             return (wanted[0], wanted[0].epochs) if len(wanted) == 1 else None
         best = max(runs, key=lambda run: run["best"][CHOICE])
-        setting = next(s for s in wanted if described(s) == {key: best[key] for key in described(s)})
+        setting = next(
+            s for s in wanted if described(s) == {key: {"group": "mean", **best}[key] for key in described(s)}
+        )
         return setting, best["best"]["epoch"]
 
-    def test(self, name: str, path: Path, side: str, seed: int, group: str) -> None:
+    def test(self, name: str, path: Path, side: str, seed: int, group: str = "mean") -> None:
         """One final training and what its indexes find."""
         chosen = self.best(name, side, group)
         if chosen is None or self.find(kind="test", data=name, side=side, seed=seed, group=group):
@@ -679,7 +698,7 @@ def tuned(study: Study) -> str:
         if run["side"] == "SparCode":
             options["quantised from epoch"] = run["free"] + 1
         said = ", ".join(f"{key} {value}" for key, value in options.items())
-        row = [run["data"], run["group"], run["side"], said, f"{run['best']['epoch']} of {run['epochs']}"]
+        row = [run["data"], run.get("group", "mean"), run["side"], said, f"{run['best']['epoch']} of {run['epochs']}"]
         row += [f"{run['best'][m]:.4f}" for m in ("recall@20", "recall@50", "ndcg@20", "ndcg@50")]
         out.append("| " + " | ".join(row) + " |")
     return "\n".join(out)

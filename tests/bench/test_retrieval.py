@@ -56,7 +56,7 @@ def test_what_must_hold_of_recall(measured):
         assert [point["recall"] for point in plain] == [point["recall"] for point in ordered]
     for whose in ("FAISS", "CodeIndex"):
         coded = curve(measured, "FAISS PQ" if whose == "FAISS" else "CodeIndex PQ, plain")
-        again = curve(measured, f"{whose} PQ, best 10 k re-scored")
+        again = curve(measured, f"{whose} PQ, 10 x k re-scored")
         assert all(b["recall"] > a["recall"] for a, b in zip(coded, again, strict=True) if a["recall"] < 1)
 
 
@@ -114,7 +114,7 @@ def test_the_limit_names_what_it_leaves_out(problem):
 
 def test_few_items_leave_faiss_codes_out():
     result = retrieval.run(retrieval.generated(50, 6, 5, 3, 0), seconds=0.001)
-    assert [left["name"] for left in result["left_out"]] == ["FAISS PQ", "FAISS PQ, best 10 k re-scored"]
+    assert [left["name"] for left in result["left_out"]] == ["FAISS PQ", "FAISS PQ, 10 x k re-scored"]
     # No more items than codes: the codes lose nothing.
     assert all(point["recall"] == 1 for point in curve(result, "CodeIndex PQ, plain"))
 
