@@ -54,9 +54,11 @@ def test_what_must_hold_of_recall(measured):
     for kind in ("PQ", "residual"):
         plain, ordered = (curve(measured, f"CodeIndex {kind}, {how}") for how in ("plain", "block-max"))
         assert [point["recall"] for point in plain] == [point["recall"] for point in ordered]
-    for whose in ("FAISS", "CodeIndex"):
-        coded = curve(measured, "FAISS PQ" if whose == "FAISS" else "CodeIndex PQ, plain")
-        again = curve(measured, f"{whose} PQ, 10 x k re-scored")
+    for codes, whose in (
+        ("FAISS PQ", "FAISS PQ"),
+        *((f"CodeIndex {c}, plain", f"CodeIndex {c}") for c in ("PQ", "residual")),
+    ):
+        coded, again = curve(measured, codes), curve(measured, f"{whose}, 10 x k re-scored")
         assert all(b["recall"] > a["recall"] for a, b in zip(coded, again, strict=True) if a["recall"] < 1)
 
 
@@ -138,6 +140,7 @@ def test_prints_and_draws(command, tmp_path):
         "FAISS flat",
         *["CodeIndex residual, plain"] * 2,
         *["CodeIndex residual, block-max"] * 2,
+        *["CodeIndex residual, 10 x k re-scored"] * 2,
     ]
     result = json.loads((tmp_path / "b" / "retrieval.json").read_text())
     assert result["format"] == retrieval.FORMAT
