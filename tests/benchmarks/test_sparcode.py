@@ -223,6 +223,14 @@ def test_gains_are_relative_to_the_exact_search(sparcode, tmp_path):
         "- ml-100k, mean, rows: Recall@20 +10.0 %, Recall@50 +0.0 %, NDCG@20 +0.0 %, NDCG@50 -25.0 %; "
         "0.50 times the query time."
     )
+    study.runs = [
+        {**run, "seed": seed, "indexes": {name: {**cell, "ndcg@50": cell["ndcg@50"] + move}}}
+        for run in (towers, ours)
+        for seed, move in ((0, -0.02), (1, 0.02))
+        for name, cell in run["indexes"].items()
+    ]
+    # Each mean has a variance of .0008 / 2: an error of sqrt(.0008) of .4.
+    assert "NDCG@50 -25.0 % (± 7.1); " in sparcode.gains(study)
 
 
 def test_more_bits_lose_less(finished):
