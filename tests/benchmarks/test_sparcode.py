@@ -179,7 +179,8 @@ def test_encoders_are_compared_with_themselves(sparcode, finished, monkeypatch):
     assert study.best("ml-100k", "SparCode") == finished.best("ml-100k", "SparCode")
 
 
-def test_what_seed_0_learnt_in_tuning_is_what_it_would_learn_again(sparcode, finished):
+def test_what_seed_0_learnt_in_tuning_is_what_it_would_learn_again(sparcode, finished, monkeypatch):
+    monkeypatch.setattr(finished, "models", None)
     setting, epochs = finished.best("ml-100k", "SparCode")
     task = sparcode.TASKS["ml-100k"](None, "test", None)
     kept, _ = finished.trained(setting, task, 0, epochs)
