@@ -135,9 +135,10 @@ MODELS = [
 
 # What kNN-Embed is chosen from; how many users choose, and of how many others it is told; candidates.
 INTERESTS = [
-    {"own": own, "clusters": clusters, "components": 20} for clusters in (64, 256) for own in (0.0, 0.5, 0.7, 0.8, 0.9)
+    {"own": own, "clusters": clusters, "components": 20}
+    for own, clusters in ((0.0, 64), (0.5, 64), (0.7, 64), (0.8, 64), (0.7, 256))
 ]
-INTEREST_USERS = (1500, 6000)
+INTEREST_USERS = (6000, 8000)
 INTEREST_SIZES = (50, 200)
 
 

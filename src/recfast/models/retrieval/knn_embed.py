@@ -202,15 +202,20 @@ class KNNEmbed:
             barred[torch.arange(len(users)).repeat_interleave(old.lengths()), old.values] = True
         ids, progress = [], []
         for j in range(weight.shape[1]):
-            most = int(quota[:, j].max()) if len(users) else 0
-            if most == 0:
+            # Light interests ask for nothing for most users.
+            rows = quota[:, j].nonzero()[:, 0]
+            if len(rows) == 0:
                 continue
-            scores = (centres[:, j] @ self.items.T).masked_fill_(barred, -torch.inf)
-            best = top_k(scores, most)[1]
+            wanted = quota[rows, j]
+            most = int(wanted.max())
+            scores = (centres[rows, j] @ self.items.T).masked_fill_(barred[rows], -torch.inf)
+            found = top_k(scores, most)[1]
             rank = torch.arange(most)
-            best = best.masked_fill(rank >= quota[:, j, None], -1)
-            user, place = (best >= 0).nonzero().T
-            barred[user, best[user, place]] = True
+            found = found.masked_fill(rank >= wanted[:, None], -1)
+            user, place = (found >= 0).nonzero().T
+            barred[rows[user], found[user, place]] = True
+            best = torch.full((len(users), most), -1)
+            best[rows] = found
             ids.append(best)
             progress.append(((rank + 1.0) / quota[:, j, None].clamp(min=1)).masked_fill(best < 0, torch.inf))
         if not ids:
