@@ -210,6 +210,11 @@ def test_tables(sparcode, finished):
             assert text.count(f"| {name} | {group} | SparCode, test | as they are |") == 1
     assert text.count(" times the query time.") == 8
     assert text.count("quantised from epoch 3") == 2
+    flat, free = (
+        finished.find(kind="test", data="ml-100k", side=side, group="GRU")[0] for side in ("two towers", "SparCode")
+    )
+    flat, free = flat["indexes"]["DenseIndex flat"]["ndcg@50"], free["unquantised"]["ndcg@50"]
+    assert f"{free:.4f} against {flat:.4f} (GRU)" in " ".join(text.split())
     assert text.count("coded after training, 2 x 4 (4 bits)") == 1
 
 
