@@ -70,8 +70,9 @@ class KNNEmbed:
         :math:`\lambda` in [0, 1].
     own
         Share of the user's own vector in each centre, in [0, 1]: 0 as in the paper, 1 asks the model's own query in
-        every component. With the vectors of an MF trained on Gowalla, 0.5 found fewer of the users' items than the one
-        query does, 0.7 more.
+        every component. With the vectors of an MF trained on Gowalla 0 and 0.5 found fewer of the users' items than
+        the one query does, 0.7 and 0.8 more: on users other than those who chose, Recall@50 of .2871 against .2844
+        (the difference has a standard error of .0009), and at 200 candidates no more than noise.
     upto
         The splits whose positives are the users' items, as `Dataset.history` takes it.
     iterations, seed
