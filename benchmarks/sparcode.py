@@ -699,8 +699,8 @@ def why(study: Study) -> str:
         paragraphs.append(
             f"{nor}: best NDCG@50 on the validation likes of ml-100k is {ours[0]:.4f} for two towers and {ours[1]:.4f} "
             f"for SparCode as they are trained here, {source[0]:.4f} and {source[1]:.4f} trained as the source. "
-            "The source reports 3 to 8 % for MovieLens-10M, over towers trained with ten negatives; its 70 % are of Deezer, whose "
-            "users are known by features alone, and which is not among the data here."
+            "The source reports 3 to 8 % for MovieLens-10M, over towers trained with ten negatives; its 70 % are of "
+            "Deezer, whose users are known by features alone, and which is not among the data here."
         )
     return "\n\n".join(textwrap.fill(paragraph, 118) for paragraph in paragraphs)
 
