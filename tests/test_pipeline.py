@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 import torch
 
-from recfast import Pipeline, files, rerank
+from recfast import Pipeline, files, nn, rerank
 from recfast.errors import InputError, OutOfRange
 from recfast.models import storage
 
@@ -367,6 +367,78 @@ def test_ids_out_of_range_are_refused(pipeline):
         pipeline.retrieve(torch.tensor([1, rows]))
     with pytest.raises(OutOfRange, match=r"candidates: items\[0, 0\] = 99999 is outside"):
         pipeline.rank(torch.tensor([1]), torch.tensor([[99999]]))
+
+
+# -- tokenisers --------------------------------------------------------------------------------------------------
+
+
+def tokenizers(width):
+    """Fitted ones are made of these; the last is wider than the items."""
+    return {
+        "residual": nn.ResidualKMeans(width, 3, 16, normalize=False),
+        "normalised": nn.ResidualKMeans(width, 2, 8),
+        "rq": nn.ResidualQuantizer(width, 2, 8, latent_dim=4, hidden=(6,), decoder_hidden=()),
+        "many": nn.ProductQuantizer(width, 1, 300),
+        "wide": nn.ProductQuantizer(width + 5, width + 5, 4),
+    }
+
+
+@pytest.mark.parametrize("kind", ["residual", "normalised", "rq", "many", "wide"])
+def test_any_tokeniser_retrieves_and_travels(pipeline, users, kind, tmp_path):
+    width = pipeline.item_vectors.shape[1]
+    quantizer = tokenizers(width)[kind]
+    epochs = {"epochs": 2} if kind == "rq" else {}
+    padded = torch.nn.functional.pad(pipeline.item_vectors, (0, quantizer.dim - width))
+    quantizer.fit(padded, seed=1, **epochs)
+    made = Pipeline(
+        pipeline.retriever, pipeline.ranker, pipeline.reranker, pipeline.catalogue, quantizer=quantizer, candidates=12
+    )
+    ids = ids_of(made, users)
+    scores, items = made.retrieve(ids, 12, exclude="nothing")
+    # The score is the inner product with the vector that the item's codes stand for.
+    stands_for = quantizer.decode(quantizer.encode(padded))[:, :width]
+    wanted = (made.user_vectors(ids)[:, None] * stands_for[items - 1]).sum(2)
+    torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-4)
+    made.save(tmp_path / "made")
+    again = Pipeline.load(tmp_path / "made")
+    assert type(again.quantizer) is type(quantizer)
+    assert again.quantizer.config() == quantizer.config()
+    assert again.recommend(users, k=5).equals(made.recommend(users, k=5))
+
+
+def test_tokenisers_that_cannot_score_are_refused(pipeline, tmp_path):
+    width = pipeline.item_vectors.shape[1]
+
+    class Own(nn.ProductQuantizer):
+        pass
+
+    hidden = nn.ResidualQuantizer(width, 2, 8, latent_dim=4, hidden=(6,)).fit(pipeline.item_vectors, epochs=1)
+    narrow = nn.ProductQuantizer(width - 1, 1, 4).fit(pipeline.item_vectors[:, 1:].contiguous())
+    for quantizer, sentence in (
+        (nn.ResidualKMeans(width), "quantizer cannot score: ResidualKMeans.score_table: the centroids must be fitted"),
+        (hidden, "quantizer cannot score: .* the decoder must be affine"),
+        (narrow, rf"quantizer codes vectors of {width - 1} coordinates, and the items have {width}"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            Pipeline(pipeline.retriever, None, None, pipeline.catalogue, quantizer=quantizer)
+    own = Own(width, 1, 4).fit(pipeline.item_vectors)
+    made = Pipeline(pipeline.retriever, None, None, pipeline.catalogue, quantizer=own)
+    with pytest.raises(InputError, match="a quantizer of the class Own cannot be saved, expected one of Product"):
+        made.save(tmp_path / "own")
+
+
+def test_a_pipeline_of_before_there_was_a_choice_is_read(loaded, users, tmp_path):
+    loaded.save(tmp_path / "old")
+    quantizer = loaded.quantizer
+    shape = {name: getattr(quantizer, name) for name in ("dim", "n_codebooks", "n_codes")}
+    path = tmp_path / "old" / "quantizer.safetensors"
+    storage.write_tensors(path, quantizer.state_dict(), shape)
+    files.write_checksums(tmp_path / "old")
+    assert Pipeline.load(tmp_path / "old").recommend(users, k=5).equals(loaded.recommend(users, k=5))
+    storage.write_tensors(path, quantizer.state_dict(), {"kind": "Tree", "options": {}})
+    files.write_checksums(tmp_path / "old")
+    with pytest.raises(InputError, match="holds a Tree, expected one of ProductQuantizer, ResidualKMeans"):
+        Pipeline.load(tmp_path / "old")
 
 
 # -- NaN ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from recfast.errors import InputError
 from recfast.files import atomic_path, disk_errors, verify_checksums, write_checksums, write_json
 from recfast.index import Bitmap, CodeIndex
 from recfast.models.storage import load_model, read_json, read_tensors, save_model, write_tensors
-from recfast.nn import ProductQuantizer
+from recfast.nn import ProductQuantizer, ResidualKMeans, ResidualQuantizer, Tokenizer
 
 FORMAT = 1
 # A mask of this many cells, and a batch of this many candidate rows, are held at once; users are cut to fit.
@@ -28,6 +28,7 @@ _CANDIDATE_ROWS = 1 << 15
 _GENRE_SHARE = 0.8
 
 _RERANKERS = rerank.KINDS
+_TOKENIZERS = {kind.__name__: kind for kind in (ProductQuantizer, ResidualKMeans, ResidualQuantizer)}
 
 Cold = Literal["error", "popular"]
 Exclude = Literal["seen", "liked", "nothing"]
@@ -61,7 +62,9 @@ class Pipeline:
     codebooks, n_codes
         Bytes of an item's code, and values of each. Ignored where `quantizer` is given.
     quantizer
-        A fitted `nn.ProductQuantizer`.
+        A fitted tokeniser of `nn`, as wide as the item vectors or wider (zeros fill the rest), whose scores are sums
+        over codes: `nn.ProductQuantizer`, which is what is made where none is given, `nn.ResidualKMeans` (with
+        `normalize=False` for near scores), or `nn.ResidualQuantizer` with `decoder_hidden=()`.
     exclude
         What is not recommended again: what the user has "seen" (any row of the log), has "liked", or "nothing".
     blend
@@ -86,7 +89,7 @@ class Pipeline:
         features: Literal["auto", "genres", "vectors", "both"] = "auto",
         codebooks: int = 8,
         n_codes: int = 256,
-        quantizer: ProductQuantizer | None = None,
+        quantizer: Tokenizer | None = None,
         exclude: Exclude = "seen",
         blend: float = 0.0,
         seed: int = 0,
@@ -121,6 +124,16 @@ class Pipeline:
         if quantizer is None:
             quantizer = ProductQuantizer(-(-vectors.shape[1] // codebooks) * codebooks, codebooks, n_codes)
             quantizer.fit(_widened(vectors, quantizer.dim), seed=seed)
+        if quantizer.dim < vectors.shape[1]:
+            raise InputError(
+                f"Pipeline: quantizer codes vectors of {quantizer.dim} coordinates, and the items have "
+                f"{vectors.shape[1]}"
+            )
+        try:
+            # Not every tokeniser has scores that are sums over codes, and not every one is fitted.
+            quantizer.eval().score_table(torch.zeros(1, quantizer.dim))
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"Pipeline: quantizer cannot score: {error}") from None
         self.quantizer = quantizer
         self.item_vectors = vectors
         ids = torch.arange(1, len(vectors) + 1)
@@ -459,6 +472,12 @@ class Pipeline:
         InputError
             The disk is full, or the place may not be written; what was there before is untouched.
         """
+        tokenizer = type(self.quantizer).__name__
+        if _TOKENIZERS.get(tokenizer) is not type(self.quantizer):
+            raise InputError(
+                f"Pipeline.save: a quantizer of the class {tokenizer} cannot be saved, expected one of "
+                f"{', '.join(_TOKENIZERS)}"
+            )
         reranker = None
         if self.reranker is not None:
             kind = type(self.reranker).__name__
@@ -472,12 +491,8 @@ class Pipeline:
             save_model(self.retriever, self.catalogue.schema, folder / "retriever")
             if self.ranker is not None:
                 save_model(self.ranker, self.catalogue.schema, folder / "ranker")
-            shape = {"dim": self.quantizer.dim, "n_codebooks": self.quantizer.n_codebooks}
-            write_tensors(
-                folder / "quantizer.safetensors",
-                self.quantizer.state_dict(),
-                {**shape, "n_codes": self.quantizer.n_codes},
-            )
+            written = {"kind": tokenizer, "options": self.quantizer.config()}
+            write_tensors(folder / "quantizer.safetensors", self.quantizer.state_dict(), written)
             self.index.save(folder / "index.safetensors")
             self.catalogue.save(folder / "catalogue")
             settings = {
@@ -513,8 +528,19 @@ class Pipeline:
                 f"Pipeline.load: {folder / 'pipeline.json'} has the format {settings.get('format')!r}, "
                 f"expected {FORMAT}"
             )
-        tensors, shape = read_tensors(folder / "quantizer.safetensors")
-        quantizer = ProductQuantizer(shape["dim"], shape["n_codebooks"], shape["n_codes"])
+        tensors, written = read_tensors(folder / "quantizer.safetensors")
+        if "kind" not in written:
+            # Of before there was a choice.
+            shape = {name: written[name] for name in ("dim", "n_codebooks", "n_codes")}
+            written = {"kind": "ProductQuantizer", "options": shape}
+        if written["kind"] not in _TOKENIZERS:
+            raise InputError(
+                f"Pipeline.load: {folder / 'quantizer.safetensors'} holds a {written['kind']}, expected one of "
+                f"{', '.join(_TOKENIZERS)}"
+            )
+        # Beginning weights are drawn at random, and are not needed.
+        with torch.random.fork_rng(devices=[]):
+            quantizer = _TOKENIZERS[written["kind"]](**written["options"])
         quantizer.load_state_dict(tensors)
         reranker = settings["reranker"]
         if reranker is not None:

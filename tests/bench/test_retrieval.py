@@ -54,9 +54,11 @@ def test_what_must_hold_of_recall(measured):
     for kind in ("PQ", "residual"):
         plain, ordered = (curve(measured, f"CodeIndex {kind}, {how}") for how in ("plain", "block-max"))
         assert [point["recall"] for point in plain] == [point["recall"] for point in ordered]
-    for whose in ("FAISS", "CodeIndex"):
-        coded = curve(measured, "FAISS PQ" if whose == "FAISS" else "CodeIndex PQ, plain")
-        again = curve(measured, f"{whose} PQ, best 10 k re-scored")
+    for codes, whose in (
+        ("FAISS PQ", "FAISS PQ"),
+        *((f"CodeIndex {c}, plain", f"CodeIndex {c}") for c in ("PQ", "residual")),
+    ):
+        coded, again = curve(measured, codes), curve(measured, f"{whose}, 10 x k re-scored")
         assert all(b["recall"] > a["recall"] for a, b in zip(coded, again, strict=True) if a["recall"] < 1)
 
 
@@ -114,7 +116,7 @@ def test_the_limit_names_what_it_leaves_out(problem):
 
 def test_few_items_leave_faiss_codes_out():
     result = retrieval.run(retrieval.generated(50, 6, 5, 3, 0), seconds=0.001)
-    assert [left["name"] for left in result["left_out"]] == ["FAISS PQ", "FAISS PQ, best 10 k re-scored"]
+    assert [left["name"] for left in result["left_out"]] == ["FAISS PQ", "FAISS PQ, 10 x k re-scored"]
     # No more items than codes: the codes lose nothing.
     assert all(point["recall"] == 1 for point in curve(result, "CodeIndex PQ, plain"))
 
@@ -138,6 +140,7 @@ def test_prints_and_draws(command, tmp_path):
         "FAISS flat",
         *["CodeIndex residual, plain"] * 2,
         *["CodeIndex residual, block-max"] * 2,
+        *["CodeIndex residual, 10 x k re-scored"] * 2,
     ]
     result = json.loads((tmp_path / "b" / "retrieval.json").read_text())
     assert result["format"] == retrieval.FORMAT

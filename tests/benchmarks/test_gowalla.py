@@ -17,6 +17,7 @@ SMALL = {
     "two-tower": {"num_negatives": 20, "dim": 8},
     "LightGCN, 5 epochs": {"dim": 8},
 }
+GRID = [{"own": own, "clusters": 5, "components": 2} for own in (0.0, 0.5, 1.0)]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def finished(gowalla, tmp_path_factory):
         for protocol in gowalla.PROTOCOLS:
             study.run(model, protocol, 0)
             if model.name == "MF-CCL":
-                study.interests(model, protocol, 0, clusters=5, components=2)
+                study.interests(model, protocol, 0, GRID, (20, 30))
     return study
 
 
@@ -68,8 +69,34 @@ def test_every_model_is_measured(gowalla, finished):
         assert run["users"] == 60
         if "epochs" in run:
             assert (run["epochs"], len(run["curve"])) == (2, 2)
-    for run in (run for run in finished.runs if "mixture_recall@50" in run):
+    for run in finished.find(kind="interests"):
         assert 1 <= run["mixture_clusters@50"] <= 5
+
+
+def test_interests_are_chosen_on_other_users(gowalla, finished, monkeypatch):
+    (run,) = finished.find(kind="interests", protocol="held-out")
+    assert run["users"] == [20, 30]
+    assert [{key: entry[key] for key in GRID[0]} for entry in run["tried"]] == GRID
+    best = max(run["tried"], key=lambda entry: entry["recall@50"])
+    assert run["options"] == {key: best[key] for key in GRID[0]}
+    # With its own vector alone every interest asks what the one query asks.
+    alone = next(entry for entry in run["tried"] if entry["own"] == 1.0)
+    assert alone["recall@50"] == pytest.approx(run["tried_one"])
+    # Nobody who chose is told of.
+    asked = []
+    again = gowalla.Study(finished.out / "again", finished.path)
+    monkeypatch.setattr(again, "find", lambda **wanted: [] if "kind" in wanted else [True])
+    monkeypatch.setattr(again, "remember", lambda run: None)
+    monkeypatch.setattr(again, "dataset", finished.dataset)
+    monkeypatch.setattr(again, "folder", finished.folder)
+    top = gowalla.top_items
+    monkeypatch.setattr(
+        gowalla, "top_items", lambda model, users, *a, **k: asked.append(users) or top(model, users, *a, **k)
+    )
+    again.interests(next(m for m in gowalla.MODELS if m.name == "MF-CCL"), "held-out", 0, GRID, (20, 30))
+    choosing, *told = (set(users.tolist()) for users in asked)
+    assert (len(choosing), [len(users) for users in told]) == (20, [30, 30])
+    assert all(not choosing & users for users in told)
 
 
 def test_nothing_is_trained_twice(gowalla, finished, monkeypatch):
@@ -78,7 +105,7 @@ def test_nothing_is_trained_twice(gowalla, finished, monkeypatch):
     again = gowalla.Study(finished.out, None)
     for model in gowalla.MODELS:
         again.run(model, "published", 0)
-    again.interests(gowalla.MODELS[3], "published", 0, clusters=5, components=2)
+    again.interests(gowalla.MODELS[3], "published", 0, GRID, (20, 30))
     assert (finished.out / gowalla.RESULTS).read_text() == before
     json.loads(before)
 
@@ -86,10 +113,13 @@ def test_nothing_is_trained_twice(gowalla, finished, monkeypatch):
 def test_the_table(gowalla, finished):
     gowalla.report(finished)
     text = (finished.out / gowalla.TABLE).read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + len(gowalla.MODELS) + 1 + 2
-    widths = {line.count("|") for line in rows}
-    assert widths == {10}
+    first, second = text.split("## Several interests")
+    rows = [line for line in first.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(gowalla.MODELS)
+    assert {line.count("|") for line in rows} == {10}
+    rows = [line for line in second.splitlines() if line.startswith("| MF-CCL with kNN-Embed")]
+    # Two protocols: two lengths each, and what was tried beside the one query.
+    assert [line.count("|") for line in rows] == [10] * 4 + [6] * 8
     run = finished.find(model="EASE", protocol="held-out")[0]
     assert f"{run['recall@20']:.4f} / {run['ndcg@20']:.4f}" in text
     assert ".1765" in text

@@ -53,6 +53,7 @@ def sparcode(walks):
         module.ROWS = 16
         module.QUERY_CODES = ((2, 4), (4, 64))
         module.PQ_BOOKS, module.PQ_CODES, module.TIMED = 4, 8, 5
+        module.TUNED = ("ml-100k", "gowalla")
         small = {"tokens": 2, "token_dim": 4, "codes": 4, "shared_codebooks": False}
         for name, ordered in (("ml-100k", True), ("gowalla", False)):
             module.TOPS[name] = (5, 200)
@@ -62,6 +63,8 @@ def sparcode(walks):
                 module.Setting("two towers", {}, 2),
                 module.Setting("two towers", {"dropout": 0.5}, 2),
                 module.Setting("SparCode", small, 4, free=2),
+                module.Setting("two towers", {}, 2, group="GRU"),
+                module.Setting("SparCode", small, 2, group="GRU"),
             ]
         yield module
 
@@ -70,9 +73,10 @@ def sparcode(walks):
 def finished(sparcode, tmp_path_factory):
     study = sparcode.Study(tmp_path_factory.mktemp("study"), models=tmp_path_factory.mktemp("models"))
     for name in sparcode.SETTINGS:
-        study.tune(name, Path("nowhere"))
-        for side in ("two towers", "SparCode"):
-            study.test(name, Path("nowhere"), side, 0)
+        for group in sparcode.groups_of(name):
+            study.tune(name, Path("nowhere"), group)
+            for side in ("two towers", "SparCode"):
+                study.test(name, Path("nowhere"), side, 0, group)
     study.coded_queries("ml-100k", Path("nowhere"))
     return study
 
@@ -136,7 +140,7 @@ def test_the_choice_looks_at_validation_alone(sparcode, finished, tmp_path):
     study = sparcode.Study(tmp_path)
     assert study.best("ml-100k", "two towers") is None
     study.runs = [dict(run) for run in finished.runs]
-    tuning = study.find(kind="tuning", data="ml-100k", side="two towers")
+    tuning = study.find(kind="tuning", data="ml-100k", side="two towers", group="mean")
     for run, value in zip(tuning, (0.2, 0.3), strict=True):
         run["best"] = {**run["best"], "ndcg@50": value, "epoch": 1}
     setting, epoch = study.best("ml-100k", "two towers")
@@ -158,6 +162,33 @@ def test_nothing_is_trained_twice(sparcode, finished, monkeypatch, tmp_path):
     assert (tmp_path / sparcode.RUNS).read_text().splitlines() == before.splitlines()[:-1]
 
 
+def test_encoders_are_compared_with_themselves(sparcode, finished, monkeypatch):
+    """Each group has its encoder on both sides, is tuned by itself, and tells of nobody else's runs."""
+    for side in ("two towers", "SparCode"):
+        (run,) = finished.find(kind="test", data="ml-100k", side=side, group="GRU")
+        assert run["epochs"] <= 2
+        setting, _ = finished.best("ml-100k", side, "GRU")
+        task = sparcode.TASKS["ml-100k"](None, "test", None)
+        model = sparcode.built(setting, task, 0, sparcode.SharedPositives(task, 16, 0))
+        assert model.config()["encoder"] == "gru"
+    # Runs of before there were groups are of the mean.
+    old = [{key: value for key, value in run.items() if key != "group"} for run in finished.find(group="mean")]
+    study = sparcode.Study(finished.out / "old")
+    study.runs = old
+    assert study.find(group="mean") == old
+    assert study.best("ml-100k", "SparCode") == finished.best("ml-100k", "SparCode")
+
+
+def test_what_seed_0_learnt_in_tuning_is_what_it_would_learn_again(sparcode, finished, monkeypatch):
+    monkeypatch.setattr(finished, "models", None)
+    setting, epochs = finished.best("ml-100k", "SparCode")
+    task = sparcode.TASKS["ml-100k"](None, "test", None)
+    kept, _ = finished.trained(setting, task, 0, epochs)
+    again, _ = sparcode.train(setting, task, 0, epochs, None)
+    assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), again.state_dict().values(), strict=True))
+    assert any(kept is model for model, _ in finished.kept.values())
+
+
 def test_kept_models_are_measured_again_without_training(sparcode, finished, monkeypatch, tmp_path):
     monkeypatch.setattr(sparcode, "train", lambda *_: pytest.fail("trained again"))
     study = sparcode.Study(tmp_path, models=finished.models)
@@ -173,11 +204,17 @@ def test_tables(sparcode, finished):
     text = (finished.out / sparcode.TABLE).read_text()
     assert json.loads((finished.out / sparcode.RESULTS).read_text()) == finished.runs
     for name in sparcode.SETTINGS:
-        assert text.count(f"| {name} | two towers | DenseIndex flat | 1 |") == 1
-        assert text.count(f"| {name} | SparCode | CodeRows, 5 best of a row | 1 |") == 1
-        assert text.count(f"| {name} | SparCode, test | as they are |") == 1
-    assert text.count(" times the query time.") == 4
+        for group in ("mean", "GRU"):
+            assert text.count(f"| {name} | {group} | two towers | DenseIndex flat | 1 |") == 1
+            assert text.count(f"| {name} | {group} | SparCode | CodeRows, 5 best of a row | 1 |") == 1
+            assert text.count(f"| {name} | {group} | SparCode, test | as they are |") == 1
+    assert text.count(" times the query time.") == 8
     assert text.count("quantised from epoch 3") == 2
+    flat, free = (
+        finished.find(kind="test", data="ml-100k", side=side, group="GRU")[0] for side in ("two towers", "SparCode")
+    )
+    flat, free = flat["indexes"]["DenseIndex flat"]["ndcg@50"], free["unquantised"]["ndcg@50"]
+    assert f"{free:.4f} against {flat:.4f} (GRU)" in " ".join(text.split())
     assert text.count("coded after training, 2 x 4 (4 bits)") == 1
 
 
@@ -189,9 +226,17 @@ def test_gains_are_relative_to_the_exact_search(sparcode, tmp_path):
     ours = {"kind": "test", "data": "ml-100k", "side": "SparCode", "indexes": {"rows": better}}
     study.runs = [towers, ours]
     assert sparcode.gains(study) == (
-        "- ml-100k, rows: Recall@20 +10.0 %, Recall@50 +0.0 %, NDCG@20 +0.0 %, NDCG@50 -25.0 %; "
+        "- ml-100k, mean, rows: Recall@20 +10.0 %, Recall@50 +0.0 %, NDCG@20 +0.0 %, NDCG@50 -25.0 %; "
         "0.50 times the query time."
     )
+    study.runs = [
+        {**run, "seed": seed, "indexes": {name: {**cell, "ndcg@50": cell["ndcg@50"] + move}}}
+        for run in (towers, ours)
+        for seed, move in ((0, -0.02), (1, 0.02))
+        for name, cell in run["indexes"].items()
+    ]
+    # Each mean has a variance of .0008 / 2: an error of sqrt(.0008) of .4.
+    assert "NDCG@50 -25.0 % (± 7.1); " in sparcode.gains(study)
 
 
 def test_more_bits_lose_less(finished):

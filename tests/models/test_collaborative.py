@@ -2,6 +2,7 @@
 
 import json
 
+import faiss
 import numpy as np
 import polars as pl
 import pytest
@@ -150,8 +151,20 @@ def test_ease_refuses_an_inverse_that_is_none(tmp_path):
     pairs = pl.DataFrame({"user": [0] * 6 + [1] * 6 + [2] * 6, "item": [*range(6), *range(1, 7), *range(2, 8)]})
     schema = data.Schema([data.Categorical("user", role="user"), data.Categorical("item", role="item")], label=None)
     dataset = data.prepare(schema, pairs, cache=tmp_path)
+    model = EASE(dataset.schema, ridge=1e-12, form="primal")
     with pytest.raises(InputError, match=r"ridge = 1e-12 is too small"):
-        EASE(dataset.schema, ridge=1e-12, form="primal").prepare(dataset)
+        model.prepare(dataset)
+    with pytest.raises(InputError, match=r"call prepare\(dataset\) first"):
+        model.scores(lists([1]))
+
+
+@pytest.mark.parametrize("name", list(FILTERS))
+def test_filters_refuse_items_that_are_none(clubs, name):
+    model = fitted(name, clubs)
+    for wrong in (-1, model.rows):
+        place = rf"{type(model).__name__}\.scores: histories\.values\[2\] = {wrong} is outside \[0, {model.rows}\)"
+        with pytest.raises(IndexError, match=place):
+            model.scores(lists([1, 2], [wrong], [3]))
 
 
 @pytest.mark.parametrize("name", list(FILTERS))
@@ -387,6 +400,16 @@ def test_negatives_of_groups_of_rows(clubs):
         losses[shared_by] = model.loss(model(batch), batch).item()
     assert losses[None] == losses[30] == losses[100]
     assert len({losses[None], losses[1], losses[7]}) == 3
+
+
+def test_knn_embed_leaves_the_threads_of_faiss_alone(clubs):
+    before = faiss.omp_get_max_threads()
+    try:
+        faiss.omp_set_num_threads(3)
+        KNNEmbed(fitted("mf_ccl", clubs), clubs, clusters=6)
+        assert faiss.omp_get_max_threads() == 3
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def test_knn_embed_mixture_is_the_formula(clubs):

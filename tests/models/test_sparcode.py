@@ -164,6 +164,45 @@ def test_the_loss_by_hand():
     assert float(found) == pytest.approx(sum(expected) / 3, rel=1e-6)
 
 
+def test_the_loss_of_private_negatives_by_hand(monkeypatch):
+    """Each positive has its own; one that is the positive itself does not count."""
+    positives = _candidates.Positives(torch.tensor([0, 1, 1]), torch.tensor([2, 3, 1]))
+    drawn = torch.tensor([[1, 4, 4], [2, 3, 1], [1, 1, 1]])
+    monkeypatch.setattr(_candidates.torch, "randint", lambda low, high, shape, **_: drawn)
+    scores = torch.tensor([[9.0, 0.1, 0.2, 0.3, 0.4], [9.0, 0.5, 0.6, 0.7, 0.8]])
+    own = torch.tensor([1.0, 2.0, 0.5])
+    found = _candidates.private_loss(own, lambda owner, items: scores[owner, items], positives, 5, 3)
+    sums = (math.exp(0.1) + 2 * math.exp(0.4), math.exp(0.6) + math.exp(0.5), 0.0)
+    expected = [math.log(math.exp(s) + n) - s for s, n in zip((1.0, 2.0, 0.5), sums, strict=True)]
+    assert float(found) == pytest.approx(sum(expected) / 3, rel=1e-6)
+
+
+def test_private_negatives_are_uniform():
+    positives = _candidates.Positives(torch.zeros(3000, dtype=torch.int64), torch.full((3000,), 7))
+    counts = torch.zeros(8)
+
+    def pairs(owner, items):
+        counts.add_(torch.bincount(items, minlength=8))
+        return torch.zeros(len(items))
+
+    # Without the positive itself 10 times 6/7 are left on average, of score 0 like the positive.
+    loss = _candidates.private_loss(torch.zeros(3000), pairs, positives, 8, 10)
+    assert counts[0] == 0
+    torch.testing.assert_close(counts[1:] / 30000, torch.full((7,), 1 / 7), rtol=0.1, atol=0)
+    assert math.log(1 + 8) < float(loss) < math.log(1 + 10 * 6 / 7)
+    empty = _candidates.Positives(*torch.zeros(2, 0, dtype=torch.int64))
+    assert _candidates.private_loss(torch.zeros(0), pairs, empty, 8, 10) == 0
+
+
+@pytest.mark.parametrize("model", [SparCode, DSSM])
+def test_without_an_item_bias_there_is_none(walks, model):
+    options = {"dim": 8, "hidden": (8,), "item_bias": False}
+    made = model(walks.schema, **options)
+    train(made, walks, 1)
+    assert not made.bias.any()
+    assert made.config()["item_bias"] is False
+
+
 def test_all_items_give_the_softmax_over_the_catalogue():
     positives = _candidates.Positives(torch.arange(4), torch.tensor([1, 5, 5, 2]))
     candidates = _candidates.draw(positives, torch.ones(7, dtype=torch.int64), "all", 0)
@@ -293,6 +332,7 @@ def test_codes_name_the_tokens(walks, trained, name):
         {"shared_codebooks": False, "warm_up": 60},
         {"encoder": "gru", "codebook_update": "gradient"},
         {"negatives": "sampled", "num_negatives": 60},
+        {"negatives": "private", "num_negatives": 10, "item_bias": False},
     ],
     ids=str,
 )

@@ -42,6 +42,18 @@ def fitted(kind, x, seed=0, **more):
 
 
 @EVERY
+def test_config_makes_the_same_again(kind):
+    x = vectors(200)
+    tokenizer = fitted(kind, x, collisions="none")
+    config = json.loads(json.dumps(tokenizer.config()))
+    again = type(tokenizer)(**config)
+    again.load_state_dict(tokenizer.state_dict())
+    assert again.config() == tokenizer.config()
+    assert torch.equal(again.encode(x), tokenizer.encode(x))
+    assert torch.equal(again.decode(again.encode(x)), tokenizer.decode(tokenizer.encode(x)))
+
+
+@EVERY
 def test_codes_and_report(kind):
     x = vectors()
     tokenizer = fitted(kind, x)

@@ -324,6 +324,29 @@ def test_steps_and_callbacks_end_training(tiny_data, whole, tmp_path):
     assert all(torch.equal(last[0][k], last[1][k]) for k in last[1] if k.startswith(("model.", "optimizer.")))
 
 
+@pytest.mark.parametrize("steps", [5, 14, 20, 28])
+@pytest.mark.parametrize("monitor", ["auc", "loss"])
+def test_a_stop_by_steps_changes_nothing_of_what_comes_after(tiny_data, tiny_models, tmp_path, steps, monitor):
+    """At this lr most evaluations are no better: one too many would lower lr and count against the patience."""
+    options = {**SETTINGS, "lr": 0.2, "lr_plateau": 0.5, "lr_patience": 0, "patience": 3, "epochs": 4}
+    options["monitor"] = monitor
+    whole = train.fit(make(tiny_data), tiny_data, **options, out=tmp_path / "whole")
+    for stop in (1, steps, steps):
+        torch.manual_seed(99)
+        part = train.fit(make(tiny_data), tiny_data, **options, steps=stop, out=tmp_path / "run")
+    assert (part.stopped, part.steps, part.epochs) == ("steps", steps, steps // 14)
+    assert part.history[-1]["step"] == steps
+    assert len(part.history) == -(-steps // 14)
+    # What is in the folder is what the run says.
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == len(part.history)
+    assert train.evaluate(part.model, tiny_data.valid) == part.metrics
+    assert train.evaluate(models.load(tmp_path / "run"), tiny_data.valid) == part.metrics
+    run = train.fit(make(tiny_data), tiny_data, **options, out=tmp_path / "run")
+    assert same_run(tmp_path / "run", tmp_path / "whole")
+    assert timeless(run.history) == timeless(whole.history)
+    assert (run.stopped, run.metrics) == (whole.stopped, whole.metrics)
+
+
 def test_a_model_with_nothing_to_train_is_prepared_and_measured(tiny_data, tmp_path):
     class Counter(recfast_tiny.TinyRetriever):
         def __init__(self, schema):

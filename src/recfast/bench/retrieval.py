@@ -319,7 +319,9 @@ class Coded:
         return torch.cat([self._best(q, found, k) for q, found in zip(queries.split(8), ids.split(8), strict=True)])
 
     def _best(self, queries: Tensor, ids: Tensor, k: int) -> Tensor:
-        scores = torch.bmm(self.items[ids.clamp(min=0)], queries[:, :, None])[..., 0]
+        # Indexing with a matrix of ids takes several times as long as index_select, and bmm three times the product.
+        rows = self.items.index_select(0, ids.clamp(min=0).flatten()).view(*ids.shape, -1)
+        scores = rows.mul_(queries[:, None]).sum(2)
         return ids.gather(1, scores.masked_fill_(ids < 0, -torch.inf).topk(k, dim=1).indices)
 
 
@@ -341,7 +343,7 @@ def _product(order: str, rescore: int = 0) -> Callable[[Problem], _PerSetting]:
     return build
 
 
-def _residual(order: str) -> Callable[[Problem], _PerSetting]:
+def _residual(order: str, rescore: int = 0) -> Callable[[Problem], _PerSetting]:
     def build(problem: Problem) -> _PerSetting:
         def make(levels: int) -> Coded:
             # Not normalised: the scores shall be near, which ids of items need not be.
@@ -349,7 +351,7 @@ def _residual(order: str) -> Callable[[Problem], _PerSetting]:
                 ("residual", levels),
                 lambda: ResidualKMeans(problem.dim, levels, 256, normalize=False).fit(problem.items, problem.seed),
             )
-            return Coded(tokenizer, problem.items, order)
+            return Coded(tokenizer, problem.items, order, rescore)
 
         return _PerSetting(make)
 
@@ -365,11 +367,14 @@ for _contender in (
     Contender("FAISS IVF", _dense("ivf"), _search_lists, _probes, "n_probe={}"),
     Contender("CodeIndex PQ, plain", _product("none"), _search_coded, _books, "M={}"),
     Contender("CodeIndex PQ, block-max", _product("lex"), _search_coded, _books, "M={}"),
-    Contender("CodeIndex PQ, best 10 k re-scored", _product("lex", 10), _search_coded, _books, "M={}"),
+    Contender("CodeIndex PQ, 10 x k re-scored", _product("lex", 10), _search_coded, _books, "M={}"),
     Contender("CodeIndex residual, plain", _residual("none"), _search_coded, lambda problem: (4, 8), "M={}"),
     Contender("CodeIndex residual, block-max", _residual("lex"), _search_coded, lambda problem: (4, 8), "M={}"),
+    Contender(
+        "CodeIndex residual, 10 x k re-scored", _residual("lex", 10), _search_coded, lambda problem: (4, 8), "M={}"
+    ),
     Contender("FAISS PQ", _faiss_codes(0), _search_faiss_codes, _books, "M={}"),
-    Contender("FAISS PQ, best 10 k re-scored", _faiss_codes(10), _search_faiss_codes, _books, "M={}"),
+    Contender("FAISS PQ, 10 x k re-scored", _faiss_codes(10), _search_faiss_codes, _books, "M={}"),
     # Last, since it takes longest to build.
     Contender(
         "FAISS HNSW",
@@ -623,19 +628,20 @@ def write(folder: str | os.PathLike[str], result: dict[str, Any]) -> Path:
     return folder
 
 
-# Okabe and Ito's colours, which the colour-blind can tell apart: one for a way of storing items; dashes and open marks
-# for its plain form.
+# Okabe and Ito's colours, which the colour-blind can tell apart: one for a way of storing items, and one for codes
+# whose best are scored again; dashes and open marks for the plain form.
 _STYLES = {
     "FAISS flat": ("#000000", "*", "none"),
     "FAISS IVF": ("#e69f00", "s", "-"),
     "FAISS HNSW": ("#009e73", "^", "-"),
     "FAISS PQ": ("#cc79a7", "D", "--"),
-    "FAISS PQ, best 10 k re-scored": ("#cc79a7", "D", "-"),
+    "FAISS PQ, 10 x k re-scored": ("#cc79a7", "D", "-"),
     "CodeIndex PQ, plain": ("#0072b2", "o", "--"),
     "CodeIndex PQ, block-max": ("#0072b2", "o", "-"),
-    "CodeIndex PQ, best 10 k re-scored": ("#d55e00", "o", "-"),
+    "CodeIndex PQ, 10 x k re-scored": ("#d55e00", "o", "-"),
     "CodeIndex residual, plain": ("#56b4e9", "v", "--"),
     "CodeIndex residual, block-max": ("#56b4e9", "v", "-"),
+    "CodeIndex residual, 10 x k re-scored": ("#d55e00", "v", "-"),
     "CodeIndex of the run": ("#000000", "P", "none"),
 }
 
@@ -649,6 +655,9 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     sizes = sorted({size for count, size in _cells(result) if count == 1})
     figure, axes = new_figure(width=5.6, height=4.4, columns=max(len(sizes), 1))
     axes = np.atleast_1d(axes)
+    # One scale: what a batch gains is to be seen.
+    for axis in axes[1:]:
+        axis.sharey(axes[0])
     for axis, size in zip(axes, sizes, strict=False):
         for one in result["results"]:
             colour, marker, line = _STYLES.get(one["name"], (GREY, "P", "-"))
@@ -675,6 +684,8 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     figure.suptitle(
         f"{data['items']:,} items of {data['dim']} dimensions", x=0.01, ha="left", fontsize=11, fontweight="bold"
     )
+    cpu = result["machine"]["cpu"]
+    figure.text(0.995, 0.99, f"{cpu['processor']}, {cpu['isa']}", ha="right", va="top", fontsize=8.5, color=GREY)
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, 2 * len(axes)))

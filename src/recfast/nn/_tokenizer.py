@@ -58,6 +58,10 @@ class Tokenizer(nn.Module):
 
     # What a tokeniser has to say. Codes are int64 here.
 
+    def _options(self) -> dict[str, Any]:
+        """The constructor's arguments beside those that all have, JSON-able."""
+        return {}
+
     def _fitted(self) -> bool:
         raise NotImplementedError
 
@@ -79,6 +83,11 @@ class Tokenizer(nn.Module):
     def _score_table(self, queries: torch.Tensor) -> torch.Tensor:
         """`score_table` of queries that are right."""
         raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments by name, JSON-able: `type(self)(**config)` with this `state_dict` is the same."""
+        shared = {"dim": self.dim, "n_codes": self.n_codes, "collisions": self.assignment.method}
+        return shared | self._options()
 
     def score_table(self, queries: torch.Tensor) -> torch.Tensor:
         """What each code adds to the inner product with each query: what `CodeIndex.search` takes.

@@ -93,6 +93,9 @@ class ProductQuantizer(Tokenizer):
         self._after_fit(x)
         return self
 
+    def _options(self) -> dict[str, int]:
+        return {"n_codebooks": self.n_codebooks}
+
     def _score_table(self, queries: torch.Tensor) -> torch.Tensor:
         parts = queries.unflatten(1, (self.n_codebooks, -1))
         return torch.einsum("qmd,mkd->qmk", parts, self.centroids)

@@ -79,6 +79,9 @@ class ResidualKMeans(Tokenizer):
     def extra_repr(self) -> str:
         return f"dim={self.dim}, n_levels={self.n_codebooks}, n_codes={self.n_codes}, normalize={self.normalize}"
 
+    def _options(self) -> dict[str, int | bool]:
+        return {"n_levels": self.n_codebooks, "normalize": self.normalize}
+
     @torch.no_grad()
     def fit(self, x: torch.Tensor | np.ndarray, seed: int = 0, *, iterations: int = 25) -> ResidualKMeans:
         """Learn the levels one after the other: the centroids by k-means (FAISS) from at most 256 K rows, the values

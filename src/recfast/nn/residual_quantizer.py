@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -102,7 +102,9 @@ class ResidualQuantizer(Tokenizer):
                 f" got {decay}, {revive} and {commitment}"
             )
         self.codebook, self.commitment, self.decay, self.revive = codebook, commitment, decay, revive
-        outward = tuple(reversed(hidden)) if decoder_hidden is None else tuple(decoder_hidden)
+        self.hidden = tuple(hidden)
+        outward = self.hidden[::-1] if decoder_hidden is None else tuple(decoder_hidden)
+        self.decoder_hidden = outward
         self.encoder = _mlp(dim, *hidden, latent_dim)
         self.decoder = _mlp(latent_dim, *outward, dim)
         centroids = torch.zeros(n_levels, n_codes, latent_dim)
@@ -122,6 +124,18 @@ class ResidualQuantizer(Tokenizer):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, n_levels={self.n_codebooks}, n_codes={self.n_codes}, codebook={self.codebook!r}"
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "n_levels": self.n_codebooks,
+            "latent_dim": self.centroids.shape[2],
+            "hidden": list(self.hidden),
+            "decoder_hidden": list(self.decoder_hidden),
+            "codebook": self.codebook,
+            "commitment": self.commitment,
+            "decay": self.decay,
+            "revive": self.revive,
+        }
 
     def fit(
         self,

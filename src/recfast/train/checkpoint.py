@@ -146,11 +146,8 @@ def save(
     }
     with disk_errors("checkpoint", folder), contextlib.ExitStack() as files:
         # Renamed in the reverse of this order, once all are written.
-        for name, text in (
-            ("metrics.json", json.dumps(summary(state, settings), indent=2, allow_nan=False) + "\n"),
-            ("log.jsonl", "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in state.history)),
-            ("state.json", json.dumps(record, indent=2, allow_nan=False) + "\n"),
-        ):
+        told = {**_told(state, settings), "state.json": json.dumps(record, indent=2, allow_nan=False) + "\n"}
+        for name, text in told.items():
             files.enter_context(atomic_path(folder / name)).write_text(text, encoding="utf-8")
         path = files.enter_context(atomic_path(folder / RESUME))
         header = {"state": record, "extra": extra, "optimizer": groups, "random": drawn_header}
@@ -158,6 +155,26 @@ def save(
         if best:
             path = files.enter_context(atomic_path(folder / WEIGHTS))
             storage.write_tensors(path, weights, {"extra": extra, "model": type(model).__name__, "step": state.step})
+
+
+def tell(folder: Path, state: State, settings: TrainConfig) -> None:
+    """Write `metrics.json` and `log.jsonl` of a state that is not the checkpoint's.
+
+    Raises
+    ------
+    InputError
+        As `save`.
+    """
+    with disk_errors("checkpoint", folder), contextlib.ExitStack() as files:
+        for name, text in _told(state, settings).items():
+            files.enter_context(atomic_path(folder / name)).write_text(text, encoding="utf-8")
+
+
+def _told(state: State, settings: TrainConfig) -> dict[str, str]:
+    return {
+        "metrics.json": json.dumps(summary(state, settings), indent=2, allow_nan=False) + "\n",
+        "log.jsonl": "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in state.history),
+    }
 
 
 def restore(

@@ -64,7 +64,8 @@ class TrainConfig(Config):
     Attributes
     ----------
     epochs, steps
-        Passes over the training rows; `steps` ends training earlier, after so many updates in all.
+        Passes over the training rows; `steps` ends training earlier, after so many updates in all. Inside an epoch
+        the model is measured then, and a training that goes on from there is the same as one that was not stopped.
     batch_size, eval_batch_size
         Rows of a training step; rows (ranking) or users (retrieval) scored at once in an evaluation.
     shared_histories

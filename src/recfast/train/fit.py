@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,11 +181,13 @@ class _Training:
         with _signals(self.out is not None) as caught, _bar(progress) as bar:
             while (stopped := stopped or self._reason(caught)) is None:
                 reason = self._epoch(total, caught, bar)
-                if reason == "signal":
+                if (reason is not None and self.state.batch < total) or reason == "signal":
                     stopped = reason
                     break
                 stopped = self._evaluate(bar) or reason
-            if not self.state.history and stopped != "signal":
+            if stopped == "steps" and self.state.batch:
+                self._evaluate_inside(bar)
+            elif not self.state.history and stopped != "signal":
                 self._evaluate(bar)
         # Where the signal is ignored by its owner, the training returns, with what it has.
         if caught:
@@ -284,8 +286,24 @@ class _Training:
             self.tally.check(self.state)
             raise InputError(f"fit: step {step} (epoch {self.state.epoch + 1}): {error}") from error
 
-    def _evaluate(self, bar: _Bar) -> str | None:
-        """Close an epoch (or what was trained of it): measure, compare with the best, write a checkpoint."""
+    def _evaluate_inside(self, bar: _Bar) -> None:
+        """Measure a training that `steps` ended inside an epoch, for whoever reads the run.
+
+        The checkpoint knows nothing of it, so that going on is as if nothing had stopped: a plateau is counted in
+        epochs. The weights are the ones to use only where no epoch was finished, or nothing is monitored.
+        """
+        state = self.state
+        best = state.best is None or self.options.monitor is None
+        self._save(best=best)
+        entry = self._entry(bar)
+        self.state = replace(state, history=[*state.history, entry], best=entry if best else state.best)
+        if self.out is not None:
+            checkpoint.tell(self.out, self.state, self.options)
+        for callback in self.callbacks:
+            callback(entry)
+
+    def _entry(self, bar: _Bar) -> dict[str, Any]:
+        """Measure the model as it is."""
         state, options = self.state, self.options
         entry: dict[str, Any] = {"epoch": state.epoch, "step": state.step}
         if state.rows:
@@ -308,8 +326,14 @@ class _Training:
                 raise InputError(
                     "fit: monitor = 'gauc' cannot be measured: no group of the valid split has labels of both kinds"
                 )
-        state.history.append(entry)
         bar.line(f"epoch {state.epoch + 1}/{options.epochs}", entry)
+        return entry
+
+    def _evaluate(self, bar: _Bar) -> str | None:
+        """Close an epoch: measure, compare with the best, write a checkpoint."""
+        state, options = self.state, self.options
+        entry = self._entry(bar)
+        state.history.append(entry)
         best = self._is_best(entry)
         if best:
             state.best, state.stale = entry, 0
@@ -348,7 +372,8 @@ class _Training:
                 self.model,
                 self.optimizer,
                 self.tally.tensors(),
-                loader=self.loader.state_dict(),
+                # Where nothing was trained since, the place is still the one that was read.
+                loader=self.loader.state_dict() if self.loader_state is None else self.loader_state,
                 settings=self.options,
                 facts=self.facts,
                 best=best,

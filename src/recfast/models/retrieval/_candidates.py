@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from recfast.models.retrieval.base import Retriever
 if TYPE_CHECKING:
     from recfast.data import Dataset
 
-NEGATIVES = ("auto", "all", "uniform", "sampled", "batch", "mixed")
+NEGATIVES = ("auto", "all", "uniform", "sampled", "batch", "mixed", "private")
 # Up to so many items the softmax over all of them is taken where nothing else is asked for.
 _ALL = 5_000
 # Minus infinity that leaves gradients finite where nothing else is in the sum.
@@ -135,8 +136,33 @@ def softmax_loss(own: Tensor, others: Tensor, candidates: Candidates, positives:
     return F.softplus(torch.logsumexp(weighed, dim=1)[positives.owner] - own).mean()
 
 
+def private_loss(
+    own: Tensor, pairs: Callable[[Tensor, Tensor], Tensor], positives: Positives, rows: int, number: int
+) -> Tensor:
+    r"""Return the mean cross-entropy of each positive against uniform items of its own.
+
+    .. math::
+        L_r = \ln\Bigl(e^{s_{r}} + \sum_{j \in N_r} e^{s_{o(r) j}}\Bigr) - s_{r}
+
+    N has `number` items, drawn anew for each positive and counted once each; the positive itself is left out of it.
+
+    Parameters
+    ----------
+    own
+        float32 [R], of each positive for its history.
+    pairs
+        `pairs(owner, items)`, both int64 [P], gives the score of each pair, float32 [P].
+    """
+    if len(own) == 0:
+        return own.sum()
+    ids = torch.randint(1, rows, (len(own), number), device=own.device)
+    theirs = pairs(positives.owner.repeat_interleave(number), ids.flatten()).view(ids.shape)
+    theirs = theirs.masked_fill(ids == positives.items[:, None], _NEVER)
+    return F.softplus(torch.logsumexp(theirs, dim=1) - own).mean()
+
+
 class SoftmaxRetriever(Retriever):
-    """Base of retrievers with `bias` [rows(item)], trained by `softmax_loss`."""
+    """Base of retrievers with `bias` [rows(item)], trained by `softmax_loss` or `private_loss`."""
 
     bias: nn.Parameter
 
@@ -147,7 +173,7 @@ class SoftmaxRetriever(Retriever):
         """
         first = not self.counts.any()
         super().prepare(dataset)
-        if first:
+        if first and self.bias.requires_grad:
             share = (self.counts + 1.0).log()
             with torch.no_grad():
                 self.bias.copy_(share - share[1:].min())

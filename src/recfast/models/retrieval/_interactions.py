@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recfast.errors import InputError
 from recfast.models.retrieval.base import Retriever
-from recfast.ops import embedding_bag
+from recfast.ops import _check, embedding_bag
 
 if TYPE_CHECKING:
     from recfast.data import Dataset, Jagged, Schema
@@ -147,7 +147,8 @@ class HistoryFilter(Retriever):
         if not self.counts.any():
             raise InputError(f"{type(self).__name__}: it knows nobody's items yet: call prepare(dataset) first")
         device = self.counts.device
-        histories, rows = distinct(histories.to(device), self.rows), histories.offsets.shape[0] - 1
+        rows, place = histories.offsets.shape[0] - 1, f"{type(self).__name__}.scores"
+        histories = distinct(histories.to(device), self.rows, place=place)
         users = torch.zeros(rows, dtype=torch.int64, device=device) if users is None else users.to(device)
         scores = torch.empty(rows, self.rows, device=device)
         for begin in range(0, rows, COLUMNS):
@@ -165,8 +166,10 @@ class HistoryFilter(Retriever):
         raise InputError(f"{type(self).__name__}: {_NO_VECTORS}")
 
 
-def distinct(histories: Jagged, rows: int) -> Jagged:
-    """Return the distinct known items of each history, ascending."""
+def distinct(histories: Jagged, rows: int, *, place: str = "distinct") -> Jagged:
+    """Return the distinct known items of each history, ascending; an id outside [0, rows) is an IndexError."""
+    # It would count as an item of another history.
+    _check.indices(place, "histories.values", histories.values, rows)
     lengths = histories.offsets.diff()
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     pairs = torch.unique((owner * rows + histories.values)[histories.values > 0])

@@ -20,6 +20,7 @@ from recfast.models.retrieval._candidates import (
     draw,
     known_negatives,
     positives_of,
+    private_loss,
     softmax_loss,
 )
 from recfast.models.retrieval._history_encoder import encoder_of, head
@@ -41,8 +42,10 @@ class DSSM(SoftmaxRetriever):
         Width of the vectors, without the bias.
     event_dim
         Width of the embeddings of the history; `dim` if None.
-    sequence, max_length, encoder, hidden, user_id, recency, history_dropout, dropout, negatives, num_negatives, seed
+    sequence, max_length, encoder, hidden, user_id, recency, history_dropout, dropout, negatives, num_negatives
         As `SparCode` has them.
+    item_bias, seed
+        Also.
     """
 
     def __init__(
@@ -59,8 +62,9 @@ class DSSM(SoftmaxRetriever):
         recency: bool = True,
         history_dropout: float = 0.3,
         dropout: float = 0.3,
-        negatives: Literal["auto", "all", "uniform", "sampled", "batch", "mixed"] = "auto",
+        negatives: Literal["auto", "all", "uniform", "sampled", "batch", "mixed", "private"] = "auto",
         num_negatives: int = 2048,
+        item_bias: bool = True,
         seed: int = 0,
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "schema", "__class__")}
@@ -73,7 +77,7 @@ class DSSM(SoftmaxRetriever):
             self.encoder = encoder_of(self, schema, options, event_dim or dim)
             self.head = head(self.encoder, dim)
             self.items = nn.Parameter(torch.randn(self.rows, dim) * 0.4 / dim**0.5)
-        self.bias = nn.Parameter(torch.zeros(self.rows))
+        self.bias = nn.Parameter(torch.zeros(self.rows), requires_grad=item_bias)
 
     def user_vectors(self, histories: Jagged, users: Tensor | None = None) -> Tensor:
         return F.pad(self.head(self.encoder(histories, users)), (0, 1), value=1.0)
@@ -90,10 +94,16 @@ class DSSM(SoftmaxRetriever):
         return self.user_vectors(histories, users), positives
 
     def loss(self, output: tuple[Tensor, Positives], batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the positives, over all items or a corrected sample of them."""
+        """Return the mean cross-entropy of the positives, over all items or a sample of them."""
         user, positives = output
+
+        def pairs(owner: Tensor, items: Tensor) -> Tensor:
+            return (user[owner] * self._vectors(items)).sum(1)
+
+        own = pairs(positives.owner, positives.items)
+        if self.negatives == "private":
+            return private_loss(own, pairs, positives, self.rows, self.num_negatives)
         candidates = draw(positives, self.counts, self.negatives, self.num_negatives)
-        own = (user[positives.owner] * self._vectors(positives.items)).sum(1)
         return softmax_loss(own, user @ self._vectors(candidates.ids).T, candidates, positives)
 
     def _vectors(self, ids: Tensor | slice) -> Tensor:

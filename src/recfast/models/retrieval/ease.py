@@ -82,9 +82,16 @@ class EASE(HistoryFilter):
         Raises
         ------
         InputError
-            The inverse is not accurate enough in float32; a larger `ridge` helps.
+            The inverse is not accurate enough in float32; a larger `ridge` helps. The model is unprepared then.
         """
         super().prepare(dataset)
+        # What a model knows by its counts, it knows once the inverse is there.
+        counts = self.counts.clone()
+        self.counts.zero_()
+        self._solve()
+        self.counts.copy_(counts)
+
+    def _solve(self) -> None:
         graph = self.interactions
         if self.dual:
             products = (lambda unit: graph.of_items(graph.of_users(unit)), self.inverse)

@@ -70,8 +70,9 @@ class KNNEmbed:
         :math:`\lambda` in [0, 1].
     own
         Share of the user's own vector in each centre, in [0, 1]: 0 as in the paper, 1 asks the model's own query in
-        every component. With the vectors of an MF trained on Gowalla, 0.5 found fewer of the users' items than the one
-        query does, 0.7 more.
+        every component. With the vectors of an MF trained on Gowalla 0 and 0.5 found fewer of the users' items than
+        the one query does, 0.7 and 0.8 more: on users other than those who chose, Recall@50 of .2871 against .2844
+        (the difference has a standard error of .0009), and at 200 candidates no more than noise.
     upto
         The splits whose positives are the users' items, as `Dataset.history` takes it.
     iterations, seed
@@ -106,7 +107,7 @@ class KNNEmbed:
         was_training = model.training
         model.eval()
         self.items = model.item_vectors().float().cpu()
-        self.history = distinct(dataset.history(upto), rows)
+        self.history = distinct(dataset.history(upto), rows, place="KNNEmbed")
         everyone = torch.arange(self.history.offsets.shape[0] - 1)
         self.users = torch.cat(
             [
@@ -123,10 +124,15 @@ class KNNEmbed:
         self.neighbors = min(neighbors, max(len(everyone) - 2, 1))
         self.smoothing, self.own = smoothing, own
         directions = F.normalize(self.items, dim=1)
-        faiss.omp_set_num_threads(torch.get_num_threads())
         options = {"niter": iterations, "seed": seed, "spherical": True, "min_points_per_centroid": 1}
         kmeans = faiss.Kmeans(directions.shape[1], clusters, max_points_per_centroid=rows, **options)
-        kmeans.train(directions[1:].numpy())
+        # FAISS has one number of threads for the whole process, which is somebody else's.
+        before = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        try:
+            kmeans.train(directions[1:].numpy())
+        finally:
+            faiss.omp_set_num_threads(before)
         self.cluster = (directions @ torch.from_numpy(kmeans.centroids).T).argmax(1)
         """int64 [rows(item)], the cluster of each item."""
 
@@ -197,15 +203,20 @@ class KNNEmbed:
             barred[torch.arange(len(users)).repeat_interleave(old.lengths()), old.values] = True
         ids, progress = [], []
         for j in range(weight.shape[1]):
-            most = int(quota[:, j].max()) if len(users) else 0
-            if most == 0:
+            # Light interests ask for nothing for most users.
+            rows = quota[:, j].nonzero()[:, 0]
+            if len(rows) == 0:
                 continue
-            scores = (centres[:, j] @ self.items.T).masked_fill_(barred, -torch.inf)
-            best = top_k(scores, most)[1]
+            wanted = quota[rows, j]
+            most = int(wanted.max())
+            scores = (centres[rows, j] @ self.items.T).masked_fill_(barred[rows], -torch.inf)
+            found = top_k(scores, most)[1]
             rank = torch.arange(most)
-            best = best.masked_fill(rank >= quota[:, j, None], -1)
-            user, place = (best >= 0).nonzero().T
-            barred[user, best[user, place]] = True
+            found = found.masked_fill(rank >= wanted[:, None], -1)
+            user, place = (found >= 0).nonzero().T
+            barred[rows[user], found[user, place]] = True
+            best = torch.full((len(users), most), -1)
+            best[rows] = found
             ids.append(best)
             progress.append(((rank + 1.0) / quota[:, j, None].clamp(min=1)).masked_fill(best < 0, torch.inf))
         if not ids:

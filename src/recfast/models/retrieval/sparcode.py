@@ -20,6 +20,7 @@ from recfast.models.retrieval._candidates import (
     draw,
     known_negatives,
     positives_of,
+    private_loss,
     softmax_loss,
 )
 from recfast.models.retrieval._history_encoder import encoder_of, head
@@ -69,7 +70,10 @@ class SparCode(SoftmaxRetriever):
     negatives, num_negatives
         "all" items; `num_negatives` "uniform" ones; "sampled", half of them by popularity; those of the "batch";
         "mixed", of the batch and uniform; "auto", all up to 5,000 items, else sampled. Each is weighed by how often it
-        was to be expected.
+        was to be expected. "private": `num_negatives` uniform ones for each positive, not weighed, as in the source
+        (which has 10).
+    item_bias
+        Whether items have a bias, which begins at the logarithm of their share; the source has none.
     seed
         Of the initial weights and of the codebooks' beginning.
 
@@ -106,8 +110,9 @@ class SparCode(SoftmaxRetriever):
         scorer: Literal["attention", "mlp", "dot"] = "attention",
         scorer_hidden: Sequence[int] = (64,),
         sparsity: Literal["index", "train"] = "index",
-        negatives: Literal["auto", "all", "uniform", "sampled", "batch", "mixed"] = "auto",
+        negatives: Literal["auto", "all", "uniform", "sampled", "batch", "mixed", "private"] = "auto",
         num_negatives: int = 2048,
+        item_bias: bool = True,
         seed: int = 0,
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "schema", "__class__")}
@@ -136,7 +141,7 @@ class SparCode(SoftmaxRetriever):
             self.items = nn.Parameter(apart / dim**0.5)
             self.scorer = scorer_of(scorer, self.tokens.out, dim, item_tokens, scorer_hidden)
         # Each term of the sum has a K_u-th of the item's bias.
-        self.bias = nn.Parameter(torch.zeros(self.rows))
+        self.bias = nn.Parameter(torch.zeros(self.rows), requires_grad=item_bias)
         self.threshold = nn.Parameter(torch.zeros(())) if sparsity == "train" else None
         self._score_rows = ScoreRows(self)
 
@@ -149,11 +154,19 @@ class SparCode(SoftmaxRetriever):
         """Return the softmax loss of the positives plus the quantiser's."""
         tokens, vq_loss, positives = output
         count = tokens.shape[1]
-        candidates = draw(positives, self.counts, self.negatives, self.num_negatives)
-        others = self.token_scores(tokens.flatten(0, 1), candidates.ids).unflatten(0, tokens.shape[:2])
-        items = positives.items.repeat_interleave(count)
-        own = self._term(self.scorer.pairs(tokens[positives.owner].flatten(0, 1), self.items[items]), items)
-        softmax = softmax_loss(own.unflatten(0, (-1, count)).sum(1), others.sum(1), candidates, positives)
+
+        def pairs(owner: Tensor, items: Tensor) -> Tensor:
+            items = items.repeat_interleave(count)
+            scores = self._term(self.scorer.pairs(tokens[owner].flatten(0, 1), self.items[items]), items)
+            return scores.unflatten(0, (-1, count)).sum(1)
+
+        own = pairs(positives.owner, positives.items)
+        if self.negatives == "private":
+            softmax = private_loss(own, pairs, positives, self.rows, self.num_negatives)
+        else:
+            candidates = draw(positives, self.counts, self.negatives, self.num_negatives)
+            others = self.token_scores(tokens.flatten(0, 1), candidates.ids).unflatten(0, tokens.shape[:2])
+            softmax = softmax_loss(own, others.sum(1), candidates, positives)
         return softmax + self.vq_weight * vq_loss
 
     def token_scores(self, tokens: Tensor, items: Tensor | None = None) -> Tensor:
