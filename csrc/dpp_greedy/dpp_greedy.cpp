@@ -41,13 +41,19 @@ struct Simd {
       *low += byte * static_cast<int>(l[j]);
     }
   }
+
+  static std::uint64_t bits_at_least(Floats a, Floats b) noexcept {
+    std::uint64_t bits = 0;
+    for (std::int64_t l = 0; l < kLanes; ++l) bits |= std::uint64_t{a[l] >= b[l]} << l;
+    return bits;
+  }
 };
 
 }  // namespace
 
 #include "dpp_greedy/forms.inl"
 
-constexpr Forms kScalarForms{norms, offsets, pack, encode, refresh};
+constexpr Forms kScalarForms{norms, offsets, pack, encode, refresh, at_least};
 
 namespace {
 
@@ -733,16 +739,25 @@ class User {
     }
   }
 
+  // The same in float32, rounded down; -inf, which is what may not be picked, is never reached.
+  [[nodiscard]] static float threshold(double least) noexcept {
+    constexpr float kLeast = std::numeric_limits<float>::lowest();
+    const auto near = static_cast<float>(std::max(least, static_cast<double>(kLeast)));
+    return static_cast<double>(near) > least ? std::nextafter(near, kLeast) : near;
+  }
+
   void contend_panel(std::int64_t b, double* best) noexcept {
     const std::int64_t first = b * kPanel;
-    const std::int64_t last = std::min(first + kPanel, args_.items);
+    const float* upper = s_.upper + first;
+    const std::uint64_t most = forms_.at_least(upper, std::max(s_.bound[b], threshold(needed(*best))));
     // That of the greatest bound comes first.
-    std::int64_t at = first;
-    while (at < last && s_.upper[at] != s_.bound[b]) ++at;
-    if (at < last && s_.upper[at] > kNever && static_cast<double>(s_.upper[at]) >= needed(*best)) contend(at, best);
-    for (std::int64_t i = first; i < last; ++i) {
-      if (i == at || s_.upper[i] == kNever || static_cast<double>(s_.upper[i]) < needed(*best)) continue;
-      contend(i, best);
+    const int top = std::countr_zero(most);
+    if (most != 0) contend(first + top, best);
+    std::uint64_t rest = forms_.at_least(upper, threshold(needed(*best)));
+    if (most != 0) rest &= ~(std::uint64_t{1} << top);
+    for (; rest != 0; rest &= rest - 1) {
+      const int l = std::countr_zero(rest);
+      if (static_cast<double>(upper[l]) >= needed(*best)) contend(first + l, best);
     }
   }
 
@@ -757,21 +772,23 @@ class User {
     contend_panel(first, &best);
     // Fast selection depends on the bounds, which then may not depend on the order of what follows.
     if (shared_ || !args_.exact) refresh_all(first, best);
+    float least = threshold(needed(best));
     for (std::int64_t b = 0; b < s_.panels; ++b) {
-      if (b == first || s_.bound[b] == kNever || static_cast<double>(s_.bound[b]) < needed(best)) continue;
+      if (s_.bound[b] < least || b == first) continue;
       refresh(b);
-      if (s_.bound[b] > kNever && static_cast<double>(s_.bound[b]) >= needed(best)) contend_panel(b, &best);
+      if (s_.bound[b] < least) continue;
+      contend_panel(b, &best);
+      least = threshold(needed(best));
     }
     if (best == -kInfinity) return -1;
     if (!args_.exact) return best_item_;
     // Whatever may tie with the best has been looked at, for its bound was above what was then needed.
-    const double least = best - tie(best);
+    const double equal = best - tie(best);
     for (std::int64_t b = 0; b <= best_item_ / kPanel; ++b) {
-      if (s_.bound[b] == kNever || static_cast<double>(s_.bound[b]) < needed(best)) continue;
-      const std::int64_t last = std::min((b + 1) * kPanel, args_.items);
-      for (std::int64_t i = b * kPanel; i < last; ++i) {
-        if (s_.upper[i] == kNever || static_cast<double>(s_.upper[i]) < needed(best)) continue;
-        if (s_.seen[i] == stamp() && s_.score[i] >= least) return i;
+      if (s_.bound[b] < least) continue;
+      for (std::uint64_t rest = forms_.at_least(s_.upper + b * kPanel, least); rest != 0; rest &= rest - 1) {
+        const std::int64_t i = b * kPanel + std::countr_zero(rest);
+        if (s_.seen[i] == stamp() && s_.score[i] >= equal) return i;
       }
     }
     return best_item_;
@@ -779,9 +796,10 @@ class User {
 
   // All panels that may matter, by several threads.
   void refresh_all(std::int64_t done, double best) noexcept {
+    const float least = threshold(needed(best));
     std::int64_t count = 0;
     for (std::int64_t b = 0; b < s_.panels; ++b) {
-      if (b == done || s_.bound[b] == kNever || static_cast<double>(s_.bound[b]) < needed(best) || !is_stale(b)) continue;
+      if (b == done || s_.bound[b] < least || !is_stale(b)) continue;
       s_.stale[count++] = static_cast<std::int32_t>(b);
     }
     if (count > 0 && windowed()) encode_basis();

@@ -122,6 +122,8 @@ struct Forms {
   // `slack` what else the share may be off.
   float (*refresh)(const Panel& panel, const Direction* directions, std::int64_t count, std::int64_t groups,
                    float error, float slack) noexcept;
+  // Bit l: upper[l] >= least, of 64.
+  std::uint64_t (*at_least)(const float* upper, float least) noexcept;
 };
 
 extern const Forms kScalarForms;
