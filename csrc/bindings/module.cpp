@@ -1,5 +1,6 @@
 // recfast._C: the kernels for the CPU.
 #include "bindings/bindings.h"
+namespace recfast::bindings { void bind_dpp_greedy_kernel(pybind11::module_& m); }
 
 #include <dlfcn.h>
 #include <omp.h>
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
   bind_code_trie(m);
   bind_din_attention(m);
   bind_dpp_greedy(m);
+  bind_dpp_greedy_kernel(m);
   bind_embedding_bag(m);
   bind_embedding_update(m);
   bind_example_axpy(m);

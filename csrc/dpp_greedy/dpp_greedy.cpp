@@ -68,15 +68,6 @@ constexpr std::int64_t kAfresh = 64;
 // Values in all rows from which one user's panels are worth several threads.
 constexpr std::int64_t kShared = std::int64_t{1} << 18;
 
-[[nodiscard]] const Forms& pick_forms() noexcept {
-#if defined(__x86_64__)
-  static const bool has_vnni = __builtin_cpu_supports("avx512vnni") != 0;
-  if (has_vnni && active_isa() >= Isa::kAvx512) return kVnniForms;
-  if (active_isa() >= Isa::kAvx2) return kAvx2Forms;
-#endif
-  return kScalarForms;
-}
-
 // Deals out a thread's scratch memory in aligned pieces; with a null start it only counts.
 class Pieces {
  public:
@@ -265,6 +256,7 @@ class User {
         }
       }
       if (item < 0) break;
+      ask_ahead(n);
       indices[n] = item;
       gains[n] = gain;
       if (gain > -kInfinity) log_det += gain;
@@ -278,6 +270,18 @@ class User {
   }
 
  private:
+  // The rows of the user that this thread is likely to come to next, a part with each pick: reading them is what
+  // preparing waits for.
+  void ask_ahead(std::int64_t n) const noexcept {
+    const std::int64_t next = user_ + omp_get_num_threads();
+    if (args_.user_stride == 0 || next >= args_.users) return;
+    const std::int64_t bytes = args_.items * args_.width * (bits_of(args_.format) / 8);
+    const std::int64_t first = bytes * n / args_.picks / 64 * 64;
+    const std::int64_t last = std::min(bytes * (n + 1) / args_.picks, first + (std::int64_t{1} << 14));
+    const std::byte* rows = table_.data + (next - user_) * bytes;
+    for (std::int64_t at = first; at < last; at += 64) __builtin_prefetch(rows + at, 0, 2);
+  }
+
   [[nodiscard]] bool only_relevance() const noexcept { return std::isinf(weight_); }
   [[nodiscard]] bool windowed() const noexcept { return args_.window > 0; }
   [[nodiscard]] double relevance(std::int64_t i) const noexcept {
@@ -835,6 +839,15 @@ class User {
 
 }  // namespace
 
+const Forms& forms() noexcept {
+#if defined(__x86_64__)
+  static const bool has_vnni = __builtin_cpu_supports("avx512vnni") != 0;
+  if (has_vnni && active_isa() >= Isa::kAvx512) return kVnniForms;
+  if (active_isa() >= Isa::kAvx2) return kAvx2Forms;
+#endif
+  return kScalarForms;
+}
+
 std::int64_t scratch_bytes(const Args& args) noexcept {
   Pieces pieces(nullptr);
   [[maybe_unused]] const Scratch scratch(pieces, args);
@@ -842,7 +855,7 @@ std::int64_t scratch_bytes(const Args& args) noexcept {
 }
 
 Outcome run(const Args& args) noexcept {
-  const Forms& forms = pick_forms();
+  const Forms& chosen = forms();
   const item_panels::Forms& wide = item_panels::forms();
   const std::int64_t bytes = scratch_bytes(args);
   FirstError wrong_feature;
@@ -850,7 +863,7 @@ Outcome run(const Args& args) noexcept {
   parallel_for_each(args.users, [&](std::int64_t index, int thread) {
     Pieces pieces(args.scratch + thread * bytes);
     Scratch scratch(pieces, args);
-    User user(args, index, scratch, forms, wide);
+    User user(args, index, scratch, chosen, wide);
     if (user.prepare(wrong_feature, wrong_relevance)) user.solve();
   });
   return {.wrong_feature = wrong_feature.position(), .wrong_relevance = wrong_relevance.position()};

@@ -126,6 +126,9 @@ struct Forms {
   std::uint64_t (*at_least)(const float* upper, float least) noexcept;
 };
 
+// Of the instruction set in force.
+[[nodiscard]] const Forms& forms() noexcept;
+
 extern const Forms kScalarForms;
 #if defined(__x86_64__)
 extern const Forms kAvx2Forms;

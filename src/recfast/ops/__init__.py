@@ -8,6 +8,7 @@ from recfast.ops.code_search import Codes, code_search
 from recfast.ops.code_trie import TrieArrays, TrieStep, code_trie_step
 from recfast.ops.din_attention import DiceWeights, DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
+from recfast.ops.dpp_greedy_kernel import dpp_greedy_kernel
 from recfast.ops.embedding_bag import Features, embedding_bag
 from recfast.ops.embedding_update import (
     Pending,
@@ -63,6 +64,7 @@ __all__ = [
     "code_trie_step",
     "din_attention",
     "dpp_greedy",
+    "dpp_greedy_kernel",
     "embedding_bag",
     "embedding_step_gradient",
     "embedding_update_",
