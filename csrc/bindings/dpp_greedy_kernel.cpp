@@ -5,7 +5,6 @@
 #include "bindings/bindings.h"
 
 namespace recfast::bindings {
-void bind_dpp_greedy_kernel(py::module_& m);
 namespace {
 
 using recfast::dpp_greedy_kernel::Args;

@@ -1,6 +1,5 @@
 // recfast._C: the kernels for the CPU.
 #include "bindings/bindings.h"
-namespace recfast::bindings { void bind_dpp_greedy_kernel(pybind11::module_& m); }
 
 #include <dlfcn.h>
 #include <omp.h>
