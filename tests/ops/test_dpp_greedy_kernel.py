@@ -120,8 +120,8 @@ def test_says_what_is_no_kernel():
 
     with pytest.raises(ValueError, match=r"similarity\[0, 2\] must be a finite number, got nan"):
         ops.dpp_greedy_kernel(of([1, 0, math.nan], [0, 1, 0], [math.nan, 0, 1]), relevance, 2)
-    with pytest.raises(ValueError, match=r"similarity\[1, 1\] must be a finite number, got inf"):
-        ops.dpp_greedy_kernel(of([1, 0, 0], [0, math.inf, 0], [0, 0, 1])[None], relevance, 2, mask=None, alpha=1.0)
+    with pytest.raises(ValueError, match=r"similarity\[0, 1, 1\] must be a finite number, got inf"):
+        ops.dpp_greedy_kernel(of([1, 0, 0], [0, math.inf, 0], [0, 0, 1])[None], relevance, 2, alpha=1.0)
     with pytest.raises(ValueError, match=r"similarity\[1, 1\] must be at least 0, being on the diagonal, got -1.0"):
         ops.dpp_greedy_kernel(of([1, 0, 0], [0, -1, 0], [0, 0, 1]), relevance, 2)
     with pytest.raises(ValueError, match=r"must be symmetric, got similarity\[0, 1\] = 0.5, similarity\[1, 0\] = 0.2"):
