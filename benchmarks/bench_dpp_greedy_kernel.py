@@ -1,7 +1,7 @@
 """dpp_greedy_kernel against the published numpy form and its float32 twin, on Gaussian similarities.
 
-A unit of work is one item looked at for one pick. numpy has a thread pool of its own: set OPENBLAS_NUM_THREADS=1 for the
-rows of one thread.
+A unit of work is one item looked at for one pick. numpy has a thread pool of its own: set OPENBLAS_NUM_THREADS=1 for
+the rows of one thread.
 """
 
 import numpy as np
