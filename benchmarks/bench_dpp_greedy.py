@@ -74,6 +74,46 @@ def numpy_b(rows, relevance, k, weight):
     return picks
 
 
+def numpy_window(rows, relevance, k, weight, window):
+    """The published sliding window on Cholesky rows (Chen et al., 2018), float64 as there, kernel rows on the fly."""
+    users, items, _ = rows.shape
+    picks = np.empty((users, k), dtype=np.int64)
+    for user in range(users):
+        base = rows[user].astype(np.float64) * np.sqrt(1 - GAMMA)
+        score = weight * relevance[user].astype(np.float64)
+        left = np.ones(items)
+        cholesky = np.empty((window - 1, items))
+        seen = []
+        item = int(score.argmax())
+        for n in range(k):
+            picks[user, n] = item
+            score[item] = -np.inf
+            if n + 1 == k:
+                break
+            if len(seen) == window - 1:
+                # Rotations take the oldest row out of the others, and its column out of the window's own triangle.
+                oldest = cholesky[0].copy()
+                for at in range(1, window - 1):
+                    own = cholesky[at, seen[at]]
+                    length = np.hypot(own, oldest[seen[at]])
+                    cosine, sine = own / length, oldest[seen[at]] / length
+                    turned = cosine * cholesky[at] + sine * oldest
+                    oldest = cosine * oldest - sine * cholesky[at]
+                    cholesky[at - 1] = turned
+                left += oldest * oldest
+                seen.pop(0)
+            m = len(seen)
+            row = base @ base[item]
+            row[item] += GAMMA
+            row -= cholesky[:m, item] @ cholesky[:m]
+            row /= np.sqrt(row[item])
+            cholesky[m] = row
+            left -= row * row
+            seen.append(item)
+            item = int((score + np.log(np.maximum(left, 1e-300))).argmax())
+    return picks
+
+
 def torch_b(rows, relevance, k, weight):
     """The same for all users at once."""
     users, items, width = rows.shape
@@ -152,3 +192,49 @@ def test_dpp_greedy(race, users, items, k, weight):
             assert worth(rows, relevance, weight, answer) == pytest.approx(wanted, abs=tolerance), column
 
     race("dpp_greedy", f"U={users} N={items} k={k} D={WIDTH} w={weight:g}", users * items * k, ways, check=check)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0], ids=["weight1", "weight0"])
+def test_candidates_of_a_table(race, weight):
+    """Rows of a table, read where they lie, against copying them out first."""
+    users, items, k = 64, 1000, 50
+    rng = np.random.default_rng(1)
+    table = problem(1, 20_000)[0][0]
+    chosen = np.stack([rng.permutation(len(table))[:items] for _ in range(users)])
+    relevance = -np.sort(-rng.normal(size=(users, items)), axis=1).astype(np.float32)
+    table_t, chosen_t, relevance_t = (torch.from_numpy(x) for x in (table, chosen, relevance))
+    options = {"alpha": weight / 2, "gamma": GAMMA}
+    wanted = ops.dpp_greedy(table_t[chosen_t], relevance_t, k, **options).indices
+
+    def check(answer, column):
+        if not column.startswith("numpy"):
+            assert torch.equal(answer, wanted), column
+
+    ways = {
+        "ours": lambda: ops.dpp_greedy(table_t, relevance_t, k, candidates=chosen_t, **options).indices,
+        "ours, rows copied": lambda: ops.dpp_greedy(table_t[chosen_t], relevance_t, k, **options).indices,
+        "numpy A": lambda: numpy_a(table[chosen], relevance, k, weight),
+        "numpy B": lambda: numpy_b(table[chosen], relevance, k, weight),
+    }
+    race("dpp_greedy", f"table U={users} N={items} k={k} w={weight:g}", users * items * k, ways, check=check)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0], ids=["weight1", "weight0"])
+@pytest.mark.parametrize(("users", "items", "k"), [(1, 1000, 100), (1, 10_000, 100), (64, 1000, 50)], ids=str)
+def test_window(race, users, items, k, weight):
+    window = 10
+    rows, relevance = problem(users, items)
+    rows_t, relevance_t = torch.from_numpy(rows), torch.from_numpy(relevance)
+    options = {"alpha": weight / 2, "gamma": GAMMA, "window": window}
+    wanted = ops.dpp_greedy(rows_t, relevance_t, k, **options).indices.numpy()
+
+    def check(answer, column):
+        # Without relevance the norms' rounding decides the first pick, which the rival takes to be 1.
+        assert weight == 0 or np.array_equal(np.asarray(answer), wanted), column
+
+    ways = {
+        "ours": lambda: ops.dpp_greedy(rows_t, relevance_t, k, **options).indices,
+        "rival: numpy, as published": lambda: numpy_window(rows, relevance, k, weight, window),
+    }
+    shape = f"window={window} U={users} N={items} k={k} w={weight:g}"
+    race("dpp_greedy", shape, users * items * k, ways, check=check)

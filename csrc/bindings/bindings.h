@@ -74,6 +74,7 @@ void bind_code_trie(py::module_& m);
 void bind_din_attention(py::module_& m);
 void bind_dpp_greedy(py::module_& m);
 void bind_dpp_log_det(py::module_& m);
+void bind_dpp_greedy_kernel(py::module_& m);
 void bind_embedding_bag(py::module_& m);
 void bind_embedding_update(py::module_& m);
 void bind_example_axpy(py::module_& m);

@@ -72,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
   bind_din_attention(m);
   bind_dpp_greedy(m);
   bind_dpp_log_det(m);
+  bind_dpp_greedy_kernel(m);
   bind_embedding_bag(m);
   bind_embedding_update(m);
   bind_example_axpy(m);

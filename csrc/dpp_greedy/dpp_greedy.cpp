@@ -41,13 +41,19 @@ struct Simd {
       *low += byte * static_cast<int>(l[j]);
     }
   }
+
+  static std::uint64_t bits_at_least(Floats a, Floats b) noexcept {
+    std::uint64_t bits = 0;
+    for (std::int64_t l = 0; l < kLanes; ++l) bits |= std::uint64_t{a[l] >= b[l]} << l;
+    return bits;
+  }
 };
 
 }  // namespace
 
 #include "dpp_greedy/forms.inl"
 
-constexpr Forms kScalarForms{norms, offsets, pack, encode, refresh};
+constexpr Forms kScalarForms{norms, offsets, pack, encode, refresh, at_least};
 
 namespace {
 
@@ -61,15 +67,6 @@ constexpr double kTwice = 0.1;
 constexpr std::int64_t kAfresh = 64;
 // Values in all rows from which one user's panels are worth several threads.
 constexpr std::int64_t kShared = std::int64_t{1} << 18;
-
-[[nodiscard]] const Forms& pick_forms() noexcept {
-#if defined(__x86_64__)
-  static const bool has_vnni = __builtin_cpu_supports("avx512vnni") != 0;
-  if (has_vnni && active_isa() >= Isa::kAvx512) return kVnniForms;
-  if (active_isa() >= Isa::kAvx2) return kAvx2Forms;
-#endif
-  return kScalarForms;
-}
 
 // Deals out a thread's scratch memory in aligned pieces; with a null start it only counts.
 class Pieces {
@@ -259,6 +256,7 @@ class User {
         }
       }
       if (item < 0) break;
+      ask_ahead(n);
       indices[n] = item;
       gains[n] = gain;
       if (gain > -kInfinity) log_det += gain;
@@ -272,6 +270,18 @@ class User {
   }
 
  private:
+  // The rows of the user that this thread is likely to come to next, a part with each pick: reading them is what
+  // preparing waits for.
+  void ask_ahead(std::int64_t n) const noexcept {
+    const std::int64_t next = user_ + omp_get_num_threads();
+    if (args_.user_stride == 0 || next >= args_.users) return;
+    const std::int64_t bytes = args_.items * args_.width * (bits_of(args_.format) / 8);
+    const std::int64_t first = bytes * n / args_.picks / 64 * 64;
+    const std::int64_t last = std::min(bytes * (n + 1) / args_.picks, first + (std::int64_t{1} << 14));
+    const std::byte* rows = table_.data + (next - user_) * bytes;
+    for (std::int64_t at = first; at < last; at += 64) __builtin_prefetch(rows + at, 0, 2);
+  }
+
   [[nodiscard]] bool only_relevance() const noexcept { return std::isinf(weight_); }
   [[nodiscard]] bool windowed() const noexcept { return args_.window > 0; }
   [[nodiscard]] double relevance(std::int64_t i) const noexcept {
@@ -733,16 +743,25 @@ class User {
     }
   }
 
+  // The same in float32, rounded down; -inf, which is what may not be picked, is never reached.
+  [[nodiscard]] static float threshold(double least) noexcept {
+    constexpr float kLeast = std::numeric_limits<float>::lowest();
+    const auto near = static_cast<float>(std::max(least, static_cast<double>(kLeast)));
+    return static_cast<double>(near) > least ? std::nextafter(near, kLeast) : near;
+  }
+
   void contend_panel(std::int64_t b, double* best) noexcept {
     const std::int64_t first = b * kPanel;
-    const std::int64_t last = std::min(first + kPanel, args_.items);
+    const float* upper = s_.upper + first;
+    const std::uint64_t most = forms_.at_least(upper, std::max(s_.bound[b], threshold(needed(*best))));
     // That of the greatest bound comes first.
-    std::int64_t at = first;
-    while (at < last && s_.upper[at] != s_.bound[b]) ++at;
-    if (at < last && s_.upper[at] > kNever && static_cast<double>(s_.upper[at]) >= needed(*best)) contend(at, best);
-    for (std::int64_t i = first; i < last; ++i) {
-      if (i == at || s_.upper[i] == kNever || static_cast<double>(s_.upper[i]) < needed(*best)) continue;
-      contend(i, best);
+    const int top = std::countr_zero(most);
+    if (most != 0) contend(first + top, best);
+    std::uint64_t rest = forms_.at_least(upper, threshold(needed(*best)));
+    if (most != 0) rest &= ~(std::uint64_t{1} << top);
+    for (; rest != 0; rest &= rest - 1) {
+      const int l = std::countr_zero(rest);
+      if (static_cast<double>(upper[l]) >= needed(*best)) contend(first + l, best);
     }
   }
 
@@ -757,21 +776,23 @@ class User {
     contend_panel(first, &best);
     // Fast selection depends on the bounds, which then may not depend on the order of what follows.
     if (shared_ || !args_.exact) refresh_all(first, best);
+    float least = threshold(needed(best));
     for (std::int64_t b = 0; b < s_.panels; ++b) {
-      if (b == first || s_.bound[b] == kNever || static_cast<double>(s_.bound[b]) < needed(best)) continue;
+      if (s_.bound[b] < least || b == first) continue;
       refresh(b);
-      if (s_.bound[b] > kNever && static_cast<double>(s_.bound[b]) >= needed(best)) contend_panel(b, &best);
+      if (s_.bound[b] < least) continue;
+      contend_panel(b, &best);
+      least = threshold(needed(best));
     }
     if (best == -kInfinity) return -1;
     if (!args_.exact) return best_item_;
     // Whatever may tie with the best has been looked at, for its bound was above what was then needed.
-    const double least = best - tie(best);
+    const double equal = best - tie(best);
     for (std::int64_t b = 0; b <= best_item_ / kPanel; ++b) {
-      if (s_.bound[b] == kNever || static_cast<double>(s_.bound[b]) < needed(best)) continue;
-      const std::int64_t last = std::min((b + 1) * kPanel, args_.items);
-      for (std::int64_t i = b * kPanel; i < last; ++i) {
-        if (s_.upper[i] == kNever || static_cast<double>(s_.upper[i]) < needed(best)) continue;
-        if (s_.seen[i] == stamp() && s_.score[i] >= least) return i;
+      if (s_.bound[b] < least) continue;
+      for (std::uint64_t rest = forms_.at_least(s_.upper + b * kPanel, least); rest != 0; rest &= rest - 1) {
+        const std::int64_t i = b * kPanel + std::countr_zero(rest);
+        if (s_.seen[i] == stamp() && s_.score[i] >= equal) return i;
       }
     }
     return best_item_;
@@ -779,9 +800,10 @@ class User {
 
   // All panels that may matter, by several threads.
   void refresh_all(std::int64_t done, double best) noexcept {
+    const float least = threshold(needed(best));
     std::int64_t count = 0;
     for (std::int64_t b = 0; b < s_.panels; ++b) {
-      if (b == done || s_.bound[b] == kNever || static_cast<double>(s_.bound[b]) < needed(best) || !is_stale(b)) continue;
+      if (b == done || s_.bound[b] < least || !is_stale(b)) continue;
       s_.stale[count++] = static_cast<std::int32_t>(b);
     }
     if (count > 0 && windowed()) encode_basis();
@@ -817,6 +839,15 @@ class User {
 
 }  // namespace
 
+const Forms& forms() noexcept {
+#if defined(__x86_64__)
+  static const bool has_vnni = __builtin_cpu_supports("avx512vnni") != 0;
+  if (has_vnni && active_isa() >= Isa::kAvx512) return kVnniForms;
+  if (active_isa() >= Isa::kAvx2) return kAvx2Forms;
+#endif
+  return kScalarForms;
+}
+
 std::int64_t scratch_bytes(const Args& args) noexcept {
   Pieces pieces(nullptr);
   [[maybe_unused]] const Scratch scratch(pieces, args);
@@ -824,7 +855,7 @@ std::int64_t scratch_bytes(const Args& args) noexcept {
 }
 
 Outcome run(const Args& args) noexcept {
-  const Forms& forms = pick_forms();
+  const Forms& chosen = forms();
   const item_panels::Forms& wide = item_panels::forms();
   const std::int64_t bytes = scratch_bytes(args);
   FirstError wrong_feature;
@@ -832,7 +863,7 @@ Outcome run(const Args& args) noexcept {
   parallel_for_each(args.users, [&](std::int64_t index, int thread) {
     Pieces pieces(args.scratch + thread * bytes);
     Scratch scratch(pieces, args);
-    User user(args, index, scratch, forms, wide);
+    User user(args, index, scratch, chosen, wide);
     if (user.prepare(wrong_feature, wrong_relevance)) user.solve();
   });
   return {.wrong_feature = wrong_feature.position(), .wrong_relevance = wrong_relevance.position()};

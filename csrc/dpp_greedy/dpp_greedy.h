@@ -122,7 +122,12 @@ struct Forms {
   // `slack` what else the share may be off.
   float (*refresh)(const Panel& panel, const Direction* directions, std::int64_t count, std::int64_t groups,
                    float error, float slack) noexcept;
+  // Bit l: upper[l] >= least, of 64.
+  std::uint64_t (*at_least)(const float* upper, float least) noexcept;
 };
+
+// Of the instruction set in force.
+[[nodiscard]] const Forms& forms() noexcept;
 
 extern const Forms kScalarForms;
 #if defined(__x86_64__)

@@ -64,13 +64,17 @@ struct Simd {
     *high += (Ints)_mm256_add_epi32(_mm256_madd_epi16(even, h.even), _mm256_madd_epi16(odd, h.odd));
     *low += (Ints)_mm256_add_epi32(_mm256_madd_epi16(even, l.even), _mm256_madd_epi16(odd, l.odd));
   }
+
+  static std::uint64_t bits_at_least(Floats a, Floats b) noexcept {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+  }
 };
 
 }  // namespace
 
 #include "dpp_greedy/forms.inl"
 
-constexpr Forms kAvx2Forms{norms, offsets, pack, encode, refresh};
+constexpr Forms kAvx2Forms{norms, offsets, pack, encode, refresh, at_least};
 
 }  // namespace recfast::dpp_greedy
 

@@ -55,13 +55,17 @@ struct Simd {
     *high = (Ints)_mm512_dpbusd_epi32((__m512i)*high, (__m512i)bytes, h);
     *low = (Ints)_mm512_dpbusd_epi32((__m512i)*low, (__m512i)bytes, l);
   }
+
+  static std::uint64_t bits_at_least(Floats a, Floats b) noexcept {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+  }
 };
 
 }  // namespace
 
 #include "dpp_greedy/forms.inl"
 
-constexpr Forms kVnniForms{norms, offsets, pack, encode, refresh};
+constexpr Forms kVnniForms{norms, offsets, pack, encode, refresh, at_least};
 
 }  // namespace recfast::dpp_greedy
 

@@ -1,5 +1,5 @@
 // The forms of dpp_greedy.h, included once per instruction set inside its target region. Before it stands a `Simd`:
-//   kLanes, Floats, Ints (vectors of so many), floats<format>(address), add_products(sum, bytes, q) (see there).
+//   kLanes, Floats, Ints (vectors of so many), floats<format>(address), spread, add_products, bits_at_least (see there).
 // Items do not mix, sums have a fixed order, products and sums are rounded apart: all forms give the same bits.
 
 namespace {
@@ -312,6 +312,14 @@ float refresh(const Panel& panel, const Direction* directions, std::int64_t coun
   float greatest = best[0];
   for (std::int64_t lane = 1; lane < kLanes; ++lane) greatest = best[lane] > greatest ? best[lane] : greatest;
   return greatest;
+}
+
+std::uint64_t at_least(const float* upper, float least) noexcept {
+  std::uint64_t bits = 0;
+  _Pragma("GCC unroll 16") for (std::int64_t s = 0; s < kParts; ++s) {
+    bits |= Simd::bits_at_least(load(upper + s * kLanes), all(least)) << (s * kLanes);
+  }
+  return bits;
 }
 
 }  // namespace

@@ -54,33 +54,69 @@ def log_det(features, relevance, weight, gamma, picks):
     return value if sign > 0 else -math.inf
 
 
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
 @given(
     kind=st.sampled_from(["random", "clustered", "duplicates", "ties", "low rank"]),
     users=st.integers(0, 3),
     items=st.one_of(st.sampled_from([0, 1, 63, 64, 65, 128, 129]), st.integers(0, 200)),
-    width=st.one_of(st.sampled_from([1, 7, 8, 9]), st.integers(1, 24)),
+    width=st.one_of(st.sampled_from([1, 7, 8, 9, 64, 65]), st.integers(1, 24)),
     k=st.integers(0, 30),
     alpha=st.sampled_from([0.0, 0.25, 1.0, 40.0, math.inf]),
     gamma=st.sampled_from([0.0, 0.0, 1e-6, 0.05, 1.0]),
     policy=st.sampled_from(POLICIES),
     window=st.sampled_from([None, None, 1, 2, 5]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
+    dtype=st.sampled_from(DTYPES),
+    epsilon=st.sampled_from([1e-10, 1e-10, 1e-8, 0.3]),
+    table=st.booleans(),
     seed=st.integers(0, 10**6),
 )
 def test_matches_reference(
-    kind, users, items, width, k, alpha, gamma, policy, window, dtype, seed, isa_levels, poisoned_empty
+    kind, users, items, width, k, alpha, gamma, policy, window, dtype, epsilon, table, seed, isa_levels, poisoned_empty
 ):
-    features, relevance = make(kind, users, items, width, seed, dtype)
-    options = {"alpha": alpha, "gamma": gamma, "exhausted": policy, "window": window}
+    features, relevance = make(kind, users, items, width, seed)
+    features = features.to(dtype)
+    relevance = relevance.to([torch.float32, torch.float64][seed % 2])
+    options = {"alpha": alpha, "gamma": gamma, "exhausted": policy, "window": window, "epsilon": epsilon}
+    generator = torch.Generator().manual_seed(seed)
+    rows = items
+    if table and users:
+        features = features[0]
+        options["candidates"] = torch.randint(-1, max(items, 0), (users, items), generator=generator)
     if seed % 3 == 0:
-        options["lengths"] = torch.randint(0, items + 1, (users,), generator=torch.Generator().manual_seed(seed))
+        options["lengths"] = torch.randint(0, items + 1, (users,), generator=generator)
     if seed % 4 == 0:
-        options["mask"] = torch.rand(users, items, generator=torch.Generator().manual_seed(seed)) < 0.5
+        options["mask"] = torch.rand(users, items, generator=generator) < 0.5
     if seed % 5 == 0 and items:
-        options["shown"] = torch.randint(-1, items, (users, 3), generator=torch.Generator().manual_seed(seed))
+        options["shown"] = torch.randint(-1, rows, (users, 3), generator=generator)
     wanted = ops.dpp_greedy.reference(features, relevance, k, **options)
     for _ in isa_levels():
         assert_same(ops.dpp_greedy(features, relevance, k, **options), wanted)
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_a_thousand_problems(part, isa_levels):
+    """Each is solved at another level and number of threads; together every one equals the float64 reference."""
+    levels = list(isa_levels())
+    threads = torch.get_num_threads()
+    kinds = ["random", "clustered", "duplicates", "ties", "low rank"]
+    try:
+        for seed in range(100 * part, 100 * part + 100):
+            rng = np.random.default_rng(seed)
+            items, width = int(rng.integers(2, 150)), int(rng.integers(1, 40))
+            features, relevance = make(kinds[seed % 5], 1, items, width, seed, DTYPES[seed // 5 % 2])
+            k = int(rng.integers(1, 13))
+            alpha, gamma = (0.0, 0.5, 2.0)[seed % 3], (0.0, 0.1)[seed // 3 % 2]
+            wanted = ops.dpp_greedy.reference(features, relevance, k, alpha=alpha, gamma=gamma)
+            _C.set_isa(levels[seed % len(levels)])
+            torch.set_num_threads(1 + seed // 7 % 3)
+            answer = ops.dpp_greedy(features, relevance, k, alpha=alpha, gamma=gamma)
+            assert torch.equal(answer.indices, wanted.indices), seed
+            assert torch.equal(answer.count, wanted.count), seed
+    finally:
+        _C.set_isa(levels[-1])
+        torch.set_num_threads(threads)
 
 
 def test_known_values():
@@ -368,3 +404,120 @@ def test_fewer_users_than_threads():
             assert torch.equal(found.indices, wanted.indices)
     finally:
         torch.set_num_threads(threads)
+
+
+def any_way(*arguments, isa_levels, **options):
+    """The answers of every instruction set with one and three threads."""
+    threads = torch.get_num_threads()
+    try:
+        for _ in isa_levels():
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                yield ops.dpp_greedy(*arguments, **options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("exact", [True, False])
+def test_one_large_user_by_many_threads(exact, window, isa_levels):
+    features, relevance = make("clustered", 1, 5000, 56, 11)
+    answers = list(
+        any_way(features, relevance, 12, alpha=0.25, gamma=0.05, exact=exact, window=window, isa_levels=isa_levels)
+    )
+    for other in answers[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, answers[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_candidates_of_a_table(dtype, isa_levels):
+    generator = torch.Generator().manual_seed(12)
+    table = normalize(torch.randn(500, 40, generator=generator), dim=-1).to(dtype)
+    rows = torch.stack([torch.randperm(500, generator=generator)[:150] for _ in range(5)])
+    relevance = torch.randn(5, 150, generator=generator)
+    wanted = ops.dpp_greedy(table[rows], relevance, 20, diversity=0.6)
+    for answer in any_way(table, relevance, 20, candidates=rows.int(), diversity=0.6, isa_levels=isa_levels):
+        assert_same(answer, wanted)
+    shown = torch.stack([rows[:, 3], rows[:, 60], torch.tensor([-1, 0, 1, 2, 3])], dim=1)
+    answer = ops.dpp_greedy(table, relevance, 20, candidates=rows, shown=shown, diversity=0.6)
+    picked = rows.gather(1, answer.indices)
+    assert not (picked[:, :, None] == shown[:, None]).any()
+    # -1 is no candidate, and what the table holds elsewhere is not read.
+    rows[:, ::2] = -1
+    used = torch.zeros(500, dtype=torch.bool)
+    used[rows[rows >= 0]] = True
+    table[~used] = math.nan
+    answer = ops.dpp_greedy(table, relevance, 100, candidates=rows)
+    assert answer.count.tolist() == [75] * 5
+    table[int(rows[2, 7]), 5] = math.inf
+    with pytest.raises(ValueError, match=rf"features\[{int(rows[2, 7])}, 5\] must be a finite number .*, got inf"):
+        ops.dpp_greedy(table, relevance, 3, candidates=rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"candidates": torch.tensor([[0, 4]])}, IndexError, r"candidates\[1\] = 4 is outside \[0, 4\)"),
+        ({"candidates": torch.tensor([[-2, 1]])}, IndexError, r"candidates\[0\] = -2 is outside \[0, 4\)"),
+        ({"candidates": torch.tensor([[0]])}, ValueError, r"candidates must have shape \[1, 2\], got \[1, 1\]"),
+        ({"candidates": torch.ones(1, 2)}, TypeError, "candidates must be int32 or int64, got float32"),
+        ({"features": torch.ones(1, 2, 3)}, ValueError, r"features must have shape \[T, D\], got \[1, 2, 3\]"),
+        ({"shown": torch.tensor([[4]])}, IndexError, r"shown\[0\] = 4 is outside \[0, 4\)"),
+        ({"epsilon": 0.0}, ValueError, r"epsilon must be in \(0, 1\], got 0.0"),
+        ({"epsilon": math.nan}, ValueError, r"epsilon must be in \(0, 1\], got nan"),
+        ({"features": torch.ones(4, 65537)}, ValueError, "features must have at most 65536 columns, got 65537"),
+    ],
+)
+def test_rejects_bad_candidates(change, error, sentence):
+    arguments = {"features": torch.ones(4, 3), "candidates": torch.tensor([[0, 3]]), "relevance": torch.ones(1, 2)}
+    with pytest.raises(error, match=sentence):
+        ops.dpp_greedy(k=1, **arguments | change)
+
+
+def test_epsilon_is_a_share_of_the_items_own():
+    # Items at 30 degrees to each other: the second keeps sin^2 = 1/4 of its norm, however long it is.
+    features = torch.tensor([[[3.0, 0.0], [math.sqrt(3) / 200, 1 / 200]]], dtype=torch.float64)
+    for epsilon, count in ((0.24, 2), (0.26, 1)):
+        answer = ops.dpp_greedy(features, torch.zeros(1, 2), 2, epsilon=epsilon, exhausted="stop", diversity=1)
+        assert answer.count.tolist() == [count]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_long_list_in_a_window(alpha, isa_levels):
+    """Long enough for panels and rotations to be made afresh several times."""
+    features, relevance = make("clustered", 1, 400, 16, 13)
+    for gamma in (0.0, 0.1):
+        wanted = ops.dpp_greedy.reference(features, relevance, 250, alpha=alpha, gamma=gamma, window=7)
+        for _ in isa_levels():
+            assert_same(ops.dpp_greedy(features, relevance, 250, alpha=alpha, gamma=gamma, window=7), wanted)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_rows_with_one_great_value(alpha, isa_levels):
+    """Codes of 8 bits say little about such rows; the answer is exact all the same."""
+    features, relevance = make("random", 1, 300, 24, 14)
+    features[..., 3] = 40.0
+    features[..., 4] *= 1e-30
+    wanted = ops.dpp_greedy.reference(features, relevance, 20, alpha=alpha)
+    for answer in any_way(features, relevance, 20, alpha=alpha, isa_levels=isa_levels):
+        assert_same(answer, wanted)
+
+
+def test_fast_gains_are_nearly_the_greatest():
+    features, relevance = make("clustered", 1, 300, 16, 15)
+    answer = ops.dpp_greedy(features, relevance, 12, alpha=0.0, gamma=0.1, exact=False)
+    picks = answer.indices[0].tolist()
+    for n in range(12):
+        seen = torch.tensor([picks[:n]], dtype=torch.int64)
+        best = ops.dpp_greedy(features, relevance, 1, alpha=0.0, gamma=0.1, shown=seen)
+        assert float(answer.gains[0, n]) >= float(best.gains[0, 0]) - 5e-5
+
+
+def test_order_of_the_candidates_does_not_matter():
+    """Laziness depends on it; the answer does not."""
+    features, relevance = make("random", 1, 700, 32, 16)
+    order = relevance[0].argsort(descending=True)
+    plain = ops.dpp_greedy(features, relevance, 40, alpha=0.5)
+    sorted_ = ops.dpp_greedy(features[:, order], relevance[:, order], 40, alpha=0.5)
+    assert torch.equal(order[sorted_.indices[0]], plain.indices[0])
+    assert torch.equal(sorted_.gains, plain.gains)

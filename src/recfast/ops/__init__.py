@@ -9,6 +9,7 @@ from recfast.ops.code_trie import TrieArrays, TrieStep, code_trie_step
 from recfast.ops.din_attention import DiceWeights, DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
 from recfast.ops.dpp_log_det import dpp_log_det
+from recfast.ops.dpp_greedy_kernel import dpp_greedy_kernel
 from recfast.ops.embedding_bag import Features, embedding_bag
 from recfast.ops.embedding_update import (
     Pending,
@@ -72,6 +73,7 @@ __all__ = [
     "din_attention",
     "dpp_greedy",
     "dpp_log_det",
+    "dpp_greedy_kernel",
     "embedding_bag",
     "embedding_step_gradient",
     "embedding_update_",
