@@ -8,8 +8,8 @@ from recfast.ops.code_search import Codes, code_search
 from recfast.ops.code_trie import TrieArrays, TrieStep, code_trie_step
 from recfast.ops.din_attention import DiceWeights, DINWeights, din_attention
 from recfast.ops.dpp_greedy import DPPResult, dpp_greedy
-from recfast.ops.dpp_log_det import dpp_log_det
 from recfast.ops.dpp_greedy_kernel import dpp_greedy_kernel
+from recfast.ops.dpp_log_det import dpp_log_det
 from recfast.ops.embedding_bag import Features, embedding_bag
 from recfast.ops.embedding_update import (
     Pending,
@@ -72,8 +72,8 @@ __all__ = [
     "code_trie_step",
     "din_attention",
     "dpp_greedy",
-    "dpp_log_det",
     "dpp_greedy_kernel",
+    "dpp_log_det",
     "embedding_bag",
     "embedding_step_gradient",
     "embedding_update_",
