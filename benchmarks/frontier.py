@@ -707,21 +707,6 @@ PANELS = (
 LOWEST = -25.0  # per cent of NDCG; what costs more is no choice
 
 
-def _spread(wanted: list[float], gap: float) -> list[float]:
-    """Places as near to the wanted ones as leaves `gap` between neighbours."""
-    order = np.argsort(wanted)
-    places = np.array(wanted, dtype=float)[order]
-    for _ in range(200):
-        for i in range(len(places) - 1):
-            short = gap - (places[i + 1] - places[i])
-            if short > 1e-9:
-                places[i] -= short / 2
-                places[i + 1] += short / 2
-    out = np.empty(len(places))
-    out[order] = places
-    return out.tolist()
-
-
 def plot(outcomes: list[Outcome], path: Path) -> None:
     import matplotlib
 
@@ -733,22 +718,13 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
     )
     for row, out in zip(axes, outcomes, strict=True):
         for axis, (features, name, title) in zip(row, PANELS, strict=True):
-            ends = []
             for c in out.find(features, False):
                 if c.method.name not in STYLE:
                     continue
                 colour, dashes = STYLE[c.method.name]
                 ndcg = c.by_user[10, "ndcg"].mean(1)
                 x, y = c.by_user[10, name].mean(1), 100 * (ndcg / ndcg[0] - 1)
-                axis.plot(x, y, dashes, color=colour, linewidth=1.8, marker="o", markersize=2.6)
-                inside = np.flatnonzero(y < LOWEST)
-                last = inside[0] if len(inside) else len(y) - 1
-                if len(inside):
-                    share = (y[last - 1] - LOWEST) / (y[last - 1] - y[last])
-                    end = (x[last - 1] + share * (x[last] - x[last - 1]), LOWEST)
-                else:
-                    end = (x[last], y[last])
-                ends.append((end, c.method.name, colour))
+                axis.plot(x, y, dashes, color=colour, linewidth=1.8, marker="o", markersize=2.6, label=c.method.name)
             axis.plot(x[:1], [0], "k*", markersize=11, zorder=5)
             axis.set_ylim(LOWEST, 4)
             axis.set_title(title, loc="left", fontsize=10)
@@ -757,25 +733,8 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
             for side in ("top", "right"):
                 axis.spines[side].set_visible(False)
             seen = np.concatenate([line.get_xdata()[line.get_ydata() >= LOWEST] for line in axis.lines])
-            seen = np.concatenate([seen, [end[0] for end, _, _ in ends]])
             low, high = seen.min(), seen.max()
-            axis.set_xlim(low - 0.04 * (high - low), high + 0.4 * (high - low))
-            # Of those that leave at the bottom the rightmost stands highest, so that leaders do not cross.
-            wanted = [max(end[1], LOWEST + 1) + 0.1 * (end[0] - low) / (high - low) for end, _, _ in ends]
-            places = _spread(wanted, 1.75)
-            shift = min(places) - (LOWEST + 1)
-            places = [place - min(shift, 0) for place in places]
-            for (end, label, colour), place in zip(ends, places, strict=True):
-                axis.annotate(
-                    label,
-                    end,
-                    (high + 0.07 * (high - low), place),
-                    textcoords="data",
-                    color=colour,
-                    fontsize=8.5,
-                    va="center",
-                    arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0},
-                )
+            axis.set_xlim(low - 0.04 * (high - low), high + 0.1 * (high - low))
         row[0].set_ylabel(f"{out.name}\nNDCG@10, change in %")
     figure.suptitle(
         "What diversity costs, from the ranker's order (★): further right is more diverse, higher is more relevant",
@@ -784,15 +743,30 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
         fontsize=11.5,
         fontweight="bold",
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+    figure.legend(
+        [lines[name] for name in STYLE if name in lines],
+        [name for name in STYLE if name in lines],
+        loc="lower center",
+        ncols=len(STYLE),
+        frameon=False,
+        handlelength=3,
+    )
+    figure.tight_layout(rect=(0, 0.04, 1, 0.98))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
 
 
+# The tables are written by every run, what a person made of them is not: it stands at the end of the page.
+WORDS = "\n## What to choose\n"
+
+
 def report(outcomes: list[Outcome], out: Path) -> None:
+    table = out / TABLE
+    words = table.read_text(encoding="utf-8").partition(WORDS) if table.exists() else ("", "", "")
     write_text(out / RESULTS, json.dumps(as_json(outcomes), separators=(",", ":")).replace("],[", "],\n["))
-    write_text(out / TABLE, markdown(outcomes))
+    write_text(table, markdown(outcomes) + words[1] + words[2])
     plot(outcomes, out / PLOT)
 
 
