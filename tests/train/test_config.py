@@ -136,7 +136,7 @@ def test_override_leaves_its_argument_alone():
         (["ranker.train.lr=nan"], "ranker.train.lr = nan: input should be a finite number"),
         (["pipeline.k=0"], "pipeline.k = 0: input should be greater than or equal to 1"),
         (["pipeline.k=2.5"], "pipeline.k = 2.5"),
-        (["reranker.kind=DDP"], "reranker.kind = DDP: input should be 'DPP', 'KDPP', 'MMR', 'MSD', 'SSD' or 'XQuAD'"),
+        (["reranker.kind=DDP"], "reranker.kind = 'DDP': input should be 'DPP', 'KDPP', 'MMR', 'MSD', 'SSD' or 'XQuAD'"),
         (["reranker.diversity=1.5"], "reranker.diversity = 1.5: input should be less than or equal to 1"),
         (["ranker=DIN"], "ranker = 'DIN'"),
         (["seed.x=1"], "-o seed.x=1: seed is a value, expected a table"),
