@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "code_search/collector.h"
 #include "common/isa.h"
@@ -301,12 +302,13 @@ class Searcher {
     }
   }
 
-  // Groups best bound first; of `pieces` threads each has every pieces-th group.
-  void search_best_first(State<Code>& s, std::int64_t piece, std::int64_t pieces) const noexcept {
-    if (s.nothing) return;
+  // Groups best bound first; of `pieces` threads each has every pieces-th group. False where bounds are of no use and
+  // nobody shares the query, which is then to be scanned.
+  [[nodiscard]] bool search_best_first(State<Code>& s, std::int64_t piece, std::int64_t pieces) const noexcept {
+    if (s.nothing) return true;
     if (s.inverse == 0) {  // too few found for a threshold: every superblock may matter
       for (std::int64_t super = piece; super < job_.supers; super += pieces) visit(s, super);
-      return;
+      return true;
     }
     std::fill_n(s.left, job_.words, std::uint64_t{0});
     if (pieces == 1) {
@@ -317,6 +319,7 @@ class Searcher {
         s.left[group / kWord] |= std::uint64_t{1} << group % kWord;
       }
     }
+    if (pieces == 1 && idle(s)) return false;
     bound(s, kFirstCodes);
     double scale = s.inverse;
     bool close = false;
@@ -335,12 +338,12 @@ class Searcher {
       }
       if (within <= wanted) {
         look_within(s, scale, limit);
-        return;
+        return true;
       }
-      // Bounds turn out to be of no use: what is left, as it lies.
+      // Bounds turn out to be of little use: what is left, as it lies.
       if (wanted >= kJudged && wanted > first && within * 4 > job_.groups * 3) {
         scan_left(s, scale);
-        return;
+        return true;
       }
       int low = 0;
       for (int step = 128; step > 0; step /= 2) {
@@ -435,8 +438,29 @@ class Searcher {
 
   // Bounds of all groups, in the present scale; by `codes` of each codebook, or as many as are worth it (0).
   void bound(State<Code>& s, std::int64_t codes) const noexcept {
+    set_floors(s, codes);
+    job_.forms.bounds(items_.held, job_.words / items_.lanes, job_.rows, items_.lanes, s.lut, s.floors, s.bounds);
+  }
+
+  // Whether next to all groups of some spans are within reach, so that bounding the others is idle.
+  [[nodiscard]] bool idle(State<Code>& s) const noexcept {
+    constexpr std::int64_t kSpans = 2;
     const std::int64_t lanes = items_.lanes;
     const std::int64_t spans = job_.words / lanes;
+    if (spans < 2 * kSpans) return false;
+    set_floors(s, 0);
+    const int limit = limit_of(s.inverse, s.reach);
+    std::int64_t within = 0;
+    for (std::int64_t i = 0; i < kSpans; ++i) {
+      const std::int64_t span = (2 * i + 1) * spans / (2 * kSpans);
+      std::uint8_t* const bounds = s.bounds + span * lanes * kWord;
+      job_.forms.bounds(items_.held + span * job_.rows * kLevels * lanes, 1, job_.rows, lanes, s.lut, s.floors, bounds);
+      within += job_.forms.count(bounds, s.left + span * lanes, lanes, limit);
+    }
+    return within * 512 > kSpans * lanes * kWord * 511;
+  }
+
+  void set_floors(State<Code>& s, std::int64_t codes) const noexcept {
     for (std::int64_t row = 0; row < job_.rows; ++row) {
       const std::uint8_t* const lut = s.lut + row * kLevels;
       const std::int64_t most = codes > 0 ? codes : worth(row);
@@ -450,7 +474,6 @@ class Searcher {
       }
       s.floors[row] = static_cast<std::uint8_t>(floor);
     }
-    job_.forms.bounds(items_.held, spans, job_.rows, lanes, s.lut, s.floors, s.bounds);
   }
 
   // How many of the groups left have a bound of at most `most`.
@@ -713,8 +736,8 @@ template <class Code>
 }
 
 // Queries that a thread takes at once.
-[[nodiscard]] std::int64_t tile_of(std::int64_t queries, bool block_max) noexcept {
-  return block_max ? 1 : std::clamp<std::int64_t>(queries / max_threads(), 1, kTile);
+[[nodiscard]] std::int64_t tile_of(std::int64_t queries) noexcept {
+  return std::clamp<std::int64_t>(queries / max_threads(), 1, kTile);
 }
 
 template <class Code, int Books>
@@ -724,27 +747,34 @@ void run(const Job<Code>& job) noexcept {
   Carve carve(r.scratch);
   const std::int64_t pieces = pieces_of(r.queries, job.supers);
   if (pieces == 1) {
-    const std::int64_t tile = tile_of(r.queries, job.block_max);
+    const std::int64_t tile = tile_of(r.queries);
     Carve one(nullptr);
     static_cast<void>(State<Code>(job, one));
     std::byte* const states = carve.template take<std::byte>(one.used() * tile * max_threads());
     parallel_for_each(ceil_div(r.queries, tile), [&](std::int64_t unit, int thread) {
       State<Code> state[kTile];
+      std::int64_t queries[kTile];
       const std::int64_t first = unit * tile;
       const std::int64_t count = std::min(tile, r.queries - first);
       Carve own(states + one.used() * tile * thread);
       for (std::int64_t i = 0; i < count; ++i) {
         state[i] = State<Code>(job, own);
-        searcher.begin(state[i], first + i, nullptr);
+        queries[i] = first + i;
+        searcher.begin(state[i], queries[i], nullptr);
         searcher.seed(state[i]);
       }
-      if (job.kept == 0) {
-      } else if (job.block_max) {
-        searcher.search_best_first(state[0], 0, 1);
-      } else {
-        searcher.scan(state, count, 0, job.supers);
+      if (job.kept > 0) {
+        // Queries that are to be scanned come first.
+        std::int64_t scanned = job.block_max ? 0 : count;
+        for (std::int64_t i = scanned; i < count; ++i) {
+          if (!searcher.search_best_first(state[i], 0, 1)) {
+            std::swap(state[i], state[scanned]);
+            std::swap(queries[i], queries[scanned++]);
+          }
+        }
+        if (scanned > 0) searcher.scan(state, scanned, 0, job.supers);
       }
-      for (std::int64_t i = 0; i < count; ++i) searcher.write(state[i], first + i);
+      for (std::int64_t i = 0; i < count; ++i) searcher.write(state[i], queries[i]);
     });
     return;
   }
@@ -760,7 +790,7 @@ void run(const Job<Code>& job) noexcept {
     if (job.kept == 0) return;
     searcher.seed(state);
     if (job.block_max) {
-      searcher.search_best_first(state, piece, pieces);
+      static_cast<void>(searcher.search_best_first(state, piece, pieces));
     } else {
       searcher.scan(&state, 1, job.supers * piece / pieces, job.supers * (piece + 1) / pieces);
     }
@@ -780,7 +810,7 @@ std::int64_t scratch_size(const Items<Code>& items, const Request& request) noex
   const std::int64_t pieces = pieces_of(request.queries, job.supers);
   Carve one(nullptr);
   static_cast<void>(State<Code>(job, one));
-  if (pieces == 1) return one.used() * tile_of(request.queries, job.block_max) * max_threads();
+  if (pieces == 1) return one.used() * tile_of(request.queries) * max_threads();
   Carve all(nullptr);
   static_cast<void>(all.take<State<Code>>(request.queries * pieces));
   static_cast<void>(all.take<std::atomic<float>>(request.queries));
