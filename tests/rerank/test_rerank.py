@@ -461,7 +461,7 @@ def test_samples_are_whole_lists(monkeypatch):
         (lambda f, r: DPP().rank(f, r, 3, lengths=[1, 2]), r"DPP.rank: lengths must have shape \[6\], got \[2\]"),
         (lambda f, r: DPP().rank(f, r, 3, lengths=[61] * 6), r"DPP.rank: lengths\[0\] = 61 is outside \[0, 60\]"),
         (lambda f, r: DPP().rank(f, r, 3, mask=r), r"DPP.rank: mask must be bool \[6, 60\], got float32"),
-        (lambda f, r: DPP(epsilon=1), r"DPP: epsilon must be in \[0, 1\), got 1"),
+        (lambda f, r: DPP(epsilon=0.0), r"DPP: epsilon must be in \(0, 1\], got 0.0"),
         (lambda f, r: MSD(window=0), "MSD: window must be at least 1, got 0"),
         (lambda f, r: SSD(mode="x"), "SSD: mode must be one of exact, paper, got 'x'"),
         (lambda f, r: KDPP(seed=-1), r"KDPP: seed must be in \[0, 2\^63\), got -1"),
