@@ -522,3 +522,14 @@ def test_names_what_is_not_finite():
         DPP().rank(features, relevance, 3)
     with pytest.raises(InputError, match=r"DPP.rank: features\[1, 5\] is not finite"):
         DPP().rank(features[4], relevance, 3)
+
+
+@pytest.mark.parametrize("kind", [*GREEDY, KDPP])
+@pytest.mark.parametrize("outlier", [-3.4e38, 1e160, 1e-200])
+def test_order_of_relevance_beside_an_outlier(kind, outlier):
+    relevance = np.array([2.9, 3.0, outlier, 2.8]) if abs(outlier) > 1 else np.array([2.9, 3.0, 1.0, 2.8]) * outlier
+    wanted = relevance.argsort()[::-1]
+    np.testing.assert_array_equal(kind(diversity=0.0).rank(np.eye(4), relevance, 4), wanted)
+    both = kind(diversity=0.5, personal=True)
+    found = both.rank(np.eye(4), np.stack([relevance, relevance]), 4, propensity=np.array([0.0, 1.0]))
+    np.testing.assert_array_equal(found[0], wanted)
