@@ -147,7 +147,7 @@ def ssd_greedy(
         table, candidates or not.
     window : int, at least 1
         Each pick is compared with the `window - 1` before it only; None: with all.
-    gamma : float, at least 0
+    gamma : float, in [0, 1e100]
         The weight of the norm against relevance, beside `diversity`: d = 1/2 is the published r + gamma sqrt(rho).
     mode : {"exact", "paper"}
         What the window forgets. "exact": rho is what the items in the window leave, no matter what was there before.
