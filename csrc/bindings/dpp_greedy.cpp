@@ -57,7 +57,7 @@ py::tuple dpp(const DppShape& shape, Address features, Address candidates, Addre
     args.scratch = at<std::byte>((scratch + 63) / 64 * 64);
     outcome = recfast::dpp_greedy::run(args);
   }
-  return py::make_tuple(outcome.wrong_feature, outcome.wrong_relevance);
+  return py::make_tuple(outcome.wrong_feature, outcome.wrong_shown, outcome.wrong_relevance);
 }
 
 }  // namespace

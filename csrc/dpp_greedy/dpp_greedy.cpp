@@ -208,7 +208,7 @@ class User {
         shared_(args.users == 1 && args.items * args.width >= kShared && max_threads() > 1) {}
 
   // Reads each candidate once: first bounds, and whether everything is finite.
-  [[nodiscard]] bool prepare(FirstError& wrong_feature, FirstError& wrong_relevance) noexcept {
+  [[nodiscard]] bool prepare(FirstError& wrong_feature, FirstError& wrong_shown, FirstError& wrong_relevance) noexcept {
     find_candidates();
     greatest_ = -kInfinity;
     bool good = true;
@@ -221,6 +221,13 @@ class User {
         good = false;
       }
       greatest_ = wanted > greatest_ ? wanted : greatest_;
+    }
+    // Without candidates what was shown is one of the items, or passed over.
+    const std::int64_t* shown = args_.shown + user_ * args_.shown_width;
+    for (std::int64_t i = 0; args_.candidates != nullptr && i < args_.shown_width; ++i) {
+      if (shown[i] < 0 || std::isfinite(wide_.squared_norm(table_, shown[i]))) continue;
+      wrong_shown.report(user_ * args_.shown_width + i);
+      good = false;
     }
     if (!good) return false;
     std::fill_n(s_.seen, args_.items, -1);
@@ -343,7 +350,9 @@ class User {
       for (std::int64_t l = 0; l < count; ++l) {
         if (usual[l]) continue;
         diagonal[l] = -1.0f;
-        if (free[l] && !std::isfinite(wide_.squared_norm(rows_, first + l))) report(wrong_feature, first + l);
+        if (free[l] && !std::isfinite(wide_.squared_norm(rows_, first + l))) {
+          wrong_feature.report(user_ * args_.items + first + l);
+        }
       }
     }
     if (only_relevance()) return;
@@ -360,10 +369,13 @@ class User {
         if (!free[l]) continue;
         const double exact = diagonal_of(first + l);
         // A zero row under gamma = 0 spans nothing: it is spent before the first pick and stays so.
-        offset[l] = exact > 0.0 ? part[l] + static_cast<float>(std::log(exact)) : kNever;
+        offset[l] = exact > 0.0 ? static_cast<float>(static_cast<double>(part[l]) + std::log(exact)) : kNever;
       }
     }
-    for (std::int64_t l = 0; l < count; ++l) offset[l] = free[l] ? offset[l] + margin : kNever;
+    // Where the two parts cancel, what rounding each of them takes away is no share of their sum.
+    for (std::int64_t l = 0; l < count; ++l) {
+      offset[l] = free[l] ? offset[l] + (margin + 4e-7f * std::fabs(part[l])) : kNever;
+    }
     std::fill(offset + count, offset + kPanel, kNever);
     first_upper(b);
   }
@@ -384,14 +396,14 @@ class User {
     s_.bound[b] = s_.first_bound[b] = std::max(std::max(best[0], best[1]), std::max(best[2], best[3]));
   }
 
-  void report(FirstError& wrong_feature, std::int64_t item) const noexcept {
-    std::int64_t c = 0;
-    while (c + 1 < args_.width && std::isfinite(rows_.value(item, c))) ++c;
-    wrong_feature.report((user_ * args_.items + item) * args_.width + c);
+  [[nodiscard]] double diagonal_of(std::int64_t item) const noexcept {
+    return diagonal_of(rows_, item);
   }
 
-  [[nodiscard]] double diagonal_of(std::int64_t item) const noexcept {
-    return (1.0 - args_.gamma) * wide_.squared_norm(rows_, item) + args_.gamma;
+  // 0 where float64 does not hold all digits of it.
+  [[nodiscard]] double diagonal_of(const item_panels::Rows& rows, std::int64_t item) const noexcept {
+    const double diagonal = (1.0 - args_.gamma) * wide_.squared_norm(rows, item) + args_.gamma;
+    return diagonal >= std::numeric_limits<double>::min() ? diagonal : 0.0;
   }
 
   [[nodiscard]] std::int64_t most_relevant() const noexcept {
@@ -542,7 +554,7 @@ class User {
   [[nodiscard]] double read(std::int64_t item, bool* zero) noexcept {
     const item_panels::Rows& rows = item < 0 ? table_ : rows_;
     const std::int64_t at = item < 0 ? ~item : item;
-    const double diagonal = (1.0 - args_.gamma) * wide_.squared_norm(rows, at) + args_.gamma;
+    const double diagonal = diagonal_of(rows, at);
     *zero = !(diagonal > 0.0);
     if (*zero) return 0.0;
     wide_.read(rows, at, std::sqrt((1.0 - args_.gamma) / diagonal), s_.row);
@@ -663,7 +675,8 @@ class User {
     } else if (afresh || events_ - s_.age[b] >= directions_ || events_ - s_.fresh[b] > kAfresh) {
       encode_basis();
       std::fill_n(s_.sum + at, kPanel, 0.0f);
-      s_.loose[b] = 0.0f;
+      // Of the basis now, whatever of it leaves: 2 |b' Q| is up to 4, which the share of later sums does not tell.
+      s_.loose[b] = 4.0f * basis_error_;
       s_.error[b] = basis_error_;
       s_.fresh[b] = static_cast<std::int32_t>(events_);
       s_.bound[b] = forms_.refresh(panel(b), s_.basis, directions_, s_.groups, basis_error_,
@@ -859,14 +872,17 @@ Outcome run(const Args& args) noexcept {
   const item_panels::Forms& wide = item_panels::forms();
   const std::int64_t bytes = scratch_bytes(args);
   FirstError wrong_feature;
+  FirstError wrong_shown;
   FirstError wrong_relevance;
   parallel_for_each(args.users, [&](std::int64_t index, int thread) {
     Pieces pieces(args.scratch + thread * bytes);
     Scratch scratch(pieces, args);
     User user(args, index, scratch, chosen, wide);
-    if (user.prepare(wrong_feature, wrong_relevance)) user.solve();
+    if (user.prepare(wrong_feature, wrong_shown, wrong_relevance)) user.solve();
   });
-  return {.wrong_feature = wrong_feature.position(), .wrong_relevance = wrong_relevance.position()};
+  return {.wrong_feature = wrong_feature.position(),
+          .wrong_shown = wrong_shown.position(),
+          .wrong_relevance = wrong_relevance.position()};
 }
 
 }  // namespace recfast::dpp_greedy

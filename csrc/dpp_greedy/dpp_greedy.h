@@ -74,11 +74,11 @@ struct Args {
   std::byte* scratch = nullptr;               // 64-byte aligned, scratch_bytes a thread
 };
 
-// Where the first value that is not finite stands: (user, item, column) and (user, item), flat; or -1. Only candidates are
-// looked at.
+// Where the first value that is not finite stands, or -1. Only candidates and shown rows are looked at.
 struct Outcome {
-  std::int64_t wrong_feature = -1;
-  std::int64_t wrong_relevance = -1;
+  std::int64_t wrong_feature = -1;    // flat in [U, N]: its row
+  std::int64_t wrong_shown = -1;      // flat in [U, shown_width]: its row
+  std::int64_t wrong_relevance = -1;  // flat in [U, N]
 };
 
 // Reads the sizes and options of `args` alone.

@@ -38,6 +38,7 @@ namespace recfast::greedy {
 inline constexpr std::int64_t kPanel = item_panels::kPanel;
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 inline constexpr float kNever = -std::numeric_limits<float>::infinity();
+inline constexpr double kSmallestUnit = 1e-300;
 inline constexpr double kUlp = 0x1p-24;  // the relative rounding error of float32
 // Scans add up a handful of numbers of size 1 at most: 16 roundings are more than there are.
 inline constexpr double kRounding = 16 * kUlp;
@@ -302,8 +303,8 @@ class Loop {
 
   // Offsets and first bounds of all items.
   void rescale() noexcept {
-    u_.unit = std::max(u_.reach(), rule_.amplitude());
-    if (!(u_.unit > 0.0)) u_.unit = 1.0;
+    // Its inverse is finite; where all terms are smaller bounds tell nothing apart, and float64 does.
+    u_.unit = std::max({u_.reach(), rule_.amplitude(), kSmallestUnit});
     rule_.scaled();
     tie_ = kTie * (u_.weight * u_.largest + rule_.magnitude());
     const double inverse = 1.0 / u_.unit;

@@ -12,7 +12,7 @@
 //              whose first bound can win are worked out afresh, O(N D window) a pick at most.
 // Error bound  float32 share after t directions: 1.01 u (2 (D + 4) sqrt(t) + 2 t + 4) + t ((D + 4) u)^2, u = 2^-24: each dot
 //              product is off by (D + 4) u |b| |q| at most, and sum <b, q>^2 <= 1 (Cauchy-Schwarz)
-// Limits       gamma in [0, kLargest]
+// Limits       gamma in [0, 1e100], so that its product with volume and norm is finite
 // The rest     greedy/greedy.h
 // Source       Huang, Wang, Zhang and Xu, "Sliding spectrum decomposition for diversified recommendation", KDD 2021
 #pragma once

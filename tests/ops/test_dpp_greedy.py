@@ -167,8 +167,8 @@ def test_opcheck(opcheck):
         ({"alpha": 1.0, "diversity": 0.5}, ValueError, "give diversity or alpha, not both"),
         ({"lengths": torch.tensor([1, 4])}, IndexError, r"lengths\[1\] = 4 is outside \[0, 4\)"),
         ({"mask": torch.ones(2, 3)}, TypeError, "mask must be bool, got float32"),
-        ({"shown": torch.tensor([[0], [3]])}, IndexError, r"shown\[1\] = 3 is outside \[0, 3\)"),
-        ({"shown": torch.tensor([[0], [-2]])}, IndexError, r"shown\[1\] = -2 is outside \[0, 3\)"),
+        ({"shown": torch.tensor([[0], [3]])}, IndexError, r"shown\[1, 0\] = 3 is outside \[0, 3\)"),
+        ({"shown": torch.tensor([[0], [-2]])}, IndexError, r"shown\[1, 0\] = -2 is outside \[0, 3\)"),
         ({"window": 0}, ValueError, "window must be at least 1, got 0"),
         ({"exhausted": "noise"}, ValueError, "exhausted must be one of relevance, stop, restart, got 'noise'"),
     ],
@@ -457,12 +457,13 @@ def test_candidates_of_a_table(dtype, isa_levels):
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"candidates": torch.tensor([[0, 4]])}, IndexError, r"candidates\[1\] = 4 is outside \[0, 4\)"),
-        ({"candidates": torch.tensor([[-2, 1]])}, IndexError, r"candidates\[0\] = -2 is outside \[0, 4\)"),
+        ({"candidates": torch.tensor([[0, 4]])}, IndexError, r"candidates\[0, 1\] = 4 is outside \[0, 4\)"),
+        ({"candidates": torch.tensor([[-2, 1]])}, IndexError, r"candidates\[0, 0\] = -2 is outside \[0, 4\)"),
         ({"candidates": torch.tensor([[0]])}, ValueError, r"candidates must have shape \[1, 2\], got \[1, 1\]"),
         ({"candidates": torch.ones(1, 2)}, TypeError, "candidates must be int32 or int64, got float32"),
         ({"features": torch.ones(1, 2, 3)}, ValueError, r"features must have shape \[T, D\], got \[1, 2, 3\]"),
-        ({"shown": torch.tensor([[4]])}, IndexError, r"shown\[0\] = 4 is outside \[0, 4\)"),
+        ({"shown": torch.tensor([[4]])}, IndexError, r"shown\[0, 0\] = 4 is outside \[0, 4\)"),
+        ({"features": torch.ones(0, 3)}, IndexError, r"candidates\[0, 0\] = 0 is outside \[0, 0\)"),
         ({"epsilon": 0.0}, ValueError, r"epsilon must be in \(0, 1\], got 0.0"),
         ({"epsilon": math.nan}, ValueError, r"epsilon must be in \(0, 1\], got nan"),
         ({"features": torch.ones(4, 65537)}, ValueError, "features must have at most 65536 columns, got 65537"),
@@ -521,3 +522,42 @@ def test_order_of_the_candidates_does_not_matter():
     sorted_ = ops.dpp_greedy(features[:, order], relevance[:, order], 40, alpha=0.5)
     assert torch.equal(order[sorted_.indices[0]], plain.indices[0])
     assert torch.equal(sorted_.gains, plain.gains)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 20.0), (torch.float64, 170.0)])
+def test_norms_that_make_up_for_relevance(dtype, largest, isa_levels):
+    """Relevance and the logarithm of the norm cancel: what rounding either takes away is much of what is left."""
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        size = largest * torch.rand(400, 1, generator=generator, dtype=torch.float64)
+        rows = normalize(torch.randn(400, 24, generator=generator, dtype=torch.float64), dim=-1) * size.exp()
+        rows = rows.to(dtype)
+        relevance = 1e-5 * torch.rand(1, 400, generator=generator) - rows.double().square().sum(1).log()
+        wanted = ops.dpp_greedy.reference(rows, relevance, 3, alpha=0.5)
+        for _ in isa_levels():
+            assert_same(ops.dpp_greedy(rows, relevance, 3, alpha=0.5), wanted)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1])
+@pytest.mark.parametrize("step", [1, 2])
+def test_norms_that_float64_does_not_hold_are_none(step, gamma, isa_levels):
+    features, relevance = make("random", 1, 9, 4, 18, torch.float64)
+    features[:, ::step] *= 1e-157
+    wanted = ops.dpp_greedy.reference(features, relevance, 9, gamma=gamma)
+    for answer in any_way(features, relevance, 9, gamma=gamma, isa_levels=isa_levels):
+        assert_same(answer, wanted)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
+def test_what_was_shown_must_be_finite(value):
+    table, relevance = make("random", 1, 7, 3, 19, torch.float64)
+    table, candidates = table[0], torch.tensor([[0, 1, 2, 3]])
+    table[5, 0] = value
+    with pytest.raises(ValueError, match=r"features\[5, 0\] must be a finite number with a finite squared norm, got"):
+        ops.dpp_greedy(table, relevance[:, :4], 2, candidates=candidates, shown=torch.tensor([[-1, 4, 5]]))
+    # What is neither is not read.
+    ops.dpp_greedy(table, relevance[:, :4], 2, candidates=candidates, shown=torch.tensor([[-1, 4, 6]]))
+    with pytest.raises(
+        ValueError, match=r"features\[0, 5, 0\] must be a finite number with a finite squared norm, got"
+    ):
+        ops.dpp_greedy(table[None], relevance, 2)

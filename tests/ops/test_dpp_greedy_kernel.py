@@ -100,7 +100,7 @@ def test_opcheck(opcheck):
         ({"gamma": 1.5}, ValueError, r"gamma must be in \[0, 1\], got 1.5"),
         ({"diversity": 1.25}, ValueError, r"dpp_greedy_kernel: diversity must be in \[0, 1\], got 1.25"),
         ({"lengths": torch.tensor([1, 4])}, IndexError, r"lengths\[1\] = 4 is outside \[0, 4\)"),
-        ({"shown": torch.tensor([[0], [3]])}, IndexError, r"shown\[1\] = 3 is outside \[0, 3\)"),
+        ({"shown": torch.tensor([[0], [3]])}, IndexError, r"shown\[1, 0\] = 3 is outside \[0, 3\)"),
         ({"window": 0}, ValueError, "window must be at least 1, got 0"),
         ({"epsilon": 2.0}, ValueError, r"epsilon must be in \(0, 1\], got 2.0"),
         ({"exhausted": "noise"}, ValueError, "exhausted must be one of relevance, stop, restart, got 'noise'"),

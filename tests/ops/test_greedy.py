@@ -44,3 +44,18 @@ def test_equal_to_the_reference_on_every_problem(name):
     finally:
         torch.set_num_threads(threads)
         _C.set_isa(levels[-1])
+
+
+@pytest.mark.parametrize("op", [ops.mmr_greedy, ops.msd_greedy, ops.ssd_greedy, ops.xquad_greedy])
+def test_subnormal_scores(op):
+    """Scores so small that nothing divides by them."""
+    grades = torch.tensor([[0.0, 1e-310, 2e-310, 3e-310, 1e-312]], dtype=torch.float64)
+    nothing = torch.zeros(1, 5, 4, dtype=torch.float64)
+    for exact in (True, False):
+        # msd_greedy adds a distance of 1 to every one, next to which these are ties.
+        found = op(nothing, grades, 5, exact=exact)
+        assert sorted(found.indices[0].tolist()) == list(range(5))
+    assert op(nothing, grades, 5, diversity=0.0).indices.tolist() == [[3, 2, 1, 4, 0]]
+    rows = torch.rand(1, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-157
+    found = op(rows, torch.zeros(1, 5, dtype=torch.float64), 5, diversity=1.0)
+    assert sorted(found.indices[0].tolist()) == list(range(5))

@@ -461,7 +461,7 @@ def test_samples_are_whole_lists(monkeypatch):
         (lambda f, r: DPP().rank(f, r, 3, lengths=[1, 2]), r"DPP.rank: lengths must have shape \[6\], got \[2\]"),
         (lambda f, r: DPP().rank(f, r, 3, lengths=[61] * 6), r"DPP.rank: lengths\[0\] = 61 is outside \[0, 60\]"),
         (lambda f, r: DPP().rank(f, r, 3, mask=r), r"DPP.rank: mask must be bool \[6, 60\], got float32"),
-        (lambda f, r: DPP(epsilon=1), r"DPP: epsilon must be in \[0, 1\), got 1"),
+        (lambda f, r: DPP(epsilon=0.0), r"DPP: epsilon must be in \(0, 1\], got 0.0"),
         (lambda f, r: MSD(window=0), "MSD: window must be at least 1, got 0"),
         (lambda f, r: SSD(mode="x"), "SSD: mode must be one of exact, paper, got 'x'"),
         (lambda f, r: KDPP(seed=-1), r"KDPP: seed must be in \[0, 2\^63\), got -1"),
@@ -522,3 +522,14 @@ def test_names_what_is_not_finite():
         DPP().rank(features, relevance, 3)
     with pytest.raises(InputError, match=r"DPP.rank: features\[1, 5\] is not finite"):
         DPP().rank(features[4], relevance, 3)
+
+
+@pytest.mark.parametrize("kind", [*GREEDY, KDPP])
+@pytest.mark.parametrize("outlier", [-3.4e38, 1e160, 1e-200])
+def test_order_of_relevance_beside_an_outlier(kind, outlier):
+    relevance = np.array([2.9, 3.0, outlier, 2.8]) if abs(outlier) > 1 else np.array([2.9, 3.0, 1.0, 2.8]) * outlier
+    wanted = relevance.argsort()[::-1]
+    np.testing.assert_array_equal(kind(diversity=0.0).rank(np.eye(4), relevance, 4), wanted)
+    both = kind(diversity=0.5, personal=True)
+    found = both.rank(np.eye(4), np.stack([relevance, relevance]), 4, propensity=np.array([0.0, 1.0]))
+    np.testing.assert_array_equal(found[0], wanted)

@@ -98,7 +98,7 @@ def _cpu(
     )
     # A loop over two users may still number its threads up to the team's size.
     scratch = torch.empty(shape.scratch() * (_threads() if users > 1 else 1) + 64, dtype=torch.uint8)
-    wrong_feature, wrong_relevance = _run(
+    wrong_feature, wrong_shown, wrong_relevance = _run(
         shape,
         features.data_ptr(),
         *(0 if value is None else value.data_ptr() for value in inputs),
@@ -112,17 +112,24 @@ def _cpu(
             f"dpp_greedy: relevance[{user}, {item}] must be a finite number, also when times 2 alpha, got {value}"
         )
     if wrong_feature >= 0:
-        place, column = divmod(wrong_feature, width)
-        user, item = divmod(place, items)
+        user, item = divmod(wrong_feature, items)
         if candidates is not None:
-            at = (int(candidates[user, item]), column)
-        else:
-            at = (item, column) if features.dim() == 2 else (user, item, column)
-        raise ValueError(
-            f"dpp_greedy: features[{', '.join(map(str, at))}] must be a finite number with a finite squared norm, "
-            f"got {float(features[at])}"
-        )
+            raise _wrong_row(features, (int(candidates[user, item]),))
+        raise _wrong_row(features, (item,) if features.dim() == 2 else (user, item))
+    if wrong_shown >= 0:
+        raise _wrong_row(features, (int(shown.reshape(-1)[wrong_shown]),))
     return outputs
+
+
+def _wrong_row(features: Tensor, row: tuple[int, ...]) -> ValueError:
+    values = features[row].double()
+    alone = ~torch.isfinite(values)
+    # In a row of numbers whose squared norm is too large, the greatest.
+    column = int(alone.nonzero()[0]) if bool(alone.any()) else int(values.abs().argmax())
+    return ValueError(
+        f"dpp_greedy: features[{', '.join(map(str, (*row, column)))}] must be a finite number with a finite squared "
+        f"norm, got {float(values[column])}"
+    )
 
 
 def _fake(features, relevance, k, weight, gamma, candidates, lengths, mask, shown, window, exhausted, epsilon, exact):
@@ -162,7 +169,8 @@ def _user_reference(
         rows = torch.cat([math.sqrt(1 - gamma) * rows, private], dim=1)
     relevance = relevance.double()
     diagonal = rows.square().sum(1)
-    unit = rows / diagonal.sqrt().where(diagonal > 0, torch.ones_like(diagonal))[:, None]
+    # A subnormal number does not hold all digits.
+    unit = rows / diagonal.sqrt().where(diagonal >= torch.finfo(rows.dtype).tiny, torch.ones_like(diagonal))[:, None]
     sequence, start = shown, 0
     free = free.clone()
     free[sequence] = False
@@ -303,6 +311,16 @@ def _weights(
     return weight.expand(users)
 
 
+def _places(op: str, name: str, value: Tensor, rows: int) -> None:
+    """Check that every id of [U, n] lies in [0, rows), or is -1."""
+    if value.numel() == 0:
+        return
+    low, high = torch.aminmax(value)
+    if int(low) < -1 or int(high) >= rows:
+        user, place = ((value < -1) | (value >= rows)).nonzero()[0].tolist()
+        raise _check.outside(op, name, f"{user}, {place}", int(value[user, place]), rows)
+
+
 def _options(
     op: str,
     relevance: Tensor,
@@ -331,8 +349,8 @@ def _options(
         _check.tensor(op, "mask", mask, dtypes=[torch.bool], shape=[users, items], device=device)
     if shown is not None:
         _check.tensor(op, "shown", shown, dtypes=_check.INDEX_DTYPES, shape=[users, "S"], device=device)
-        _check.indices(op, "shown", shown.masked_fill(shown == -1, 0), max(shown_rows, 1))
-        shown = shown.long() if shown_rows > 0 else None
+        _places(op, "shown", shown, shown_rows)
+        shown = shown.long()
     if window is not None:
         _check.at_least(op, "window", window, 1)
     _check.choice(op, "exhausted", exhausted, _POLICIES)
@@ -366,10 +384,7 @@ def _arguments(
         _check.tensor(op, "features", features, shape=["T", "D"])
         rows = features.shape[0]
         candidates = _check.index(op, "candidates", candidates, shape=[users, items], device=device)
-        if (candidates.numel() > 0 and int(candidates.min()) < -1) or rows == 0:
-            _check.indices(op, "candidates", candidates.masked_fill(candidates == -1, 0), max(rows, 1))
-        elif candidates.numel() > 0 and int(candidates.max()) >= rows:
-            _check.indices(op, "candidates", candidates.clamp(min=0), rows)
+        _places(op, "candidates", candidates, rows)
     elif features.dim() == 2:
         _check.tensor(op, "features", features, shape=[items, "D"])
     else:

@@ -15,6 +15,8 @@ _MODES = ("exact", "paper")
 # Equal to kSpent and kMostVolume of csrc/greedy/greedy.h.
 _SPENT = 1e-10
 _MOST_VOLUME = 1e100
+# Times the greatest volume and the greatest norm it is a number still.
+_MOST_GAMMA = 1e100
 
 
 _kernel = _greedy.Kernel("ssd_greedy")
@@ -91,8 +93,8 @@ _op = define(
 def _arguments(features, relevance, k, candidates, diversity, lengths, mask, shown, window, exact, *options) -> tuple:
     shared = (features, relevance, k, candidates, diversity, lengths, mask, shown, window, exact)
     gamma, mode, volume = options
-    if not 0 <= gamma <= _greedy.LARGEST:
-        raise ValueError(f"ssd_greedy: gamma must be in [0, {_greedy.LARGEST:g}], got {gamma}")
+    if not 0 <= gamma <= _MOST_GAMMA:
+        raise ValueError(f"ssd_greedy: gamma must be in [0, {_MOST_GAMMA:g}], got {gamma}")
     _check.choice("ssd_greedy", "mode", mode, _MODES)
     return *_greedy.problem("ssd_greedy", "features", *shared), float(gamma), mode, bool(volume)
 
@@ -145,7 +147,7 @@ def ssd_greedy(
         table, candidates or not.
     window : int, at least 1
         Each pick is compared with the `window - 1` before it only; None: with all.
-    gamma : float, at least 0
+    gamma : float, in [0, 1e100]
         The weight of the norm against relevance, beside `diversity`: d = 1/2 is the published r + gamma sqrt(rho).
     mode : {"exact", "paper"}
         What the window forgets. "exact": rho is what the items in the window leave, no matter what was there before.

@@ -92,9 +92,8 @@ def xquad_greedy(
 
     Parameters
     ----------
-    features : Tensor [U, N, D], or [N, D] for all users; a table [T, D] with `candidates`
-        float32, float64, bfloat16 or float16. Rows whose dot product says how alike two items are. Used as given:
-        bring them to unit norm for cosines. (`rerank.XQuAD` does.)
+    topics : Tensor [U, N, Z], or [N, Z] for all users; a table [T, Z] with `candidates`
+        float32, float64, bfloat16 or float16, in [0, 1]. P(i | z), how far each item serves each topic.
     relevance : Tensor [U, N], float32 or float64
         How good each item is, higher is better. Used as given: bring it to one scale for all users, against which the
         sum counts; the paper has P(i | u). (`rerank.XQuAD` scales it.)

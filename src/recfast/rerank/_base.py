@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recfast.errors import InputError
+from recfast.ops._greedy import LARGEST
 
 # Float64 feature values held at once.
 _CELLS = 8_000_000
@@ -168,7 +169,9 @@ class Reranker:
         diversity = self._per_user(users, propensity)
         scores = scores.masked_fill(~valid, 0.0)
         if self.standardize:
-            scores = self._scaled(scores, valid)
+            # Next to an outlier, such as the least float32, scaled scores run together: order alone needs none of it.
+            as_given = (diversity[:, None] == 0) & (scores.abs() <= LARGEST).all(1, keepdim=True)
+            scores = torch.where(as_given, scores, self._scaled(scores, valid))
         out = torch.full((users, k), -1, dtype=torch.int64)
         shared = self._rows(rows, valid.any(0), 0) if rows.dim() == 2 and candidates is None else None
         step = max(1, _CELLS // max(items * rows.shape[-1], 1))

@@ -31,7 +31,7 @@ class DPP(Reranker):
         Each item is to differ from the `window - 1` before it only, which suits lists that are scrolled through.
     exhausted : {"relevance", "stop", "restart"}
         What to do when the features are spent: see `ops.dpp_greedy`.
-    epsilon : float, in [0, 1)
+    epsilon : float, in (0, 1]
         An item is spent when less than this share of its squared norm lies outside the span of the picks.
     exact : bool
         The lists of float64 arithmetic, whatever the machine; False trusts float32.
@@ -68,8 +68,8 @@ class DPP(Reranker):
         self.gamma = self._unit("gamma", gamma)
         if exhausted not in _POLICIES:
             raise InputError(f"DPP: exhausted must be one of {', '.join(_POLICIES)}, got {exhausted!r}")
-        if not 0 <= epsilon < 1:
-            raise InputError(f"DPP: epsilon must be in [0, 1), got {epsilon}")
+        if not 0 < epsilon <= 1:
+            raise InputError(f"DPP: epsilon must be in (0, 1], got {epsilon}")
         self.window = window_of("DPP", window)
         self.exhausted = exhausted
         self.epsilon = float(epsilon)
