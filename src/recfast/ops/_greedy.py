@@ -110,8 +110,8 @@ def problem(
     if window is not None:
         _check.at_least(op, "window", window, 1)
     return Problem(
-        features.detach(),
-        relevance.detach(),
+        features.detach() if features.requires_grad else features,
+        relevance.detach() if relevance.requires_grad else relevance,
         int(k),
         trade_off(op, diversity, users, device),
         candidates,

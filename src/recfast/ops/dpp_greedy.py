@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recfast import _C
 from recfast.ops import _check
-from recfast.ops._library import define, kernel
+from recfast.ops._library import define, kernel, unwatched
 
 _DTYPES = (torch.float32, torch.float64)
 # As csrc/common/row_format.h numbers them.
@@ -397,8 +397,8 @@ def _arguments(
         op, relevance, k, diversity, alpha, lengths, mask, shown, rows, window, exhausted, epsilon
     )
     return (
-        features.detach(),
-        relevance.detach(),
+        features.detach() if features.requires_grad else features,
+        relevance.detach() if relevance.requires_grad else relevance,
         int(k),
         weight,
         float(gamma),
@@ -528,7 +528,8 @@ def dpp_greedy(
         epsilon,
         exact,
     )
-    return DPPResult(*_op(*arguments))
+    call = _cpu if unwatched(features, relevance) else _op
+    return DPPResult(*call(*arguments))
 
 
 def reference(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recfast.ops import _greedy
 from recfast.ops._greedy import GreedyResult
-from recfast.ops._library import define
+from recfast.ops._library import define, unwatched
 
 _kernel = _greedy.Kernel("mmr_greedy")
 
@@ -139,7 +139,9 @@ def mmr_greedy(
     summaries", SIGIR 1998.
     """
     shared = (features, relevance, k, candidates, diversity, lengths, mask, shown, window, exact)
-    return GreedyResult(*_op(*_arguments(*shared, clip)))
+    arguments = _arguments(*shared, clip)
+    call = _cpu if unwatched(*arguments[:2]) else _op
+    return GreedyResult(*call(*arguments))
 
 
 def reference(

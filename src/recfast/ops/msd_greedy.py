@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recfast.ops import _greedy
 from recfast.ops._greedy import GreedyResult
-from recfast.ops._library import define
+from recfast.ops._library import define, unwatched
 
 _kernel = _greedy.Kernel("msd_greedy")
 
@@ -137,7 +137,9 @@ def msd_greedy(
     (Their greedy rule halves the relevance: diversity d' there is d = 2 d' / (1 + d') here.)
     """
     shared = (features, relevance, k, candidates, diversity, lengths, mask, shown, window, exact)
-    return GreedyResult(*_op(*_arguments(*shared, mean)))
+    arguments = _arguments(*shared, mean)
+    call = _cpu if unwatched(*arguments[:2]) else _op
+    return GreedyResult(*call(*arguments))
 
 
 def reference(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recfast.ops import _check, _greedy
 from recfast.ops._greedy import GreedyResult
-from recfast.ops._library import define
+from recfast.ops._library import define, unwatched
 
 _MODES = ("exact", "paper")
 # Equal to kSpent and kMostVolume of csrc/greedy/greedy.h.
@@ -191,7 +191,9 @@ def ssd_greedy(
     Huang, Wang, Zhang and Xu, "Sliding spectrum decomposition for diversified recommendation", KDD 2021.
     """
     shared = (features, relevance, k, candidates, diversity, lengths, mask, shown, window, exact)
-    return GreedyResult(*_op(*_arguments(*shared, gamma, mode, volume)))
+    arguments = _arguments(*shared, gamma, mode, volume)
+    call = _cpu if unwatched(*arguments[:2]) else _op
+    return GreedyResult(*call(*arguments))
 
 
 def reference(

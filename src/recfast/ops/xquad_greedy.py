@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recfast.ops import _check, _greedy
 from recfast.ops._greedy import GreedyResult
-from recfast.ops._library import define
+from recfast.ops._library import define, unwatched
 
 _kernel = _greedy.Kernel("xquad_greedy", "topics", "in [0, 1]")
 
@@ -148,7 +148,9 @@ def xquad_greedy(
     Santos, Macdonald and Ounis, "Exploiting query reformulations for web search result diversification", WWW 2010.
     """
     shared = (topics, relevance, k, candidates, diversity, lengths, mask, shown, window, exact)
-    return GreedyResult(*_op(*_arguments(*shared, preferences)))
+    arguments = _arguments(*shared, preferences)
+    call = _cpu if unwatched(*arguments[:2]) else _op
+    return GreedyResult(*call(*arguments))
 
 
 def reference(
