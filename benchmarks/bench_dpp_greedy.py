@@ -11,19 +11,9 @@ import pytest
 import torch
 
 from recfast import ops
+from rerank_problem import WIDTH, problem, reading
 
 GAMMA = 0.1
-WIDTH = 64
-
-
-def problem(users, items, seed=0):
-    """Unit rows in 50 clusters, candidates in the order of relevance, as rankers hand them over."""
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(50, WIDTH))
-    rows = centres[rng.integers(0, 50, (users, items))] + 0.5 * rng.normal(size=(users, items, WIDTH))
-    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
-    relevance = -np.sort(-rng.normal(size=(users, items)), axis=1)
-    return rows.astype(np.float32), relevance.astype(np.float32)
 
 
 def numpy_a(rows, relevance, k, weight):
@@ -134,13 +124,6 @@ def torch_b(rows, relevance, k, weight):
         left -= torch.bmm(base, direction[:, :, None])[:, :, 0].square()
         score[everyone, item] = -torch.inf
     return picks
-
-
-def reading(rows, k):
-    vector = rows[0, 0].copy()
-    for user in rows:
-        for _ in range(k):
-            user @ vector
 
 
 def worth(rows, relevance, weight, picks):

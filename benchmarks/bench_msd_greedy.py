@@ -11,18 +11,7 @@ import pytest
 import torch
 
 from recfast import ops
-
-WIDTH = 64
-
-
-def problem(users, items, seed=0):
-    """Unit rows in 50 clusters, candidates in the order of relevance, as rankers hand them over."""
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(50, WIDTH))
-    rows = centres[rng.integers(0, 50, (users, items))] + 0.5 * rng.normal(size=(users, items, WIDTH))
-    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
-    relevance = -np.sort(-rng.normal(size=(users, items)), axis=1)
-    return rows.astype(np.float32), relevance.astype(np.float32)
+from rerank_problem import WIDTH, problem, reading
 
 
 def by_numpy(rows, relevance, k, d):
@@ -55,13 +44,6 @@ def by_torch(rows, relevance, k, d):
         score -= torch.bmm(rows, d * rows[everyone, item][:, :, None])[:, :, 0]
         item = score.argmax(1)
     return picks
-
-
-def reading(rows, k):
-    vector = rows[0, 0].copy()
-    for user in rows:
-        for _ in range(k):
-            user @ vector
 
 
 def regret(rows, relevance, picks, d):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from recfast import ops
+from rerank_problem import reading
 
 WIDTH = 20  # topics
 
@@ -51,13 +52,6 @@ def by_torch(topics, relevance, preferences, k, d):
         base[everyone, item] = -torch.inf
         wanted = wanted * (1 - topics[everyone, item])
     return picks
-
-
-def reading(topics, k):
-    vector = topics[0, 0].copy()
-    for user in topics:
-        for _ in range(k):
-            user @ vector
 
 
 def regret(topics, relevance, preferences, picks, d):

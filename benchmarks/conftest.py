@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import platform
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from recfast import _C
+
+# With --import-mode=importlib the folder of a benchmark is no place to import from.
+sys.path.insert(0, str(Path(__file__).parent))
 
 _RESULTS: dict[tuple[str, str, int], dict[str, float]] = defaultdict(dict)
 
